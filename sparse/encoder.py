@@ -1,0 +1,147 @@
+"""The sparse ConvNeXt V2 encoder (arXiv 2301.00808, section 3): one network, three engines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sparse.engines import Engine, get_engine
+from sparse.engines.base import Sites, hide
+from sparse.errors import InputError
+from sparse.layers import LAYER_NORM_EPS, SparseBlock
+from sparse.sizes import PATCH, STRIDES, resolve_size
+
+
+class SparseStage(nn.Module):
+    """Downsampling from `dim_in` channels (None in the first stage), then blocks of `dim`."""
+
+    def __init__(self, dim_in: int | None, dim: int, blocks: Sequence[SparseBlock]) -> None:
+        super().__init__()
+        self.downsample = None
+        if dim_in is not None:
+            self.downsample = nn.Sequential(
+                nn.LayerNorm(dim_in, eps=LAYER_NORM_EPS), nn.Conv2d(dim_in, dim, 2, stride=2)
+            )
+        self.blocks = nn.ModuleList(blocks)
+
+
+class SparseConvNeXtV2(nn.Module):
+    """ConvNeXt V2 that computes only where images are visible.
+
+    Parameters carry timm's names and dense layouts whatever engine runs, so all engines share
+    state dicts and optimizer states.
+
+    Args:
+        depths: blocks of each of the four stages.
+        dims: channels of each stage.
+        in_chans: channels of the images.
+        engine: `auto`, `minkowski`, `patch` or `dense`; see `sparse.engines.get_engine`.
+        drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
+        use_grn: global response normalisation (V2); False for V1 blocks.
+        layer_scale: initial LayerScale (V1); None for none.
+
+    Raises:
+        InputError: the engine is unknown or can't run here.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        in_chans: int = 3,
+        engine: str = "auto",
+        drop_path: float = 0.0,
+        use_grn: bool = True,
+        layer_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.engine: Engine = get_engine(engine)
+        self.depths, self.dims = tuple(depths), tuple(dims)
+        self.in_chans = in_chans
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, dims[0], STRIDES[0], stride=STRIDES[0]),
+            nn.LayerNorm(dims[0], eps=LAYER_NORM_EPS),
+        )
+        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
+        stages = []
+        dim_in = None
+        for depth, dim in zip(depths, dims, strict=True):
+            blocks = [SparseBlock(dim, next(rates), use_grn, layer_scale) for _ in range(depth)]
+            stages.append(SparseStage(dim_in, dim, blocks))
+            dim_in = dim
+        self.stages = nn.ModuleList(stages)
+        self.apply(init_weights)
+
+    @classmethod
+    def from_size(
+        cls,
+        model: str,
+        depths: list[int] | None = None,
+        dims: list[int] | None = None,
+        **options: object,
+    ) -> SparseConvNeXtV2:
+        """Build a published size by name (`atto` … `huge`); `options` as for the class.
+
+        Raises:
+            InputError: unknown size.
+        """
+        size = resolve_size(model, depths, dims)
+        return cls(size.depths, size.dims, **options)  # type: ignore[arg-type]
+
+    def forward(self, images_BCHW: Tensor, mask_BHW: Tensor) -> Tensor:
+        """Encode the visible patches.
+
+        Args:
+            images_BCHW: height and width multiples of 32, not necessarily equal.
+            mask_BHW: (B, H/32, W/32) bool, True = hidden. The mask alone says what is visible. Kept
+                on the CPU it costs no synchronisation with a GPU.
+
+        Returns:
+            (B, dims[-1], H/32, W/32), zeros where hidden.
+
+        Raises:
+            InputError: shapes that don't go together.
+        """
+        self._check(images_BCHW, mask_BHW)
+        sites = self.engine.sites(mask_BHW.cpu(), images_BCHW.device)
+        x_NC = self._stem(images_BCHW, sites[0])
+        for i, stage in enumerate(self.stages):
+            if stage.downsample is not None:
+                norm, conv = stage.downsample
+                x_NC = sites[i - 1].downsample(norm(x_NC), conv.weight, conv.bias)
+                x_NC = hide(sites[i], x_NC)
+            for block in stage.blocks:
+                x_NC = block(x_NC, sites[i])
+        return sites[-1].densify(x_NC)
+
+    def _stem(self, images_BCHW: Tensor, sites: Sites) -> Tensor:
+        conv, norm = self.stem
+        return hide(sites, norm(sites.stem(images_BCHW, conv.weight, conv.bias)))
+
+    def _check(self, images: Tensor, mask: Tensor) -> None:
+        b, c, h, w = images.shape
+        if c != self.in_chans:
+            raise InputError(
+                f"images have {c} channels, the encoder was built for {self.in_chans}: "
+                f"pass in_chans={c}"
+            )
+        if h % PATCH or w % PATCH:
+            raise InputError(
+                f"image size {h}×{w} must be multiples of {PATCH}, such as "
+                f"{max(h // PATCH, 1) * PATCH}×{max(w // PATCH, 1) * PATCH}"
+            )
+        if mask.dtype != torch.bool or mask.shape != (b, h // PATCH, w // PATCH):
+            raise InputError(
+                f"mask is {mask.dtype} {tuple(mask.shape)}; it must be torch.bool "
+                f"{(b, h // PATCH, w // PATCH)} for images of {tuple(images.shape)}, True = hidden"
+            )
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal with std 0.02 for weights, zero for biases (section 3; ConvNeXt's own)."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        assert module.bias is not None
+        nn.init.zeros_(module.bias)

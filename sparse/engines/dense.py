@@ -1,0 +1,57 @@
+"""The dense engine: masked dense convolution (arXiv 2301.00808, appendix A.2). The oracle.
+
+Rows are all sites of the map, hidden ones included, in raster order; they are zeroed before every
+depthwise convolution and in GRN's statistics.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse.engines.base import ImageRows
+from sparse.sizes import PATCH, STRIDES
+
+
+class DenseSites:
+    """All sites of one stage: rows are a channels-last (B, H, W, C) map, flattened."""
+
+    def __init__(self, mask_BHW: Tensor, sites_per_patch: int, device: torch.device) -> None:
+        hidden = mask_BHW.repeat_interleave(sites_per_patch, 1).repeat_interleave(
+            sites_per_patch, 2
+        )
+        self.shape = (hidden.shape[0], hidden.shape[1], hidden.shape[2])
+        self.visible_N1 = (~hidden).reshape(-1, 1).to(device, torch.float32, non_blocking=True)
+        sites = self.shape[1] * self.shape[2]
+        self.images = ImageRows(torch.full((self.shape[0],), sites), device)
+
+    def _map(self, x_NC: Tensor) -> Tensor:
+        return x_NC.view(*self.shape, -1).permute(0, 3, 1, 2)
+
+    def stem(self, images_BCHW: Tensor, weight_OI44: Tensor, bias_O: Tensor) -> Tensor:
+        images = images_BCHW.contiguous(memory_format=torch.channels_last)
+        return _rows(F.conv2d(images, weight_OI44, bias_O, stride=4))
+
+    def depthwise(self, x_NC: Tensor, weight_C1KK: Tensor, bias_C: Tensor) -> Tensor:
+        pad = weight_C1KK.shape[-1] // 2
+        return _rows(F.conv2d(self._map(x_NC), weight_C1KK, bias_C, padding=pad, groups=len(bias_C)))
+
+    def downsample(self, x_NC: Tensor, weight_OI22: Tensor, bias_O: Tensor) -> Tensor:
+        return _rows(F.conv2d(self._map(x_NC), weight_OI22, bias_O, stride=2))
+
+    def densify(self, x_NC: Tensor) -> Tensor:
+        return self._map(x_NC * self.visible_N1)
+
+
+def _rows(x_BCHW: Tensor) -> Tensor:
+    return x_BCHW.permute(0, 2, 3, 1).reshape(-1, x_BCHW.shape[1])
+
+
+class DenseEngine:
+    """Computes every site, hidden or not, and masks. Any device."""
+
+    name = "dense"
+
+    def sites(self, mask_BHW: Tensor, device: torch.device) -> list[DenseSites]:
+        return [DenseSites(mask_BHW, PATCH // stride, device) for stride in STRIDES]

@@ -1,0 +1,176 @@
+"""The minkowski engine: coordinates, strided maps and strided convolution by MinkowskiEngine 0.5.4.
+
+MinkowskiEngine has no depthwise kernel (its channelwise convolution is a Python loop over 49
+offsets), so the depthwise convolution is our own, over the positions of MinkowskiEngine's
+coordinates. It computes on the CPU and in float32 or float64.
+"""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import importlib
+import importlib.util
+import sys
+import warnings
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse.engines.base import CanvasSites, ImageRows
+from sparse.errors import InputError
+from sparse.sizes import PATCH, STRIDES
+
+INSTALL = "python -m sparse.install_minkowski"
+
+
+@cache
+def load_minkowski() -> ModuleType:
+    """Import MinkowskiEngine.
+
+    Raises:
+        ImportError: it is not installed, or built for another torch.
+    """
+    # 0.5.4 still imports `Sequence` from `collections`, and appends its own folder to sys.path.
+    path = list(sys.path)
+    shim = not hasattr(collections, "Sequence")
+    if shim:
+        collections.Sequence = collections.abc.Sequence  # type: ignore[attr-defined]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The MinkowskiEngine was compiled with CPU")
+            warnings.filterwarnings("ignore", category=SyntaxWarning)
+            return importlib.import_module("MinkowskiEngine")
+    finally:
+        if shim:
+            del collections.Sequence  # type: ignore[attr-defined]
+        sys.path[:] = path
+
+
+def why_unavailable() -> str | None:
+    """None where the engine can run, else one clause that says why not."""
+    if importlib.util.find_spec("MinkowskiEngine") is None:
+        return "MinkowskiEngine is not installed"
+    try:
+        load_minkowski()
+    except (ImportError, OSError, AttributeError) as error:
+        return f"MinkowskiEngine does not load ({str(error).splitlines()[0]})"
+    return None
+
+
+class _Map:
+    """One coordinate map of MinkowskiEngine, and the order that groups its rows by image.
+
+    The rows of a strided map come in hash order, and only its coordinates tell which is which.
+    """
+
+    def __init__(self, manager: Any, key: Any, shape: tuple[int, int, int], stride: int) -> None:
+        image, y, x = manager.get_coordinates(key).long().unbind(1)
+        _, h, w = shape
+        self.index_N, self.order_N = ((image * h + y // stride) * w + x // stride).sort()
+        self.inverse_N = torch.empty_like(self.order_N)
+        self.inverse_N[self.order_N] = torch.arange(len(self.order_N))
+        self.key, self.shape = key, shape
+
+
+class MinkowskiSites(CanvasSites):
+    """Visible sites of one stage in raster order, at MinkowskiEngine's coordinates."""
+
+    def __init__(self, manager: Any, here: _Map, following: _Map | None, images: ImageRows) -> None:
+        super().__init__(here.index_N, here.shape, images)
+        self.manager, self.here, self.following = manager, here, following
+
+    def downsample(self, x_NC: Tensor, weight_OI22: Tensor, bias_O: Tensor) -> Tensor:
+        assert self.following is not None
+        # In a kernel of MinkowskiEngine the first spatial coordinate, here y, runs fastest.
+        kernel_4IO = weight_OI22.permute(3, 2, 1, 0).flatten(0, 1)
+        engine, backend, kernel = _strided_convolution()
+        with torch.autocast(x_NC.device.type, enabled=False):
+            y_MO = engine.MinkowskiConvolutionFunction.apply(
+                x_NC.to(kernel_4IO.dtype).index_select(0, self.here.inverse_N),
+                kernel_4IO.contiguous(),
+                kernel,
+                backend.ConvolutionMode.DEFAULT,
+                self.here.key,
+                self.following.key,
+                self.manager,
+            )
+            return y_MO.index_select(0, self.following.order_N) + bias_O
+
+
+class EmptySites(CanvasSites):
+    """A batch with nothing visible: MinkowskiEngine crashes on zero coordinates, so none are made."""
+
+    def downsample(self, x_NC: Tensor, weight_OI22: Tensor, bias_O: Tensor) -> Tensor:
+        return F.linear(x_NC.repeat(1, 4), weight_OI22.permute(0, 2, 3, 1).flatten(1), bias_O)
+
+
+@cache
+def _strided_convolution() -> tuple[ModuleType, ModuleType, Any]:
+    engine = load_minkowski()
+    backend = importlib.import_module("MinkowskiEngineBackend._C")
+    return engine, backend, engine.KernelGenerator(kernel_size=2, stride=2, dimension=2)
+
+
+class MinkowskiEngine:
+    """Sparse convolution with MinkowskiEngine's coordinate maps; CPU only.
+
+    Raises:
+        InputError: MinkowskiEngine is not installed or does not load.
+    """
+
+    name = "minkowski"
+
+    def __init__(self) -> None:
+        reason = why_unavailable()
+        if reason is not None:
+            raise InputError(
+                f"engine 'minkowski' can't run: {reason}; install it with `{INSTALL}`, or use "
+                "engine 'patch', which gives the same numbers"
+            )
+
+    def sites(self, mask_BHW: Tensor, device: torch.device) -> list[CanvasSites]:
+        if device.type != "cpu":
+            raise InputError(
+                f"engine 'minkowski' computes on the CPU, not on {device.type!r}: use engine "
+                "'patch' there, which gives the same numbers"
+            )
+        batch, rows, cols = mask_BHW.shape
+        visible = ~mask_BHW
+        sides = [PATCH // stride for stride in STRIDES]
+        shapes = [(batch, rows * side, cols * side) for side in sides]
+        images = [ImageRows(visible.flatten(1).sum(1) * side**2, device) for side in sides]
+        if not visible.any():
+            none = torch.empty(0, dtype=torch.long)
+            return [EmptySites(none, s, i) for s, i in zip(shapes, images, strict=True)]
+        manager = _coordinate_manager()
+        lattice = visible.repeat_interleave(sides[0], 1).repeat_interleave(sides[0], 2)
+        key, _ = manager.insert_and_map(lattice.nonzero().int().contiguous(), 1)
+        maps = [_Map(manager, key, shapes[0], 1)]
+        for shape in shapes[1:]:
+            key = manager.stride(key, 2)
+            maps.append(_Map(manager, key, shape, shapes[0][1] // shape[1]))
+        return [
+            MinkowskiSites(manager, here, following, rows_of)
+            for here, following, rows_of in zip(maps, [*maps[1:], None], images, strict=True)
+        ]
+
+
+def _coordinate_manager() -> Any:
+    """A fresh manager. Its constructor sets OpenMP's thread count, which is torch's: set it back.
+
+    One thread builds the kernel maps: with more, their order, and so the last bits of weight
+    gradients, changes from pass to pass.
+    """
+    engine = load_minkowski()
+    threads = torch.get_num_threads()
+    try:
+        return engine.CoordinateManager(
+            D=2, num_threads=1, coordinate_map_type=engine.CoordinateMapType.CPU
+        )
+    finally:
+        torch.set_num_threads(threads)
