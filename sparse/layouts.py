@@ -74,10 +74,16 @@ _MINKOWSKI_NAMES = (
     (re.compile(r"\.(norm|downsample\.0)\.(weight|bias)$"), r".\1.ln.\2"),
     (re.compile(r"\.(fc[12])\.(weight|bias)$"), r".\1.linear.\2"),
 )
-
-
 _ENCODER_BLOCK = re.compile(r"stages\.([0-3])\.(?:blocks\.)?(\d+)\.(.+)")
 _DECODER_BLOCK = re.compile(r"decoder\.(?:blocks\.)?(\d+)\.(.+)")
+
+
+def _own_name(name: str) -> str:
+    return name
+
+
+def _own_tensor(_name: str, tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _official_name(name: str) -> str:
@@ -121,7 +127,7 @@ def _reshape(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor.reshape(shape)
 
 
-OURS = Layout("timm", lambda name: name, lambda name, tensor: tensor, _reshape)
+OURS = Layout("timm", _own_name, _own_tensor, _reshape)
 OFFICIAL = Layout("official dense", _official_name, _pack_official, _reshape)
 MINKOWSKI = Layout("Minkowski", _minkowski_name, _pack_minkowski, _unpack_minkowski)
 

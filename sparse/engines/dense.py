@@ -10,24 +10,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse.engines.base import ImageRows
+from sparse.engines.base import ImageRows, hide
 from sparse.sizes import PATCH, STRIDES
 
 
 class DenseSites:
-    """All sites of one stage: rows are a channels-last (B, H, W, C) map, flattened."""
+    """All sites of one stage: rows are a channels-last (B, H, W, C) map, flattened.
+
+    Args:
+        mask_BHW: bool on the CPU, one entry per patch, True = hidden.
+        sites_per_patch: sites along a patch's side at this stage.
+        device: where the rows will be.
+    """
 
     def __init__(self, mask_BHW: Tensor, sites_per_patch: int, device: torch.device) -> None:
         hidden = mask_BHW.repeat_interleave(sites_per_patch, 1).repeat_interleave(
             sites_per_patch, 2
         )
         self.shape = (hidden.shape[0], hidden.shape[1], hidden.shape[2])
-        self.visible_N1 = (~hidden).reshape(-1, 1).to(device, torch.float32, non_blocking=True)
+        self.visible_N1: Tensor | None = None
+        if hidden.any():
+            self.visible_N1 = (~hidden).reshape(-1, 1).to(device, torch.float32, non_blocking=True)
         sites = self.shape[1] * self.shape[2]
         self.images = ImageRows(torch.full((self.shape[0],), sites), device)
 
     def _map(self, x_NC: Tensor) -> Tensor:
-        return x_NC.view(*self.shape, -1).permute(0, 3, 1, 2)
+        return x_NC.view(*self.shape, x_NC.shape[1]).permute(0, 3, 1, 2)
 
     def stem(self, images_BCHW: Tensor, weight_OI44: Tensor, bias_O: Tensor) -> Tensor:
         images = images_BCHW.contiguous(memory_format=torch.channels_last)
@@ -41,7 +49,7 @@ class DenseSites:
         return _rows(F.conv2d(self._map(x_NC), weight_OI22, bias_O, stride=2))
 
     def densify(self, x_NC: Tensor) -> Tensor:
-        return self._map(x_NC * self.visible_N1)
+        return self._map(hide(self, x_NC))
 
 
 def _rows(x_BCHW: Tensor) -> Tensor:

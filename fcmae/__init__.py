@@ -1,0 +1,41 @@
+"""Self-supervised pretraining of convolutional networks by masked reconstruction (FCMAE).
+
+Importing this package imports no torch; the names below load what they need on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fcmae.config import PretrainConfig
+    from fcmae.model import FCMAE, FCMAEOutput
+
+__version__ = "0.1.0"
+__all__ = ["FCMAE", "FCMAEOutput", "PretrainConfig", "__version__"]
+
+_HOMES = {"FCMAE": "model", "FCMAEOutput": "model", "PretrainConfig": "config"}
+
+
+def _check_sparse() -> None:
+    """Our package `sparse` shares its name with PyData's; stop early if that one would be found."""
+    spec = importlib.util.find_spec("sparse")
+    found = Path(spec.origin).parent.parent if spec is not None and spec.origin else None
+    if found is None or found.resolve() != Path(__file__).parent.parent.resolve():
+        raise ImportError(
+            f"fcmae needs its own package 'sparse', but Python finds {spec and spec.origin}: "
+            "uninstall PyData's sparse in this environment (pip uninstall sparse) and install "
+            "fcmae again, or use a fresh virtual environment"
+        )
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"fcmae.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'fcmae' has no attribute {name!r}")
+
+
+_check_sparse()

@@ -1,0 +1,245 @@
+"""Checkpoints that are whole or not there: written beside, synced, renamed, verified, then pruned.
+
+A checkpoint is a folder of safetensors files, `state.json` and `manifest.json`, which lists every
+other file with its size and SHA-256. Tensors go by parameter names, so that an optimizer's state
+fits whatever engine, device or number of processes continues the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sparse.errors import InputError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+FORMAT = 1
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Attributes:
+        tensors: by file: `model`, `optimizer` and, where there is one, `ema`; then by name.
+        state: JSON: the position, settings and versions.
+        path: where it was read from.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    path: Path | None = None
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write `folder/step-…`, verify it, then delete all but the newest `keep` good ones.
+
+    A failure leaves the earlier checkpoints as they were and no half-written folder.
+
+    Raises:
+        OSError: the disk is full, read-only or gone.
+    """
+    target = step_folder(folder, step)
+    partial = folder / f".partial-{target.name}-{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir()
+        for name, tensors in checkpoint.tensors.items():
+            file = partial / f"{name}.safetensors"
+            try:
+                save_file({key: value.detach().contiguous() for key, value in tensors.items()}, file)
+            except SafetensorError as error:  # safetensors wraps the operating system's errors
+                raise OSError(f"{file}: {error}") from error
+        state = {"format": FORMAT, "step": step, **checkpoint.state}
+        (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        files = sorted(partial.iterdir())
+        manifest = {file.name: _describe(file) for file in files}
+        (partial / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1), encoding="utf-8")
+        for file in [*files, partial / MANIFEST, partial]:
+            _sync(file)
+        if target.exists():  # a damaged one of the same step: the automatic resume passed over it
+            _discard(target)
+        partial.rename(target)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    reason = damage(target)
+    if reason is not None:
+        raise OSError(f"{target}: damaged as soon as written: {reason}")
+    prune(folder, keep, good={target})
+    return target
+
+
+def damage(path: Path) -> str | None:
+    """Return why a checkpoint folder can't be trusted, or None where every file is as written."""
+    try:
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+        files = json.loads(text)["files"]
+        wanted = {str(name): (int(v["size"]), str(v["sha256"])) for name, v in files.items()}
+    except OSError as error:
+        return f"{MANIFEST}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not readable"
+    if not {"model.safetensors", STATE} <= wanted.keys():
+        return f"{MANIFEST} does not list model.safetensors and {STATE}"
+    for name, (size, digest) in wanted.items():
+        file = path / name
+        if file.parent != path or name in (".", ".."):
+            return f"{MANIFEST} names a file outside the folder: {name!r}"
+        try:
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes instead of {size}"
+            if _describe(file)["sha256"] != digest:
+                return f"{name} does not have the SHA-256 that it was written with"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint folder after verifying it.
+
+    Raises:
+        InputError: missing or damaged; says why.
+    """
+    reason = damage(path)
+    if reason is not None:
+        raise InputError(
+            f"checkpoint {path} can't be used: {reason}; choose another, or --resume auto, which "
+            "takes the newest good one"
+        )
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"checkpoint {path} can't be read: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(f"checkpoint {path} has another format than {FORMAT}: use its own version")
+    return Checkpoint(tensors, state, path)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """All checkpoint folders, newest first, good or not."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def newest_good(folder: Path) -> Path | None:
+    """The newest checkpoint that verifies; says which newer ones were passed over, and why."""
+    for path in list_checkpoints(folder):
+        reason = damage(path)
+        if reason is None:
+            return path
+        _log.warning("checkpoint %s is damaged and was passed over: %s", path, reason)
+    return None
+
+
+def prune(folder: Path, keep: int, good: Iterable[Path] = ()) -> None:
+    """Delete all but the newest `keep` checkpoints that verify; `good` are known to.
+
+    Also clears what an interrupted save or delete left behind.
+    """
+    trusted = set(good)
+    kept = 0
+    for path in list_checkpoints(folder):
+        if kept >= keep:
+            _discard(path)
+        elif path in trusted or damage(path) is None:
+            kept += 1
+    for leftover in [*folder.glob(".partial-*"), *folder.glob(".discarded-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load weights strictly.
+
+    Raises:
+        InputError: names or shapes differ; prints both sides of the first difference.
+    """
+    own = model.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        here = tuple(own[name].shape) if name in own else "nothing"
+        there = tuple(tensors[name].shape) if name in tensors else "nothing"
+        if here != there:
+            raise InputError(
+                f"the checkpoint is of another architecture: {name} is {there} there and {here} in "
+                "this model: use the --model, --in_chans and decoder settings it was made with"
+            )
+    model.load_state_dict(tensors)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """Flatten an optimizer's state to `parameter name/state name` → tensor."""
+    return {
+        f"{names[parameter]}/{key}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Undo `optimizer_tensors`.
+
+    Raises:
+        InputError: the state is of another set of parameters.
+    """
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition("/")
+        states.setdefault(name, {})[entry] = value
+    trained = {names[p] for group in optimizer.param_groups for p in group["params"]}
+    if states and states.keys() != trained:
+        odd = sorted(states.keys() ^ trained)
+        raise InputError(f"the checkpoint's optimizer state is of another model: {odd[0]} differs")
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for entry, value in states.get(names[parameter], {}).items():
+                # Fused kernels want the step count where the parameter is.
+                optimizer.state[parameter][entry] = value.to(parameter.device)
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256") if hasattr(hashlib, "file_digest") else None
+        if digest is None:  # Python 3.10
+            digest = hashlib.sha256()
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _discard(path: Path) -> None:
+    """Delete a checkpoint; renamed first, so that half of one never passes for a checkpoint."""
+    doomed = path.with_name(f".discarded-{path.name}-{os.getpid()}")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

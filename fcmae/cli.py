@@ -1,0 +1,213 @@
+"""The command line: `fcmae COMMAND …`, the same as `python -m fcmae COMMAND …`.
+
+Only the chosen command's config and code are imported, so `fcmae --help` needs neither torch nor
+jsonargparse. A command's code is a function that takes its config object; it may return an exit
+code, and anything else counts as done.
+
+Exit codes: 0 done, 1 the run failed, 2 the command or config is wrong, 130 stopped by Ctrl-C,
+143 stopped by SIGTERM.
+"""
+
+import os
+import select
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from sparse.errors import InputError, RunError
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command's config and code live, as `module:name`, and what --help says of it."""
+
+    summary: str
+    usage: str
+    config: str
+    twin: str
+    positional: str | None = None
+
+
+COMMANDS = {
+    "pretrain": Command(
+        "learn from unlabeled images by reconstructing hidden patches",
+        "fcmae pretrain --data DIR --out RUN",
+        "fcmae.config:PretrainConfig",
+        "fcmae.pretrain:pretrain",
+    ),
+    "convert": Command(
+        "turn a pretrained sparse model into a dense one that timm loads",
+        "fcmae convert RUN|CHECKPOINT --out DIR",
+        "fcmae.config:ConvertConfig",
+        "fcmae.convert:convert",
+        "source",
+    ),
+    "finetune": Command(
+        "train on labelled images, from pretrained weights or from scratch",
+        "fcmae finetune --data DIR --weights DIR|RUN|none --out RUN",
+        "finetune.config:FinetuneConfig",
+        "finetune.train:finetune",
+    ),
+    "evaluate": Command(
+        "measure top-1, top-5 and each class on labelled images",
+        "fcmae evaluate RUN|WEIGHTS --data DIR",
+        "finetune.config:EvaluateConfig",
+        "finetune.evaluate:evaluate",
+        "source",
+    ),
+    "predict": Command(
+        "write the best classes of each image to a CSV file",
+        "fcmae predict RUN|WEIGHTS --images DIR --out FILE.csv",
+        "finetune.config:PredictConfig",
+        "finetune.predict:predict",
+        "source",
+    ),
+    "reconstruct": Command(
+        "draw original, masked and reconstructed images side by side",
+        "fcmae reconstruct RUN --images DIR --out FILE.png",
+        "fcmae.config:ReconstructConfig",
+        "fcmae.reconstruct:reconstruct",
+        "run",
+    ),
+    "samples": Command(
+        "write a small labelled set of images to try things on",
+        "fcmae samples DIR",
+        "fcmae.config:SamplesConfig",
+        "fcmae.samples:samples",
+        "out",
+    ),
+    "doctor": Command(
+        "show versions, engines, whether they agree, and how fast each is",
+        "fcmae doctor",
+        "fcmae.config:DoctorConfig",
+        "fcmae.doctor:doctor",
+    ),
+    "bench": Command(
+        "time the engines side by side: images/s, peak memory, ratios",
+        "fcmae bench",
+        "fcmae.config:BenchConfig",
+        "fcmae.bench:bench",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(
+            stream, "reconfigure"
+        ):  # a name or sign that the locale lacks must not end a run
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _dispatch(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _stdout_is_gone():
+            raise
+        return 0
+    return code
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments:
+        return _fail("fcmae", f"name a command: {', '.join(COMMANDS)}")
+    name, *rest = arguments
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        print(f"fcmae {_version()}")
+        return 0
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(COMMANDS)}"
+        return _fail("fcmae", f"unknown command {name!r}; {hint}")
+    command, prog = COMMANDS[name], f"fcmae {name}"
+    try:
+        config = _parse(command, rest)
+    except InputError as error:
+        # Every process of torchrun finds the same mistake: the first one tells.
+        return 2 if _rank() else _fail(prog, str(error))
+    if config is None:
+        return 0
+    try:
+        result = _load(command.twin)(config)
+    except InputError as error:
+        return _fail(prog, str(error))
+    except RunError as error:
+        _fail(prog, str(error))
+        return 1
+    except BrokenPipeError:
+        if not _stdout_is_gone():
+            raise
+        _fail(prog, "stdout was closed before the command was done")
+        return 1
+    except KeyboardInterrupt:
+        _fail(prog, "interrupted")
+        return 130
+    return result if isinstance(result, int) else 0
+
+
+def _parse(command: Command, arguments: list[str]) -> Any:
+    from fcmae.options import parse  # imports jsonargparse
+
+    return parse(_load(command.config), arguments, command.usage, command.positional)
+
+
+def _load(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(import_module(module), name)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fcmae COMMAND ...",
+            "",
+            "Self-supervised pretraining of ConvNeXt V2 on your own images, and what follows.",
+            "",
+            *lines,
+            "",
+            "fcmae COMMAND --help explains the settings of a command; fcmae --version.",
+        ]
+    )
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("fcmae")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _fail(prog: str, message: str) -> int:
+    """Print one line on stderr and return 2."""
+    rank = f" (rank {_rank()})" if _rank() else ""
+    print(f"{prog}: error{rank}: {' '.join(message.splitlines())}", file=sys.stderr)
+    return 2
+
+
+def _rank() -> int:
+    """Number of this process under torchrun, 0 without it."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdigit() else 0
+
+
+def _stdout_is_gone() -> bool:
+    """Tell whether the reader of stdout has left, and if so, silence the flush at exit."""
+    stdout = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(stdout, 0)  # asks for nothing; errors are always told
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True

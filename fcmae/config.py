@@ -1,0 +1,369 @@
+"""What each command can be asked for. Free of torch, so that `--help` is instant.
+
+The string under a field is its `--help` text. Numbers are checked as far as that needs no data, so
+that an object that exists is sane; types are checked by the command line.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fcmae.settings import (
+    check_channels,
+    check_crop,
+    check_optim,
+    check_range,
+    check_runtime,
+    flatten,
+    from_dict,
+    height_width,
+    save_yaml,
+    to_dict,
+)
+from sparse.sizes import PATCH
+
+__all__ = [
+    "RUNTIME_KEYS",
+    "AugmentConfig",
+    "BenchConfig",
+    "ConvertConfig",
+    "DecoderConfig",
+    "DoctorConfig",
+    "OptimConfig",
+    "PretrainConfig",
+    "ReconstructConfig",
+    "SamplesConfig",
+    "differences",
+    "from_dict",
+    "height_width",
+    "save_yaml",
+    "to_dict",
+]
+
+Engine = Literal["auto", "minkowski", "patch", "dense"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass
+class DecoderConfig:
+    """The decoder, thrown away after pretraining."""
+
+    dim: int = 512
+    """Width of the decoder in channels. 512 is the paper's; 128 to 1024 differ little."""
+
+    depth: int = 1
+    """Number of ConvNeXt V2 blocks. 1 is the paper's: deeper costs time and gains nothing."""
+
+    def __post_init__(self) -> None:
+        check_range(self, ["dim", "depth"], at_least=1, prefix="decoder.")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with a warm-up and a cosine to zero, both per step."""
+
+    base_lr: float = 6e-3
+    """Learning rate at batch 256; the rate used is base_lr * batch_size / 256. The default suits
+    some thousand images; the paper's 1.5e-4 suits batches of 4096."""
+
+    weight_decay: float = 0.05
+    """AdamW's weight decay. Biases, norms, GRN and the mask token are exempt."""
+
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's two averaging rates, '[FIRST,SECOND]'. 0.95 is the usual choice for masked images."""
+
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up. null takes 10 % of all steps, at most 40 epochs."""
+
+    clip_grad: float | None = None
+    """Largest norm of the whole gradient; a longer one is scaled down. null does not clip."""
+
+    def __post_init__(self) -> None:
+        check_optim(self)
+
+
+@dataclass
+class AugmentConfig:
+    """How a training sample is cut from a picture, and how pixels become numbers."""
+
+    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
+    """Smallest and largest share of the picture's area that a crop takes, '[LOW,HIGH]'."""
+
+    crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])
+    """Narrowest and widest crop, as width / height before it is resized, '[LOW,HIGH]'."""
+
+    hflip: bool = True
+    """Mirror half of the samples left to right. Turn off where the two differ, as in text."""
+
+    vflip: bool = False
+    """Mirror half of the samples top to bottom. For pictures without an up, such as cells."""
+
+    mean: Literal["imagenet", "data"] | list[float] = "imagenet"
+    """Subtracted from each channel, in units of the full range 0 to 1: 'imagenet', 'data' (measured
+    on the training images) or one number a channel, '[R,G,B]'."""
+
+    std: Literal["imagenet", "data"] | list[float] = "imagenet"
+    """Each channel is divided by it after the mean is subtracted; the same choices as for mean."""
+
+    def __post_init__(self) -> None:
+        check_crop(self)
+
+
+@dataclass
+class PretrainConfig:
+    """Pretrain a sparse ConvNeXt V2 on unlabeled images by reconstructing hidden patches (FCMAE).
+
+    The fields down to `seed` decide the result; those after it (RUNTIME_KEYS) may change when a run
+    is resumed.
+    """
+
+    data: str | list[str]
+    """Images to learn from: a folder, flat or nested, or a text file of paths; several as
+    '[A,B]'."""
+
+    out: str
+    """Run folder to write: checkpoints, logs and, at the end, the model for timm. An unfinished run
+    that is there is resumed."""
+
+    model: str = "atto"
+    """Size of the encoder: atto, femto, pico, nano, tiny, base, large or huge (3.7 to 660 million
+    weights)."""
+
+    depths: list[int] | None = None
+    """Blocks in each of the four stages, '[2,2,6,2]'. null takes those of model."""
+
+    dims: list[int] | None = None
+    """Channels of each of the four stages, '[40,80,160,320]'. null takes those of model."""
+
+    in_chans: int = 3
+    """Channels of the images: 1 reads them as grey, 3 as RGB; other counts need TIFF or .npy."""
+
+    img_size: int | list[int] = 224
+    """Side of the square crops in pixels, or '[HEIGHT,WIDTH]'. Multiples of 32."""
+
+    mask_ratio: float = 0.6
+    """Share of the 32x32 pixel patches that is hidden, between 0 and 1. 0.6 is the paper's best."""
+
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    norm_pix_loss: bool = True
+    """Predict each patch normalised by its own mean and deviation. A loss of 1.0 then means that
+    only the mean is predicted."""
+
+    use_grn: bool = True
+    """Global response normalisation in every block. Off only for ablations."""
+
+    layer_scale: float | None = None
+    """Initial value of ConvNeXt V1's layer scale, such as 1e-6. null has none, as in V2."""
+
+    drop_path: float = 0.0
+    """Largest share of samples for which a block is skipped; grows linearly with depth."""
+
+    init_from: str | None = None
+    """Start the encoder from these weights instead of random ones: a converted folder, an official
+    release or a timm file."""
+
+    epochs: int = 100
+    """Passes over the images. Some thousand images gain from more, up to 800."""
+
+    batch_size: int = 64
+    """Images per step, over all processes and accumulated parts together."""
+
+    accumulate: int = 1
+    """Parts that a step is computed in, to save memory. Processes x accumulate divide
+    batch_size."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    holdout: int = 32
+    """Images never trained on, for pictures and the held-out loss. Folders under 500 hold out
+    none."""
+
+    seed: int = 0
+    """Decides the initial weights, the order, the crops and the masks."""
+
+    engine: Engine = "auto"
+    """Sparse engine; all give the same numbers. auto is minkowski on the CPU where it is installed,
+    else patch."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps or auto, which takes a GPU where there is one."""
+
+    precision: Precision = "auto"
+    """fp32, bf16 (autocast; the weights stay float32) or auto, which takes bf16 where it is
+    faster."""
+
+    workers: Literal["auto"] | int = "auto"
+    """Processes that read images, per training process; 0 reads in the training process."""
+
+    resume: str = "auto"
+    """auto goes on from the newest good checkpoint in out; never wants an empty out; or the path of
+    a checkpoint."""
+
+    checkpoint_steps: int | None = None
+    """Save every so many steps. null saves by time only."""
+
+    checkpoint_minutes: float = 10.0
+    """Save every so many minutes: the most that a crash can cost. 0 saves by steps only."""
+
+    keep_checkpoints: int = 2
+    """Newest verified checkpoints to keep, at least 2, so that a damaged one loses no run."""
+
+    log_steps: int = 10
+    """Steps between two lines of metrics.jsonl."""
+
+    picture_epochs: int = 10
+    """Epochs between two reconstructions of held-out images and their loss. 0 makes none."""
+
+    max_pixels: int = 179_000_000
+    """Largest picture that is decoded, in pixels; larger ones count as unreadable. Guards memory
+    against decompression bombs."""
+
+    max_bad: float = 0.05
+    """Stop once this share of all files has proved unreadable, between 0 and 1."""
+
+    def __post_init__(self) -> None:
+        check_range(self, ["in_chans", "epochs", "batch_size", "accumulate"], at_least=1)
+        check_range(self, ["drop_path"], at_least=0, below=1)
+        check_range(self, ["holdout", "seed", "picture_epochs"], at_least=0)
+        check_runtime(self)
+        check_range(self, ["max_bad"], at_least=0, at_most=1)
+        height_width(self.img_size)
+        check_channels(self.augment, self.in_chans)
+
+
+RUNTIME_KEYS = frozenset(
+    {
+        "out",
+        "engine",
+        "device",
+        "precision",
+        "workers",
+        "resume",
+        "checkpoint_steps",
+        "checkpoint_minutes",
+        "keep_checkpoints",
+        "log_steps",
+        "picture_epochs",
+        "max_pixels",
+        "max_bad",
+    }
+)
+"""Keys of PretrainConfig that do not change what is learnt, and may change on a resume."""
+
+
+@dataclass
+class ConvertConfig:
+    """Turn a pretrained sparse model into a dense one that timm loads."""
+
+    source: str
+    """Run folder, checkpoint folder or weight file: ours, the official dense releases or those of
+    the official pretraining script. May be given as the first argument."""
+
+    out: str
+    """Folder to write: model.safetensors and config.json. With layout minkowski, a .pth or
+    .safetensors file."""
+
+    layout: Literal["timm", "minkowski"] = "timm"
+    """timm writes a folder that timm loads; minkowski one file as the official pretraining script
+    stores it, decoder included."""
+
+
+@dataclass
+class ReconstructConfig:
+    """Draw original, masked, reconstructed and pasted pictures side by side."""
+
+    run: str
+    """Run folder of pretraining. May be given as the first argument."""
+
+    images: str
+    """Folder of images, or one image."""
+
+    out: str
+    """Picture to write, such as reconstruction.png."""
+
+    count: int = 8
+    """Images to draw, one a row; the first in the order of their paths."""
+
+    seed: int = 0
+    """Decides which patches are hidden."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps or auto, which takes a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        check_range(self, ["count"], at_least=1)
+        check_range(self, ["seed"], at_least=0)
+
+
+@dataclass
+class SamplesConfig:
+    """Write a labelled set of small images, cut offline from scikit-image's photographs."""
+
+    out: str
+    """Folder to write: train/CLASS and val/CLASS. May be given as the first argument."""
+
+    per_class_train: int = 120
+    """Training images of each class, one class a photograph."""
+
+    per_class_val: int = 40
+    """Validation images of each class, from parts of the photograph that training never sees."""
+
+    size: int = 128
+    """Side of the square images in pixels."""
+
+    seed: int = 0
+    """Decides where the crops lie."""
+
+    def __post_init__(self) -> None:
+        check_range(self, ["per_class_train", "per_class_val"], at_least=1)
+        check_range(self, ["size"], at_least=PATCH)
+        check_range(self, ["seed"], at_least=0)
+
+
+@dataclass
+class DoctorConfig:
+    """Show versions and engines, check that the engines agree, and time each."""
+
+
+@dataclass
+class BenchConfig:
+    """Time the engines side by side on this machine: images/s, peak memory, ratios."""
+
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+    models: list[str] = field(default_factory=lambda: ["atto"])
+    """Sizes to time, '[atto,tiny]'."""
+
+    batch_size: int = 16
+    """Images per step."""
+
+    img_size: int | list[int] = 224
+    """Side of the images in pixels, or '[HEIGHT,WIDTH]'. Multiples of 32."""
+
+    mask_ratio: float = 0.6
+    """Share of the patches that is hidden, between 0 and 1."""
+
+    rounds: int = 5
+    """Timed steps of each engine, in turns; the median counts."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps or auto, which takes a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        check_range(self, ["batch_size", "rounds"], at_least=1)
+        height_width(self.img_size)
+
+
+def differences(
+    asked: Any, stored: Any, runtime_keys: frozenset[str] = RUNTIME_KEYS
+) -> list[tuple[str, Any, Any]]:
+    """List (key, was, now) of the settings that change results and differ; nested keys dotted."""
+    was, now = flatten(to_dict(stored)), flatten(to_dict(asked))
+    return [
+        (key, was.get(key), now.get(key))
+        for key in dict.fromkeys([*was, *now])
+        if key.split(".")[0] not in runtime_keys and was.get(key) != now.get(key)
+    ]

@@ -1,0 +1,94 @@
+"""What a run shows while it works: a progress line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True, soft_wrap=True)
+
+
+def show_logs() -> None:
+    """Send the packages' log messages to the terminal, once."""
+    for name in ("fcmae", "sparse", "finetune"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        if not any(isinstance(handler, RichHandler) for handler in logger.handlers):
+            handler = RichHandler(
+                console=console, show_time=False, show_path=False, show_level=False, markup=False
+            )
+            logger.addHandler(handler)
+
+
+class StepProgress:
+    """Progress over a run's steps.
+
+    Args:
+        total_steps, start_step: how many there are and how many are done.
+        epochs: how many passes the steps make up.
+        quiet: show nothing, as processes other than the main one do.
+    """
+
+    def __init__(self, total_steps: int, start_step: int, epochs: int, quiet: bool) -> None:
+        self._epochs = epochs
+        self._total = total_steps
+        self._quiet = quiet
+        self._bar: Progress | None = None
+        if console.is_terminal and not quiet:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=False),
+                console=console,
+            )
+            self._task = self._bar.add_task(
+                "starting", total=total_steps, completed=start_step, figures=""
+            )
+
+    def __enter__(self) -> StepProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def report(self, step: int, epoch: int, metrics: dict[str, float], seconds_left: float) -> None:
+        """Show the figures of a logged step."""
+        figures = " ".join(f"{name} {_short(value)}" for name, value in metrics.items())
+        if self._bar is not None:
+            self._bar.update(
+                self._task, description=f"epoch {epoch}/{self._epochs}", figures=figures
+            )
+        elif not self._quiet:
+            left = f"{seconds_left / 60:.1f} min left"
+            console.print(
+                f"epoch {epoch}/{self._epochs} step {step}/{self._total} {figures} {left}",
+                highlight=False,
+            )
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"

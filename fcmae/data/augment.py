@@ -1,0 +1,58 @@
+"""Where a picture is cropped and whether it is flipped: pure functions of (seed, epoch, index)."""
+
+import math
+
+import numpy as np
+
+from fcmae import rng
+
+Box = tuple[int, int, int, int]
+"""Left, top, width and height in pixels of the picture as it is looked at."""
+
+_TRIES = 10
+
+
+def crop_box(
+    seed: int,
+    epoch: int,
+    index: int,
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Box:
+    """Draw the box that RandomResizedCrop would: `scale` of the area, `ratio` of width to height.
+
+    Area is uniform and aspect log-uniform. A draw that does not fit in the picture is drawn again,
+    ten times in all; then the box is the largest centred one whose aspect lies within `ratio`.
+    """
+    draws = rng.uniform(seed, rng.CROP, epoch, index, np.arange(4 * _TRIES)).reshape(_TRIES, 4)
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for area_draw, aspect_draw, left_draw, top_draw in draws.tolist():
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * area_draw)
+        aspect = math.exp(log_low + (log_high - log_low) * aspect_draw)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(left_draw * (width - w + 1)), int(top_draw * (height - h + 1)), w, h
+    return _centered(width, height, min(max(width / height, ratio[0]), ratio[1]))
+
+
+def center_box(width: int, height: int, img_size: tuple[int, int]) -> Box:
+    """Return the largest centred box with the shape of an image of (H, W) pixels.
+
+    Resized to (H, W), it is the picture resized to cover the image and then cropped at its centre.
+    """
+    return _centered(width, height, img_size[1] / img_size[0])
+
+
+def _centered(width: int, height: int, aspect: float) -> Box:
+    """Return the largest centred box of this width / height that is at least one pixel wide."""
+    w = min(width, max(1, round(height * aspect)))
+    h = min(height, max(1, round(width / aspect)))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def flips(seed: int, epoch: int, index: int, hflip: bool, vflip: bool) -> tuple[bool, bool]:
+    """Return whether to mirror left-right and top-bottom, each with chance 1/2 where allowed."""
+    across, down = rng.uniform(seed, rng.FLIP, epoch, index, np.arange(2)).tolist()
+    return hflip and across < 0.5, vflip and down < 0.5

@@ -1,0 +1,360 @@
+"""Reading one picture: from a file's bytes to a crop of it, resized, in the channels asked for.
+
+What holds for every file (docs/data.md says it to users): its content decides the format, never its
+name; the first frame or page counts; EXIF orientation is applied; colour profiles are ignored;
+alpha is dropped unless `in_chans` asks for it (2 or 4). 8-bit pictures stay uint8; deeper ones
+become float32, 16 bits divided by 65535 and floating point as it is. Pillow reads 16-bit colour by
+its high byte, which is within 1/257. `.npy` arrays, (H, W) or (H, W, C), serve any channel count.
+"""
+
+import io
+import os
+import stat
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from fcmae.data.augment import Box
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF")
+"""What Pillow may try. Named, since others run programs (EPS starts Ghostscript)."""
+
+Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+
+_GREY = ("1", "L", "LA", "La")
+_COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+_JPEG_SCALES = (8, 4, 2, 1)
+_STRIP_BYTES = 16 * 2**20
+_TURNS = {
+    **{1: (False, False, False), 2: (False, True, False)},
+    **{3: (False, True, True), 4: (False, False, True)},
+    **{5: (True, False, False), 6: (True, True, False)},
+    **{7: (True, True, True), 8: (True, False, True)},
+}
+"""EXIF orientation → whether to swap rows and columns, then mirror left-right, then top-bottom."""
+
+_DECODE_ERRORS = (
+    OSError,  # missing, cut short, of no known format, refused by a codec
+    SyntaxError,  # Pillow's word for a malformed header or chunk
+    ValueError,  # bad sizes, bands, text chunks over a limit; .npy headers
+    TypeError,  # tags of an unexpected type (TIFF, EXIF)
+    KeyError,  # tags or modes that are not there
+    IndexError,  # directories and palettes cut short
+    AttributeError,  # decoders that a malformed file left unset
+    ArithmeticError,  # sizes that overflow C integers, rationals over zero
+    EOFError,  # no frame
+    AssertionError,  # what Pillow thought can't be
+    struct.error,  # fields cut short
+    zlib.error,  # broken deflate streams outside PNG's pixels
+    MemoryError,  # sizes that a lying header promises
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+"""What Pillow and numpy are known to raise on broken files."""
+
+
+class BadImage(Exception):
+    """A picture that can't be used; `reason` says why, in one line."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class _Source(Protocol):
+    """Pixels as stored, before orientation; values in [0, 255] (uint8) or as they are (float32)."""
+
+    width: int
+    height: int
+
+    def rows(self, left: int, top: int, right: int, bottom: int) -> Pixels:
+        """Return a part of the picture, (rows, columns, bands)."""
+        ...
+
+
+class _Array:
+    """Pixels that are decoded already: (H, W, bands), uint8, uint16 or float."""
+
+    def __init__(self, pixels_HWC: npt.NDArray[Any]) -> None:
+        self.height, self.width = pixels_HWC.shape[:2]
+        self._pixels = pixels_HWC
+
+    def rows(self, left: int, top: int, right: int, bottom: int) -> Pixels:
+        return _unit(self._pixels[top:bottom, left:right])
+
+
+class _Pil:
+    """A Pillow image, converted part by part so that no second copy of a large one is needed."""
+
+    def __init__(self, image: Image.Image, in_chans: int) -> None:
+        self.width, self.height = image.size
+        self._image = image
+        self._modes: tuple[str, ...] = ()
+        if image.mode in _GREY + _COLOUR:
+            grey = in_chans == 1 or (in_chans == 3 and image.mode in _GREY)
+            self._modes = ("L",) if grey else ("RGB",)
+            if in_chans in (2, 4):
+                self._modes = ("RGBA", "LA") if in_chans == 2 else ("RGBA",)
+            else:
+                image.info.pop("transparency", None)  # or Pillow warns that it is dropped
+
+    def rows(self, left: int, top: int, right: int, bottom: int) -> Pixels:
+        part = self._image.crop((left, top, right, bottom))
+        if part.mode in ("La", "RGBa"):  # colours multiplied by alpha
+            part = part.convert(part.mode.upper())
+        for mode in self._modes:
+            part = part.convert(mode)
+        pixels = np.asarray(part)
+        if part.mode == "I":  # Pillow's 16-bit PGM
+            pixels = pixels.astype(np.uint16)
+        return _unit(pixels.reshape(bottom - top, right - left, -1))
+
+
+class Picture:
+    """A picture whose header was good: `size` as it is looked at, and crops of it.
+
+    JPEG is decoded by the first crop, everything else when it is read.
+    """
+
+    def __init__(self, source: "_Source | _Jpeg", turn: tuple[bool, bool, bool], in_chans: int):
+        self._source = source
+        self._swap, self._mirror_h, self._mirror_v = turn
+        self._in_chans = in_chans
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return (width, height) in pixels, after the EXIF orientation."""
+        width, height = self._source.width, self._source.height
+        return (height, width) if self._swap else (width, height)
+
+    def resized(
+        self,
+        box: Box,
+        img_size: tuple[int, int],
+        flip_h: bool = False,
+        flip_v: bool = False,
+        fast: bool = False,
+    ) -> Pixels:
+        """Return the crop `box`, resized (antialiased bicubic) and flipped, as (in_chans, H, W).
+
+        With `fast`, a JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8 of its size; that
+        is several times faster on large photographs and moves pixel values.
+
+        Raises:
+            BadImage: the pixels can't be decoded.
+        """
+        left, top, width, height = box
+        if self._mirror_h:
+            left = self.size[0] - left - width
+        if self._mirror_v:
+            top = self.size[1] - top - height
+        if self._swap:
+            left, top, width, height = top, left, height, width
+            img_size = img_size[::-1]
+        stored = (left, top, left + width, top + height)
+        source: _Source
+        if isinstance(self._source, _Jpeg):
+            shrink = min(width // img_size[1], height // img_size[0]) if fast else 1
+            source, scale = self._source.decode(shrink)
+            left, top = left // scale, top // scale
+            right, bottom = min(-(-stored[2] // scale), source.width), -(-stored[3] // scale)
+            stored = (left, top, right, min(bottom, source.height))
+        else:
+            source = self._source
+        image = _resize(source, stored, img_size)
+        if self._swap:
+            image = image.transpose(0, 2, 1)
+        across, down = flip_h != self._mirror_h, flip_v != self._mirror_v
+        return self._in_channels(image[:, :: -1 if down else 1, :: -1 if across else 1])
+
+    def _in_channels(self, image_CHW: Pixels) -> Pixels:
+        """Repeat a single band as often as asked for, with an opaque alpha for 2 and 4 channels."""
+        if len(image_CHW) == self._in_chans:
+            return np.ascontiguousarray(image_CHW)
+        image = np.repeat(image_CHW, self._in_chans, axis=0)
+        if self._in_chans in (2, 4):
+            image[-1] = 255 if image.dtype == np.uint8 else 1
+        return image
+
+
+class _Jpeg:
+    """A JPEG file in memory, decoded when it is known how much of it is wanted.
+
+    torchvision decodes into the array that is resized, where Pillow needs two copies more; both use
+    libjpeg-turbo and give the same pixels, and what torchvision refuses Pillow judges.
+    """
+
+    def __init__(self, image: Image.Image, content: npt.NDArray[np.uint8], in_chans: int) -> None:
+        self.width, self.height = image.size
+        self._content = content
+        self._in_chans = in_chans
+        self._direct = in_chans == 3 and image.mode in ("RGB", "L")
+
+    def decode(self, shrink: int = 1) -> tuple[_Source, int]:
+        """Return the pixels at 1 / scale of their size, and that scale: at most `shrink`."""
+        scale = next(scale for scale in _JPEG_SCALES if scale <= max(shrink, 1))
+        if self._direct and scale == 1:
+            try:
+                pixels_CHW = decode_jpeg(torch.from_numpy(self._content), ImageReadMode.UNCHANGED)
+                return _Array(pixels_CHW.permute(1, 2, 0).numpy()), 1
+            except RuntimeError:
+                pass
+        with _reading(self.width * self.height):
+            image = Image.open(io.BytesIO(self._content.tobytes()), formats=("JPEG",))
+            if scale > 1:
+                image.draft(None, (self.width // scale, self.height // scale))
+            image.load()
+            return _Pil(image, self._in_chans), scale
+
+
+def read_picture(path: str | bytes, in_chans: int, max_pixels: int) -> Picture:
+    """Open a picture and check its header; `max_pixels` bounds width times height.
+
+    Pillow's limit on pixels and the warnings filter are set while a file is read and put back
+    after: other threads of this process would see them.
+
+    Raises:
+        BadImage: the file is missing, broken, too large, or has not the right channels.
+    """
+    with _reading(max_pixels):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise BadImage("not a regular file")
+        with open(path, "rb") as file:
+            magic = file.read(6)
+            file.seek(0)
+            if magic == b"\x93NUMPY":
+                return Picture(_read_array(file, in_chans, max_pixels), _TURNS[1], in_chans)
+            return _read_image(file, in_chans, max_pixels)
+
+
+def _read_image(file: IO[bytes], in_chans: int, max_pixels: int) -> Picture:
+    image = Image.open(file, formats=FORMATS)
+    _check_pixels(*image.size, max_pixels)
+    if in_chans > 4:
+        raise BadImage(f"a {image.format} picture has at most 4 channels, not {in_chans}: use .npy")
+    sixteen_bits = image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format == "PPM")
+    if not (image.mode in (*_GREY, *_COLOUR, "F") or sixteen_bits):
+        raise BadImage(f"pixels of mode {image.mode} have no range that is agreed on")
+    if image.format in ("JPEG", "MPO"):
+        turn = _turn(image)
+        file.seek(0)
+        content = np.frombuffer(bytearray(file.read()), np.uint8)
+        return Picture(_Jpeg(image, content, in_chans), turn, in_chans)
+    image.load()
+    source = _Pil(image, in_chans)
+    if image.mode == "F":
+        _check_finite(source)
+    return Picture(source, _turn(image), in_chans)
+
+
+def _read_array(file: IO[bytes], in_chans: int, max_pixels: int) -> _Array:
+    version = np.lib.format.read_magic(file)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in read_header:
+        raise BadImage(f".npy format {version} is not 1.0 or 2.0")
+    shape, _, dtype = read_header[version](file)
+    if dtype not in (np.uint8, np.uint16) and dtype.kind != "f":
+        raise BadImage(f"array of {dtype}: uint8, uint16 and float are read")
+    if len(shape) not in (2, 3) or min(shape) < 1 or (*shape, 1)[2] != in_chans:
+        raise BadImage(f"array of shape {shape} is not (H, W, {in_chans})")
+    _check_pixels(shape[1], shape[0], max_pixels)
+    file.seek(0)
+    source = _Array(np.load(file, allow_pickle=False).reshape(*shape[:2], in_chans))
+    if dtype.kind == "f":
+        _check_finite(source)
+    return source
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImage(f"{width}x{height} pixels are over max_pixels {max_pixels}")
+    if width < 1 or height < 1:
+        raise BadImage(f"no pixels: {width}x{height}")
+
+
+def _check_finite(source: _Source) -> None:
+    """Refuse NaN and infinity anywhere, so that a file is bad in all of its crops or in none."""
+    box = (0, 0, source.width, source.height)
+    if not all(np.isfinite(strip).all() for strip in _strips(source, box)):
+        raise BadImage("holds values that are not finite")
+
+
+def _turn(image: Image.Image) -> tuple[bool, bool, bool]:
+    """Return how to turn the picture; one whose EXIF can't be read stays as it is."""
+    try:
+        return _TURNS.get(image.getexif().get(0x0112, 1), _TURNS[1])
+    except _DECODE_ERRORS:
+        return _TURNS[1]
+
+
+def _unit(pixels: npt.NDArray[Any]) -> Pixels:
+    """Return uint8 as it is, uint16 in [0, 1], and floating point as float32."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype.kind == "u":
+        return pixels.astype(np.float32) / np.float32(65535)
+    with np.errstate(over="ignore"):  # becomes infinite, which is refused
+        return pixels.astype(np.float32)
+
+
+def _strips(source: _Source, box: tuple[int, int, int, int]) -> Iterator[Pixels]:
+    """Yield the rows of a box (left, top, right, bottom), some megabytes at a time."""
+    left, top, right, bottom = box
+    step = max(1, _STRIP_BYTES // (4 * (right - left)))
+    for first in range(top, bottom, step):
+        yield source.rows(left, first, right, min(first + step, bottom))
+
+
+def _resize(source: _Source, box: tuple[int, int, int, int], img_size: tuple[int, int]) -> Pixels:
+    """Return a box of the source as (bands, H, W), resized by an antialiased bicubic filter.
+
+    The filter works on columns, then on rows, as Pillow's does. So a large picture is narrowed a
+    strip at a time and never stands in memory twice, and the result is the same.
+    """
+    height, width = img_size
+    strips = _strips(source, box)
+    if (box[2] - box[0]) * (box[3] - box[1]) * 4 <= _STRIP_BYTES:
+        return _interpolate(next(strips), height, width)
+    narrow = [_interpolate(strip, len(strip), width).transpose(1, 2, 0) for strip in strips]
+    return _interpolate(np.concatenate(narrow), height, width)
+
+
+def _interpolate(pixels_HWC: Pixels, height: int, width: int) -> Pixels:
+    image = torch.from_numpy(np.require(pixels_HWC, requirements="W")).permute(2, 0, 1)[None]
+    image = F.interpolate(image, size=(height, width), mode="bicubic", antialias=True)
+    return image[0].numpy()
+
+
+@contextmanager
+def _reading(max_pixels: int) -> Iterator[None]:
+    """Turn what a broken file raises into BadImage; hold Pillow to `max_pixels` in the meantime."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage(f"more pixels than max_pixels {max_pixels}") from error
+    except Image.UnidentifiedImageError as error:
+        raise BadImage("not a picture of a known format") from error
+    except _DECODE_ERRORS as error:
+        text = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise BadImage(" ".join(f"{type(error).__name__}: {text}".split())) from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

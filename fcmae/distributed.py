@@ -1,0 +1,108 @@
+"""The processes of a run: what torchrun says, and the few things they tell each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparse.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run.
+
+    Attributes:
+        rank, size: this process's number and how many there are.
+        device: where it computes.
+        control: group for messages between hosts' CPUs; None in a run of one process.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    control: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up a tensor over all processes, in place, where it is."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, votes: list[int]) -> list[int]:
+        """Largest of each vote over all processes, by way of the CPUs: no GPU waits."""
+        if self.size == 1:
+            return votes
+        tensor = torch.tensor(votes)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return [int(vote) for vote in tensor]
+
+    def gather(self, item: Any) -> list[Any]:
+        """Collect a small object from every process, in order of rank, on every process."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.control)
+        return items
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` → this process's GPU where there is one, else the CPU.
+
+    Raises:
+        InputError: the device is unknown or not there.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "auto":
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    elif name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA "
+            "devices; use cpu or auto"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device 'mps' is not there: use cpu or auto")
+    return device
+
+
+@contextmanager
+def join_world(device: torch.device) -> Iterator[World]:
+    """Join the processes that torchrun started, or be a world of one.
+
+    Gradients travel by nccl between GPUs and by gloo between CPUs; control messages by gloo.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10)
+    )
+    try:
+        yield World(dist.get_rank(), size, device, dist.new_group(backend="gloo"))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,319 @@
+"""The training loop that pretraining and fine-tuning share: a run that can stop and go on anywhere.
+
+The step is computed on all processes; everything that only one of them may decide (time to save, a
+signal) is agreed on after each step, so that all save and stop together.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fcmae import rng
+from fcmae.checkpoint import (
+    Checkpoint,
+    load_model_tensors,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from fcmae.console import StepProgress
+from fcmae.distributed import World
+from fcmae.plan import Clock, Plan, Signals
+from fcmae.run import RunFolder, asked_settings, check_bad_share, names_of, versions
+from sparse.errors import RunError
+
+MOST_SAVE_FAILURES = 3
+
+_log = logging.getLogger(__name__)
+
+
+class Task(Protocol):
+    """What the loop trains.
+
+    Attributes:
+        model: the weights, saved as `model`.
+        optimizer: AdamW; each group's rate is the schedule's times its `lr_scale`, if any.
+        files: number of files indexed, of which too many may turn out unreadable.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    files: int
+
+    def loss(self, forward: nn.Module, batch: Any) -> Tensor:
+        """Mean loss of one part of a batch; `forward` is the model, maybe wrapped for processes."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """Called after each update, with the number of completed steps."""
+        ...
+
+    def end_epoch(self, epoch: int, step: int, stop: Callable[[], bool]) -> dict[str, float]:
+        """Evaluate after epoch `epoch` (from 1) and return what to log.
+
+        May raise `Interrupted` when `stop()` turns true: the epoch's end is then repeated when the
+        run goes on.
+        """
+        ...
+
+    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Further tensors to save, by file."""
+        ...
+
+    def extra_state(self) -> dict[str, Any]:
+        """Further JSON to save."""
+        ...
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take back what `extra_tensors` and `extra_state` gave."""
+        ...
+
+
+class Interrupted(Exception):
+    """An evaluation was cut short because the run has to stop."""
+
+
+class Loop:
+    """Trains a task from where it is to the end of the plan.
+
+    Args:
+        task, plan: what and how.
+        config: recorded in each checkpoint, as asked.
+        settings: the same with every `auto` resolved, and what was measured from the data.
+        world: the processes.
+        folder: where the main process records; None on the others.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        plan: Plan,
+        config: Any,
+        settings: dict[str, Any],
+        world: World,
+        folder: RunFolder | None,
+    ) -> None:
+        self.task, self.plan, self.world, self.folder = task, plan, world, folder
+        self.config, self.settings = config, settings
+        self.step = 0
+        self.epoch_end_due = False
+        self._save_failures = 0
+        self._bad_seen: set[str] = set()
+        self.forward: nn.Module = task.model
+        if world.size > 1:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(task.model, device_ids=ids)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            InputError: it is of another model.
+        """
+        load_model_tensors(self.task.model, checkpoint.tensors["model"])
+        names = names_of(self.task.model)
+        load_optimizer_tensors(
+            self.task.optimizer, names, checkpoint.tensors.get("optimizer", {})
+        )
+        self.task.restore(checkpoint)
+        self.step = checkpoint.state["step"]
+        self.epoch_end_due = checkpoint.state["epoch_end_due"]
+        threads = checkpoint.state["threads"]
+        if threads != torch.get_num_threads() and self.world.device.type == "cpu":
+            _log.warning(
+                "this run was on %d threads and goes on with %d: its numbers will differ in the "
+                "last bits from those of a run never stopped", threads, torch.get_num_threads(),
+            )  # fmt: skip
+
+    def run(self, batches: Iterator[Any]) -> int:
+        """Train to the end, or until a signal.
+
+        Args:
+            batches: parts of batches on this process, `accumulate` of them a step, from the
+                current step on.
+
+        Returns:
+            0 when done, 130 after Ctrl-C, 143 after SIGTERM or SIGUSR1; the state is saved then.
+
+        Raises:
+            RunError: the loss is not finite, too many pictures are unreadable, or saving failed
+                three times.
+        """
+        plan = self.plan
+        progress = StepProgress(plan.total_steps, self.step, plan.epochs, self.folder is None)
+        with Signals() as signals, progress:
+            clock = Clock(self.step)
+            while self.step < plan.total_steps or self.epoch_end_due:
+                if not self.epoch_end_due:
+                    self._train_step(batches, progress, clock)
+                    self.epoch_end_due = self.step % plan.steps_per_epoch == 0
+                if self.epoch_end_due and not self._stop_wanted(signals):
+                    self._end_epoch(signals)
+                    clock.skip()
+                due = plan.checkpoint_minutes and clock.since_save() > 60 * plan.checkpoint_minutes
+                stop, save = self.world.agree([signals.received, int(bool(due))])
+                by_step = plan.checkpoint_steps and self.step % plan.checkpoint_steps == 0
+                finished = self.step == plan.total_steps and not self.epoch_end_due
+                if save or by_step or stop or finished:
+                    self.save(must=bool(stop) or finished)
+                    clock.saved()
+                if stop and not finished:
+                    _log.info("stopped after step %d; the same command goes on from there", self.step)
+                    return 130 if stop == signal.SIGINT else 143
+        return 0
+
+    def _train_step(self, batches: Iterator[Any], progress: StepProgress, clock: Clock) -> None:
+        """One update: accumulate, reduce, gate, apply, record."""
+        plan, optimizer = self.plan, self.task.optimizer
+        rate = plan.learning_rate(self.step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        torch.manual_seed(rng.seed_for(plan.seed, rng.DROP_PATH, self.step, self.world.rank))
+
+        total = torch.zeros((), device=self.world.device)
+        images, bad = 0, []
+        for part in range(plan.accumulate):
+            batch = next(batches)
+            last = part == plan.accumulate - 1
+            with self._sync_gradients(last), self._autocast():
+                loss = self.task.loss(self.forward, batch) / plan.accumulate
+            with self._sync_gradients(last):
+                loss.backward()
+            total += loss.detach()
+            images += len(batch)
+            bad += batch.bad
+
+        norm = self._gradient_norm()
+        total = self.world.sum(torch.stack([total, (~torch.isfinite(total + norm)).float()]))
+        loss_mean, broken = total[0] / self.world.size, total[1]
+        optimizer.found_inf = broken  # type: ignore[attr-defined]  # fused AdamW then skips itself
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self._record_bad(bad)
+        self._check_finite(broken, loss_mean, norm)
+        self.step += 1
+        self.task.after_step(self.step)
+
+        clock.count(images * self.world.size)
+        progress.advance(self.step)
+        if self.step % plan.log_steps == 0 or self.step in (1, plan.total_steps):
+            self._log(progress, clock, float(loss_mean), rate, float(norm))
+
+    def _sync_gradients(self, last: bool) -> AbstractContextManager[None]:
+        """Let gradients travel between processes only with the last part of a batch."""
+        if last or not isinstance(self.forward, DistributedDataParallel):
+            return nullcontext()
+        return self.forward.no_sync()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.plan.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.world.device.type, self.plan.autocast)
+
+    def _gradient_norm(self) -> Tensor:
+        parameters = [p for p in self.task.model.parameters() if p.grad is not None]
+        limit = math.inf if self.plan.clip_grad is None else self.plan.clip_grad
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if math.isfinite(limit):
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
+
+    def _check_finite(self, broken: Tensor, loss: Tensor, norm: Tensor) -> None:
+        if broken.item() == 0:
+            return
+        raise RunError(
+            f"the loss or its gradient is not finite at step {self.step + 1} (loss {loss.item():g}, "
+            f"gradient norm {norm.item():g}); the update was not applied and the last checkpoint is "
+            "good: go on from it with a lower --optim.base_lr, with --optim.clip_grad 1.0 or with "
+            "--precision fp32, in a new --out with --resume CHECKPOINT"
+        )
+
+    def _log(
+        self, progress: StepProgress, clock: Clock, loss: float, rate: float, norm: float
+    ) -> None:
+        speed = clock.images_per_second()
+        epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
+        shown = {"loss": loss, "lr": rate, "images_per_s": speed}
+        left = clock.seconds_a_step() * (self.plan.total_steps - self.step)
+        progress.report(self.step, epoch, shown, left)
+        if self.folder is not None:
+            self.folder.log(self.step, {"epoch": epoch, **shown, "grad_norm": norm})
+
+    def _end_epoch(self, signals: Signals) -> None:
+        epoch = self.step // self.plan.steps_per_epoch
+        try:
+            metrics = self.task.end_epoch(epoch, self.step, lambda: self._stop_wanted(signals))
+        except Interrupted:
+            return
+        self.epoch_end_due = False
+        if metrics and self.folder is not None:
+            self.folder.log(self.step, {"epoch": epoch, **metrics})
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            _log.info("epoch %d: %s", epoch, figures)
+
+    def _stop_wanted(self, signals: Signals) -> bool:
+        return self.world.agree([signals.received])[0] != 0
+
+    def _record_bad(self, bad: list[tuple[str, str]]) -> None:
+        new = [entry for entry in bad if entry[0] not in self._bad_seen]
+        if not self.world.agree([len(new)])[0]:
+            return
+        everywhere = [entry for entries in self.world.gather(new) for entry in entries]
+        self._bad_seen.update(path for path, _ in everywhere)
+        distinct = self.folder.record_bad(everywhere) if self.folder is not None else 0
+        check_bad_share(self.world.agree([distinct])[0], self.task.files, self.plan.max_bad)
+
+    def save(self, must: bool = False) -> None:
+        """Save a checkpoint from the main process; the others wait for its word.
+
+        Raises:
+            RunError: saving failed for the third time, or failed where it `must` not.
+        """
+        failed = 0
+        if self.folder is not None:
+            try:
+                self.folder.sync()
+                save_checkpoint(
+                    self.folder.checkpoints, self.step, self._checkpoint(),
+                    self.plan.keep_checkpoints,
+                )  # fmt: skip
+                self._save_failures = 0
+            except OSError as error:
+                self._save_failures += 1
+                failed = self._save_failures
+                _log.warning("could not save at step %d: %s", self.step, error)
+        failed = self.world.agree([failed])[0]
+        if failed >= MOST_SAVE_FAILURES or (failed and must):
+            raise RunError(
+                f"could not save at step {self.step}: free space on the disk of {self.config.out!r} "
+                "and give the same command again: it goes on from the last good checkpoint"
+            )
+
+    def _checkpoint(self) -> Checkpoint:
+        names = names_of(self.task.model)
+        tensors = {
+            "model": self.task.model.state_dict(),
+            "optimizer": optimizer_tensors(self.task.optimizer, names),
+            **self.task.extra_tensors(),
+        }
+        state = {
+            "command": self.folder.command if self.folder else None,
+            "epoch": self.step // self.plan.steps_per_epoch,
+            "epoch_end_due": self.epoch_end_due,
+            "asked": asked_settings(self.config),
+            "settings": self.settings,
+            "processes": self.world.size,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            **self.task.extra_state(),
+        }
+        return Checkpoint(tensors, state)

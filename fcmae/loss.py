@@ -1,0 +1,65 @@
+"""The reconstruction target and loss (arXiv 2301.00808, section 3; He et al., MAE, section 3).
+
+Everything keeps patches on a (B, C·32², h, w) map whose channel axis runs (row, column, channel).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparse.sizes import PATCH
+
+TARGET_EPS = 1e-6
+
+
+def patchify(images_BCHW: Tensor) -> Tensor:
+    """(B, C, 32h, 32w) pixels → (B, 32·32·C, h, w)."""
+    b, c, height, width = images_BCHW.shape
+    h, w = height // PATCH, width // PATCH
+    blocks = images_BCHW.reshape(b, c, h, PATCH, w, PATCH)
+    return blocks.permute(0, 3, 5, 1, 2, 4).reshape(b, PATCH * PATCH * c, h, w)
+
+
+def unpatchify(patches_BPHW: Tensor) -> Tensor:
+    """(B, 32·32·C, h, w) → (B, C, 32h, 32w); the inverse of `patchify`."""
+    b, p, h, w = patches_BPHW.shape
+    blocks = patches_BPHW.reshape(b, PATCH, PATCH, p // PATCH**2, h, w)
+    return blocks.permute(0, 3, 4, 1, 5, 2).reshape(b, -1, h * PATCH, w * PATCH)
+
+
+def patch_statistics(target_BPHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each patch over its pixels and channels, each (B, 1, h, w).
+
+    The variance is the unbiased one, with 1e-6 added, as in the official code.
+    """
+    variance, mean = target_BPHW.var(1, keepdim=True), target_BPHW.mean(1, keepdim=True)
+    return mean, (variance + TARGET_EPS).sqrt()
+
+
+def reconstruction_loss(
+    pred_BPHW: Tensor, images_BCHW: Tensor, mask_BHW: Tensor, norm_pix: bool
+) -> Tensor:
+    """Mean squared error over the pixels of the hidden patches, in float32.
+
+    With `norm_pix` each patch of the target is normalised by its own mean and deviation, so that a
+    loss of 1 is reached by predicting nothing but each patch's mean.
+    """
+    target = patchify(images_BCHW.float())
+    if norm_pix:
+        mean, deviation = patch_statistics(target)
+        target = (target - mean) / deviation
+    error_BHW = (pred_BPHW.float() - target).square().mean(1)
+    hidden = mask_BHW.to(error_BHW.dtype)
+    return (error_BHW * hidden).sum() / hidden.sum().clamp_min(1)
+
+
+def to_pixels(pred_BPHW: Tensor, images_BCHW: Tensor, norm_pix: bool) -> Tensor:
+    """Predicted patches → images (B, C, H, W) in the units of `images_BCHW`.
+
+    With `norm_pix` each patch is given back its own mean and deviation.
+    """
+    pred = pred_BPHW.float()
+    if norm_pix:
+        mean, deviation = patch_statistics(patchify(images_BCHW.float()))
+        pred = pred * deviation + mean
+    return unpatchify(pred)

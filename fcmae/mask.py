@@ -1,0 +1,86 @@
+"""Which patches are hidden: sizes, ratios and the random mask of one image."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fcmae import rng
+from sparse.errors import InputError
+from sparse.sizes import PATCH
+
+
+def check_img_size(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return (H, W) in pixels of a size given as one number or as [H, W].
+
+    Raises:
+        InputError: not one or two numbers, or a side that is not a multiple of 32.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(type(side) is int for side in sides):
+        raise InputError(f"img_size {size!r} must be a whole number or [H, W]: try 224")
+    for side in sides:
+        if side < PATCH or side % PATCH:
+            below = max(side // PATCH * PATCH, PATCH)
+            above = max(below, 0) + PATCH
+            raise InputError(
+                f"img_size {side} is not a multiple of {PATCH}: the nearest are {below} and {above}"
+            )
+    return sides[0], sides[1]
+
+
+def grid_of(img_size: tuple[int, int]) -> tuple[int, int]:
+    """Return the number of patches (h, w) down and across an image of (H, W) pixels."""
+    return img_size[0] // PATCH, img_size[1] // PATCH
+
+
+def keep_count(patches: int, mask_ratio: float) -> int:
+    """Return how many of an image's patches stay visible: 19 of 49 at a ratio of 0.6.
+
+    The expression is the official one, rounding included: int(L * (1 - mask_ratio)).
+    """
+    return int(patches * (1 - mask_ratio))
+
+
+def check_mask_ratio(mask_ratio: float, grid: tuple[int, int]) -> None:
+    """Make sure that the ratio leaves at least one patch visible and one hidden on this grid.
+
+    Raises:
+        InputError: a ratio outside (0, 1), or too near to either end for so few patches.
+    """
+    patches = grid[0] * grid[1]
+    if patches < 2:
+        raise InputError(
+            f"img_size gives {patches} patch of {PATCH} pixels, which cannot be both visible and "
+            f"hidden: use at least {2 * PATCH}"
+        )
+    if 0 < mask_ratio < 1 and 0 < keep_count(patches, mask_ratio) < patches:
+        return
+    kept = min(max(keep_count(patches, min(max(mask_ratio, 0.0), 1.0)), 1), patches - 1)
+    near = 1 - (kept + 0.5) / patches
+    raise InputError(
+        f"mask_ratio {mask_ratio:g} must leave a visible and a hidden patch among the {patches} of "
+        f"a {grid[0]}x{grid[1]} grid: try {near:.3g} or 0.6"
+        if 0 < keep_count(patches, 0.6) < patches
+        else f"mask_ratio {mask_ratio:g} must leave a visible and a hidden patch among {patches}: "
+        f"try {near:.3g}"
+    )
+
+
+def random_mask(
+    seed: int,
+    epoch: int,
+    index: int,
+    grid: tuple[int, int],
+    mask_ratio: float,
+    stream: int = rng.MASK,
+) -> npt.NDArray[np.bool_]:
+    """Return the mask (h, w) of one image, True = hidden, with `keep_count` patches visible.
+
+    Each patch has a hash, and the smallest are kept: every choice of that many is equally likely.
+    """
+    patches = grid[0] * grid[1]
+    order = np.argsort(rng.bits(seed, stream, epoch, index, np.arange(patches)), kind="stable")
+    hidden = np.ones(patches, dtype=np.bool_)
+    hidden[order[: keep_count(patches, mask_ratio)]] = False
+    return hidden.reshape(grid)

@@ -1,0 +1,94 @@
+"""What a run is to do, what may end it early, and how fast it goes."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps there are and what happens at which."""
+
+    steps_per_epoch: int
+    epochs: int
+    accumulate: int
+    learning_rate: Callable[[int], float]
+    clip_grad: float | None
+    seed: int
+    log_steps: int
+    checkpoint_steps: int | None
+    checkpoint_minutes: float
+    keep_checkpoints: int
+    max_bad: float
+    autocast: torch.dtype | None
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.epochs
+
+
+class Signals:
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a wish to stop; a second Ctrl-C quits at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+class Clock:
+    """Times training steps, leaving out evaluation and saving."""
+
+    def __init__(self, step: int) -> None:
+        now = time.perf_counter()
+        self._last_save = now
+        self._mark = now
+        self._images = 0
+        self._steps = 0
+        self._speed = 0.0
+        self._step_seconds = 0.0
+
+    def count(self, images: int) -> None:
+        self._images += images
+        self._steps += 1
+
+    def images_per_second(self) -> float:
+        """Speed since it was last asked for."""
+        seconds = time.perf_counter() - self._mark
+        if self._steps:
+            self._speed, self._step_seconds = self._images / seconds, seconds / self._steps
+        self.skip()
+        return self._speed
+
+    def seconds_a_step(self) -> float:
+        return self._step_seconds
+
+    def skip(self) -> None:
+        self._mark, self._images, self._steps = time.perf_counter(), 0, 0
+
+    def since_save(self) -> float:
+        return time.perf_counter() - self._last_save
+
+    def saved(self) -> None:
+        self._last_save = time.perf_counter()
+        self.skip()

@@ -1,0 +1,421 @@
+"""`fcmae pretrain`: from a folder of images to a pretrained encoder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fcmae import pictures, rng
+from fcmae.checkpoint import Checkpoint
+from fcmae.config import RUNTIME_KEYS, PretrainConfig, to_dict
+from fcmae.console import show_logs
+from fcmae.convert import export_folder
+from fcmae.data.files import FileList, find_images
+from fcmae.data.loader import (
+    Batch,
+    HoldoutSet,
+    PretrainDataset,
+    StepSampler,
+    make_loader,
+    measure_mean_std,
+    normalise,
+    steps_per_epoch,
+)
+from fcmae.distributed import World, join_world, resolve_device
+from fcmae.loop import Loop, Plan
+from fcmae.mask import check_mask_ratio, grid_of, keep_count
+from fcmae.model import FCMAE
+from fcmae.run import RunFolder, find_start
+from fcmae.schedule import cosine_with_warmup, decay_groups, warmup_steps
+from fcmae.settings import height_width
+from fcmae.weights import adapt_in_chans, load_weights
+from sparse import SparseConvNeXtV2, get_engine
+from sparse.convert import encoder_part, infer_architecture
+from sparse.errors import InputError
+from sparse.sizes import resolve_size
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+FILE_LIST = "files.bin"
+PICTURES_SHOWN = 8
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The config with every `auto` resolved."""
+
+    img_size: tuple[int, int]
+    mean: list[float]
+    std: list[float]
+    precision: str
+    workers: int
+    warmup: int
+    total_steps: int
+    learning_rate: float
+
+
+class PretrainTask:
+    """FCMAE as something that `Loop` can train."""
+
+    def __init__(
+        self,
+        model: FCMAE,
+        optimizer: torch.optim.Optimizer,
+        settings: Settings,
+        holdout: list[tuple[Tensor, Tensor]],
+        files: int,
+        picture_epochs: int,
+        epochs: int,
+        folder: RunFolder | None,
+    ) -> None:
+        self.model, self.optimizer, self.files = model, optimizer, files
+        self._settings, self._folder = settings, folder
+        self._holdout = holdout
+        self._picture_epochs, self._epochs = picture_epochs, epochs
+
+    def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
+        device = next(self.model.parameters()).device
+        images = normalise(batch.images, self._settings.mean, self._settings.std, device)
+        return forward(images, batch.masks).loss
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def end_epoch(self, epoch: int, step: int, stop: Callable[[], bool]) -> dict[str, float]:
+        if not self._holdout or not self._picture_epochs:
+            return {}
+        if epoch % self._picture_epochs and epoch != self._epochs:
+            return {}
+        total, count, shown = 0.0, 0, None
+        for images, masks in self._holdout:
+            columns, loss = pictures.reconstruct_batch(
+                self.model, images, masks, self._settings.mean, self._settings.std
+            )
+            total, count = total + loss * len(images), count + len(images)
+            shown = columns if shown is None else shown
+        if self._folder is not None and shown is not None:
+            grid = pictures.grid([column[:PICTURES_SHOWN] for column in shown])
+            self._folder.picture("reconstructions", step, grid)
+        return {"holdout_loss": total / count}
+
+    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {}
+
+    def extra_state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        pass
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Pretrain, or go on with the run in `config.out`.
+
+    Returns:
+        0 when done, 130 after Ctrl-C and 143 after SIGTERM, both with the state saved.
+
+    Raises:
+        InputError: the config, the data or the folder is wrong; nothing was changed then.
+        RunError: the run could not go on; the last checkpoint is good.
+    """
+    show_logs()
+    img_size = height_width(config.img_size)
+    check_mask_ratio(config.mask_ratio, grid_of(img_size))
+    resolve_size(config.model, config.depths, config.dims)
+    device = resolve_device(config.device)
+    with join_world(device) as world:
+        start = find_start(config, "pretrain", RUNTIME_KEYS)
+        files, train, held = _find_files(config, start)
+        settings = _resolve(config, img_size, train, world, start)
+        sampler = StepSampler(
+            len(train), config.batch_size, config.seed, start.state["step"] if start else 0,
+            settings.total_steps, world.rank, world.size, config.accumulate,
+        )  # fmt: skip
+        model = _build(config, world).to(device)
+        _check_disk(config, model)
+        world.barrier()  # nobody writes before everybody has checked
+        folder = RunFolder(config, "pretrain", sampler.start_step) if world.is_main else None
+        try:
+            if folder is not None:
+                files.save(folder.path / FILE_LIST)
+            holdout = _load_holdout(config, settings, held, device, folder)
+            task = PretrainTask(
+                model, _optimizer(config, model), settings, holdout, len(files),
+                config.picture_epochs, config.epochs, folder,
+            )  # fmt: skip
+            loop = Loop(task, _plan(config, settings, len(train), device), config,
+                        _as_json(config, settings, model), world, folder)  # fmt: skip
+            if start is not None:
+                loop.restore(start)
+            if world.is_main:
+                _announce(config, settings, model, len(train), len(held), world, loop.step)
+            dataset = PretrainDataset(
+                train, img_size, config.in_chans, config.mask_ratio, config.augment.crop_scale,
+                config.augment.crop_ratio, config.augment.hflip, config.augment.vflip, config.seed,
+                config.max_pixels,
+            )  # fmt: skip
+            batches = make_loader(dataset, sampler, settings.workers, device.type == "cuda")
+            code = loop.run(iter(batches))
+            if code == 0 and folder is not None:
+                _export(folder.path, model, settings)
+            return code
+        finally:
+            if folder is not None:
+                folder.close()
+
+
+def _find_files(
+    config: PretrainConfig, start: Checkpoint | None
+) -> tuple[FileList, FileList, FileList]:
+    """All files, those to train on and those held out: as stored where a run goes on."""
+    began = time.perf_counter()
+    files = find_images(config.data, exclude=config.out)
+    if start is not None and start.path is not None:
+        stored = FileList.load(start.path.parent.parent / FILE_LIST)
+        if len(files) > len(stored):
+            _log.info(
+                "%d files more than when the run began are ignored", len(files) - len(stored)
+            )
+        files = stored
+    train, held = files.split_holdout(config.holdout)
+    _log.info(
+        "found %d images in %.1f s: %d to train on, %d held out",
+        len(files), time.perf_counter() - began, len(train), len(held),
+    )  # fmt: skip
+    if len(train) < config.batch_size:
+        _log.warning(
+            "%d images are fewer than batch_size %d: each step sees some of them more than once",
+            len(train), config.batch_size,
+        )  # fmt: skip
+    return files, files.select(train), files.select(held)
+
+
+def _resolve(
+    config: PretrainConfig,
+    img_size: tuple[int, int],
+    train: FileList,
+    world: World,
+    start: Checkpoint | None,
+) -> Settings:
+    per_epoch = steps_per_epoch(len(train), config.batch_size)
+    total = per_epoch * config.epochs
+    mean, std = _mean_std(config, img_size, train, start)
+    return Settings(
+        img_size=img_size,
+        mean=mean,
+        std=std,
+        precision=resolve_precision(config.precision, world.device),
+        workers=resolve_workers(config.workers),
+        warmup=warmup_steps(config.optim.warmup_epochs, per_epoch, total),
+        total_steps=total,
+        learning_rate=config.optim.base_lr * config.batch_size / 256,
+    )
+
+
+def _mean_std(
+    config: PretrainConfig, img_size: tuple[int, int], train: FileList, start: Checkpoint | None
+) -> tuple[list[float], list[float]]:
+    if start is not None:
+        return start.state["settings"]["mean"], start.state["settings"]["std"]
+    measured: tuple[list[float], list[float]] | None = None
+    if "data" in (config.augment.mean, config.augment.std):
+        measured = measure_mean_std(train, img_size, config.in_chans, seed=config.seed)
+        _log.info("measured mean %s and std %s", *([round(v, 4) for v in m] for m in measured))
+    chosen = []
+    for given, known, place in (
+        (config.augment.mean, IMAGENET_MEAN, 0),
+        (config.augment.std, IMAGENET_STD, 1),
+    ):
+        if given == "data":
+            assert measured is not None
+            chosen.append(measured[place])
+        elif given == "imagenet":
+            whole = list(known)
+            average = sum(known) / len(known)
+            chosen.append(whole if config.in_chans == 3 else [average] * config.in_chans)
+        else:
+            chosen.append([float(value) for value in given])
+    return chosen[0], chosen[1]
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` → bf16 on GPUs that have it, else fp32: on CPUs bf16 autocast is slower here."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def resolve_workers(workers: str | int) -> int:
+    """`auto` → one process per core of this machine and training process, at most 8."""
+    if workers != "auto":
+        return int(workers)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(8, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def _build(config: PretrainConfig, world: World) -> FCMAE:
+    """The model with its initial weights: a function of the seed, the same on every process."""
+    torch.manual_seed(rng.seed_for(config.seed, rng.MODEL, 0, 0))
+    encoder = SparseConvNeXtV2.from_size(
+        config.model, config.depths, config.dims, in_chans=config.in_chans, engine="dense",
+        drop_path=config.drop_path, use_grn=config.use_grn, layer_scale=config.layer_scale,
+    )  # fmt: skip
+    encoder.engine = get_engine(config.engine, world.device.type)
+    if config.init_from is not None:
+        _init_encoder(encoder, config.init_from)
+    return FCMAE(
+        encoder, config.decoder.dim, config.decoder.depth, config.mask_ratio, config.norm_pix_loss
+    )
+
+
+def _init_encoder(encoder: SparseConvNeXtV2, source: str) -> None:
+    """Start from given weights; the first layer is adapted to the number of channels."""
+    weights = load_weights(source)
+    state = dict(encoder_part(weights.state))
+    state["stem.0.weight"] = adapt_in_chans(state["stem.0.weight"], encoder.in_chans)
+    found = infer_architecture(state)
+    if (found.depths, found.dims) != (encoder.depths, encoder.dims):
+        raise InputError(
+            f"init_from {source!r} has depths {list(found.depths)} and dims {list(found.dims)}, the "
+            f"model {list(encoder.depths)} and {list(encoder.dims)}: choose the --model it is of"
+        )
+    missing, unexpected = encoder.load_state_dict(state, strict=False)
+    if unexpected:
+        raise InputError(f"init_from {source!r} has {unexpected[0]!r}, which the model has not")
+    if missing:
+        _log.warning("not in %s, so left at their initial values: %s", source, ", ".join(missing))
+    _log.info("encoder starts from %s", weights.origin)
+
+
+def _optimizer(config: PretrainConfig, model: FCMAE) -> torch.optim.Optimizer:
+    groups = decay_groups(model.named_parameters(), config.optim.weight_decay)
+    betas = (config.optim.betas[0], config.optim.betas[1])
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def _plan(config: PretrainConfig, settings: Settings, images: int, device: torch.device) -> Plan:
+    peak, warmup, total = settings.learning_rate, settings.warmup, settings.total_steps
+    return Plan(
+        steps_per_epoch=steps_per_epoch(images, config.batch_size),
+        epochs=config.epochs,
+        accumulate=config.accumulate,
+        learning_rate=lambda step: cosine_with_warmup(step, peak, warmup, total),
+        clip_grad=config.optim.clip_grad,
+        seed=config.seed,
+        log_steps=config.log_steps,
+        checkpoint_steps=config.checkpoint_steps,
+        checkpoint_minutes=config.checkpoint_minutes,
+        keep_checkpoints=config.keep_checkpoints,
+        max_bad=config.max_bad,
+        autocast=torch.bfloat16 if settings.precision == "bf16" else None,
+    )
+
+
+def _load_holdout(
+    config: PretrainConfig, settings: Settings, held: FileList, device: torch.device,
+    folder: RunFolder | None,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Normalised held-out images with their masks, a few at a time."""
+    if not len(held):
+        return []
+    dataset = HoldoutSet(
+        held, settings.img_size, config.in_chans, config.mask_ratio, config.seed, config.max_pixels
+    )
+    batches = [
+        (normalise(batch.images, settings.mean, settings.std, device), batch.masks)
+        for batch in dataset.batches(PICTURES_SHOWN)
+    ]
+    if folder is not None:
+        folder.record_bad(dataset.bad)
+    return batches
+
+
+def _as_json(config: PretrainConfig, settings: Settings, model: FCMAE) -> dict[str, Any]:
+    return {
+        **to_dict(config),
+        "img_size": list(settings.img_size),
+        "mean": settings.mean,
+        "std": settings.std,
+        "depths": list(model.encoder.depths),
+        "dims": list(model.encoder.dims),
+        "engine": model.encoder.engine.name,
+        "precision": settings.precision,
+        "workers": settings.workers,
+    }
+
+
+def _check_disk(config: PretrainConfig, model: nn.Module) -> None:
+    need = checkpoint_bytes(model) * (config.keep_checkpoints + 1)
+    free = free_bytes(Path(config.out))
+    if need > free:
+        raise InputError(
+            f"out {config.out!r} has {free / 1e9:.2f} GB free, but {config.keep_checkpoints} "
+            f"checkpoints and one being written need {need / 1e9:.2f} GB: free some or give another "
+            "--out"
+        )
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Size of one checkpoint: weights and AdamW's two averages."""
+    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def free_bytes(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _announce(
+    config: PretrainConfig, settings: Settings, model: FCMAE, images: int, held: int, world: World,
+    step: int,
+) -> None:  # fmt: skip
+    """Say what the run will do."""
+    h, w = grid_of(settings.img_size)
+    visible = keep_count(h * w, config.mask_ratio)
+    size = checkpoint_bytes(model)
+    millions = sum(p.numel() for p in model.encoder.parameters()) / 1e6
+    lines = [
+        f"encoder {config.model}: {millions:.1f} M weights, engine {model.encoder.engine.name} on "
+        f"{world.device}, {settings.precision}, {torch.get_num_threads()} threads, "
+        f"{settings.workers} workers, {world.size} process{'es' if world.size > 1 else ''}",
+        f"images {settings.img_size[0]}×{settings.img_size[1]}: {visible} of {h * w} patches "
+        "visible, the others to reconstruct",
+        f"{settings.total_steps} steps of {config.batch_size} images: {config.epochs} epochs over "
+        f"{images}; learning rate {settings.learning_rate:.3g} after {settings.warmup} steps",
+        f"checkpoints in {config.out}: {size / 1e6:.0f} MB each, up to "
+        f"{size * (config.keep_checkpoints + 1) / 1e6:.0f} MB together; "
+        f"{free_bytes(Path(config.out)) / 1e9:.1f} GB free",
+    ]
+    if config.norm_pix_loss:
+        lines.append("a loss of 1.0 means that only each patch's mean is predicted")
+    if not held:
+        lines.append("no images are held out (under 500 in all): no held-out loss, no pictures")
+    if step == settings.total_steps:
+        lines.append("the run is finished: nothing is left to do")
+    elif step:
+        lines.append(f"going on from step {step}")
+    for line in lines:
+        _log.info("%s", line)
+
+
+def _export(out: Path, model: FCMAE, settings: Settings) -> None:
+    state = {name: tensor.detach().cpu() for name, tensor in model.encoder.state_dict().items()}
+    folder = export_folder(
+        state, infer_architecture(state), out / "exported", settings.img_size, settings.mean,
+        settings.std,
+    )  # fmt: skip
+    _log.info("the model for timm is in %s", folder)
+
+
