@@ -92,11 +92,21 @@ def export_folder(
                 f"{name} {list(values)} must have one number for each of the "
                 f"{architecture.in_chans} input channels"
             )
-    out = Path(out_dir)
-    state = to_timm(encoder_state)
+    name, model_args = timm_variant(architecture)
+    config = timm_config(
+        name, model_args, architecture.dims[3], Preprocessing(img_size, tuple(mean), tuple(std))
+    )
+    config["pretrained_cfg"]["pool_size"] = [side // PATCH for side in img_size]
+    return write_timm_folder(to_timm(encoder_state), config, Path(out_dir))
+
+
+def write_timm_folder(state: Mapping[str, Tensor], config: Mapping[str, Any], out: Path) -> Path:
+    """Write a timm model's state dict and its `timm_config` as a folder, and return it.
+
+    The bytes depend on the arguments alone. Each file is replaced atomically.
+    """
     out.mkdir(parents=True, exist_ok=True)
     _save_tensors(state, out / WEIGHTS_FILE)
-    config = timm_config(architecture, Preprocessing(img_size, tuple(mean), tuple(std)))
     with atomic_write(out / CONFIG_FILE) as path:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return out
@@ -123,36 +133,56 @@ def export_minkowski(state: Mapping[str, Tensor], path: Path) -> Path:
     return path
 
 
-def timm_config(architecture: Architecture, images: Preprocessing) -> dict[str, Any]:
-    """Return the config.json of a timm folder.
+def timm_config(
+    name: str,
+    model_args: Mapping[str, Any],
+    num_features: int,
+    images: Preprocessing,
+    label_names: Sequence[str] = (),
+    classifier: str | Sequence[str] = "head.fc",
+    first_conv: str | Sequence[str] | None = "stem.0",
+    crop_pct: float = _CROP_PCT,
+    interpolation: str = "bicubic",
+) -> dict[str, Any]:
+    """Return the config.json of a timm folder, with or without a classifier.
 
-    It names timm's variant, what differs from that (`model_args`), and how images are prepared.
+    Args:
+        name: timm's variant.
+        model_args: what differs from that variant.
+        num_features: width of what the classifier sees.
+        images: how images are prepared.
+        label_names: the classes in the order of the classifier's outputs; none without one.
+        classifier: names of the classifier's layers in the state dict.
+        first_conv: names of the layers that see the image.
+        crop_pct: share of the image that timm's centre crop keeps in evaluation.
+        interpolation: how images are resized.
     """
-    name, model_args = timm_variant(architecture)
-    height, width = images.img_size
+    channels = len(images.mean)
     config: dict[str, Any] = {
         "architecture": name,
-        "num_classes": 0,
-        "num_features": architecture.dims[3],
-        "global_pool": "avg",
+        "num_classes": len(label_names),
+        "num_features": num_features,
     }
+    if name.startswith("convnext"):
+        config["global_pool"] = "avg"
     if model_args:
-        config["model_args"] = model_args
+        config["model_args"] = dict(model_args)
+    if label_names:
+        config["label_names"] = list(label_names)
     config["pretrained_cfg"] = {
-        "input_size": [architecture.in_chans, height, width],
-        "fixed_input_size": False,
-        "pool_size": [height // PATCH, width // PATCH],
-        "interpolation": "bicubic",
-        "crop_pct": _CROP_PCT,
+        "input_size": [channels, *images.img_size],
+        "fixed_input_size": "img_size" in model_args,
+        "interpolation": interpolation,
+        "crop_pct": crop_pct,
         "mean": list(images.mean),
         "std": list(images.std),
-        "num_classes": 0,
-        "classifier": "head.fc",
+        "num_classes": len(label_names),
+        "classifier": classifier,
     }
-    if architecture.in_chans == 3:
+    if channels == 3:
         # Early timm 1.0 takes any named first layer for one of 3 channels, and would replace ours
         # by random numbers; without the name it loads the layer as it is.
-        config["pretrained_cfg"]["first_conv"] = "stem.0"
+        config["pretrained_cfg"]["first_conv"] = first_conv
     return config
 
 

@@ -1,11 +1,13 @@
 """Which patches are hidden: sizes, ratios and the random mask of one image."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from fcmae import rng
+from fcmae.settings import height_width
 from sparse.errors import InputError
 from sparse.sizes import PATCH
 
@@ -14,19 +16,10 @@ def check_img_size(size: int | Sequence[int]) -> tuple[int, int]:
     """Return (H, W) in pixels of a size given as one number or as [H, W].
 
     Raises:
-        InputError: not one or two numbers, or a side that is not a multiple of 32.
+        InputError: not one or two numbers, or a side that is not a multiple of 32; the message
+            names the nearest two.
     """
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or not all(type(side) is int for side in sides):
-        raise InputError(f"img_size {size!r} must be a whole number or [H, W]: try 224")
-    for side in sides:
-        if side < PATCH or side % PATCH:
-            below = max(side // PATCH * PATCH, PATCH)
-            above = max(below, 0) + PATCH
-            raise InputError(
-                f"img_size {side} is not a multiple of {PATCH}: the nearest are {below} and {above}"
-            )
-    return sides[0], sides[1]
+    return height_width(size if isinstance(size, int) else list(size))
 
 
 def grid_of(img_size: tuple[int, int]) -> tuple[int, int]:
@@ -56,14 +49,10 @@ def check_mask_ratio(mask_ratio: float, grid: tuple[int, int]) -> None:
         )
     if 0 < mask_ratio < 1 and 0 < keep_count(patches, mask_ratio) < patches:
         return
-    kept = min(max(keep_count(patches, min(max(mask_ratio, 0.0), 1.0)), 1), patches - 1)
-    near = 1 - (kept + 0.5) / patches
+    most = math.floor((1 - 1 / patches) * 1000) / 1000
     raise InputError(
-        f"mask_ratio {mask_ratio:g} must leave a visible and a hidden patch among the {patches} of "
-        f"a {grid[0]}x{grid[1]} grid: try {near:.3g} or 0.6"
-        if 0 < keep_count(patches, 0.6) < patches
-        else f"mask_ratio {mask_ratio:g} must leave a visible and a hidden patch among {patches}: "
-        f"try {near:.3g}"
+        f"mask_ratio {mask_ratio:g} must be above 0 and at most {most:g} to leave a patch visible "
+        f"and one hidden on a grid of {grid[0]}x{grid[1]}: try {0.6 if patches > 2 else 0.5}"
     )
 
 

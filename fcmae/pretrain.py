@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,11 +28,20 @@ from fcmae.data.loader import (
     normalise,
     steps_per_epoch,
 )
+from fcmae.data.statistics import MeanStd, imagenet_mean_std, resolve_mean_std
 from fcmae.distributed import World, join_world, resolve_device
 from fcmae.loop import Loop, Plan
 from fcmae.mask import check_mask_ratio, grid_of, keep_count
 from fcmae.model import FCMAE
-from fcmae.run import RunFolder, find_start
+from fcmae.resources import (
+    autocast_dtype,
+    check_disk,
+    checkpoint_bytes,
+    disk_line,
+    resolve_precision,
+    resolve_workers,
+)
+from fcmae.run import RunFolder, find_start, stored_files
 from fcmae.schedule import cosine_with_warmup, decay_groups, warmup_steps
 from fcmae.settings import height_width
 from fcmae.weights import adapt_in_chans, load_weights
@@ -43,8 +50,6 @@ from sparse.convert import encoder_part, infer_architecture
 from sparse.errors import InputError
 from sparse.sizes import resolve_size
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 FILE_LIST = "files.bin"
 PICTURES_SHOWN = 8
 
@@ -143,7 +148,7 @@ def pretrain(config: PretrainConfig) -> int:
             settings.total_steps, world.rank, world.size, config.accumulate,
         )  # fmt: skip
         model = _build(config, world).to(device)
-        _check_disk(config, model)
+        check_disk(config, checkpoint_bytes(model))
         world.barrier()  # nobody writes before everybody has checked
         folder = RunFolder(config, "pretrain", sampler.start_step) if world.is_main else None
         try:
@@ -180,14 +185,7 @@ def _find_files(
 ) -> tuple[FileList, FileList, FileList]:
     """All files, those to train on and those held out: as stored where a run goes on."""
     began = time.perf_counter()
-    files = find_images(config.data, exclude=config.out)
-    if start is not None and start.path is not None:
-        stored = FileList.load(start.path.parent.parent / FILE_LIST)
-        if len(files) > len(stored):
-            _log.info(
-                "%d files more than when the run began are ignored", len(files) - len(stored)
-            )
-        files = stored
+    files = stored_files(find_images(config.data, exclude=config.out), start, FILE_LIST)
     train, held = files.split_holdout(config.holdout)
     _log.info(
         "found %d images in %.1f s: %d to train on, %d held out",
@@ -225,43 +223,17 @@ def _resolve(
 
 def _mean_std(
     config: PretrainConfig, img_size: tuple[int, int], train: FileList, start: Checkpoint | None
-) -> tuple[list[float], list[float]]:
+) -> MeanStd:
     if start is not None:
         return start.state["settings"]["mean"], start.state["settings"]["std"]
-    measured: tuple[list[float], list[float]] | None = None
-    if "data" in (config.augment.mean, config.augment.std):
+
+    def measure() -> MeanStd:
         measured = measure_mean_std(train, img_size, config.in_chans, seed=config.seed)
         _log.info("measured mean %s and std %s", *([round(v, 4) for v in m] for m in measured))
-    chosen = []
-    for given, known, place in (
-        (config.augment.mean, IMAGENET_MEAN, 0),
-        (config.augment.std, IMAGENET_STD, 1),
-    ):
-        if given == "data":
-            assert measured is not None
-            chosen.append(measured[place])
-        elif given == "imagenet":
-            whole = list(known)
-            average = sum(known) / len(known)
-            chosen.append(whole if config.in_chans == 3 else [average] * config.in_chans)
-        else:
-            chosen.append([float(value) for value in given])
-    return chosen[0], chosen[1]
+        return measured
 
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` → bf16 on GPUs that have it, else fp32: on CPUs bf16 autocast is slower here."""
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-
-
-def resolve_workers(workers: str | int) -> int:
-    """`auto` → one process per core of this machine and training process, at most 8."""
-    if workers != "auto":
-        return int(workers)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(8, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    sources = {"imagenet": lambda: imagenet_mean_std(config.in_chans), "data": measure}
+    return resolve_mean_std(config.augment.mean, config.augment.std, sources)
 
 
 def _build(config: PretrainConfig, world: World) -> FCMAE:
@@ -318,7 +290,7 @@ def _plan(config: PretrainConfig, settings: Settings, images: int, device: torch
         checkpoint_minutes=config.checkpoint_minutes,
         keep_checkpoints=config.keep_checkpoints,
         max_bad=config.max_bad,
-        autocast=torch.bfloat16 if settings.precision == "bf16" else None,
+        autocast=autocast_dtype(settings.precision),
     )
 
 
@@ -355,28 +327,6 @@ def _as_json(config: PretrainConfig, settings: Settings, model: FCMAE) -> dict[s
     }
 
 
-def _check_disk(config: PretrainConfig, model: nn.Module) -> None:
-    need = checkpoint_bytes(model) * (config.keep_checkpoints + 1)
-    free = free_bytes(Path(config.out))
-    if need > free:
-        raise InputError(
-            f"out {config.out!r} has {free / 1e9:.2f} GB free, but {config.keep_checkpoints} "
-            f"checkpoints and one being written need {need / 1e9:.2f} GB: free some or give another "
-            "--out"
-        )
-
-
-def checkpoint_bytes(model: nn.Module) -> int:
-    """Size of one checkpoint: weights and AdamW's two averages."""
-    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def free_bytes(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
 def _announce(
     config: PretrainConfig, settings: Settings, model: FCMAE, images: int, held: int, world: World,
     step: int,
@@ -384,7 +334,6 @@ def _announce(
     """Say what the run will do."""
     h, w = grid_of(settings.img_size)
     visible = keep_count(h * w, config.mask_ratio)
-    size = checkpoint_bytes(model)
     millions = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     lines = [
         f"encoder {config.model}: {millions:.1f} M weights, engine {model.encoder.engine.name} on "
@@ -394,9 +343,7 @@ def _announce(
         "visible, the others to reconstruct",
         f"{settings.total_steps} steps of {config.batch_size} images: {config.epochs} epochs over "
         f"{images}; learning rate {settings.learning_rate:.3g} after {settings.warmup} steps",
-        f"checkpoints in {config.out}: {size / 1e6:.0f} MB each, up to "
-        f"{size * (config.keep_checkpoints + 1) / 1e6:.0f} MB together; "
-        f"{free_bytes(Path(config.out)) / 1e9:.1f} GB free",
+        disk_line(config, checkpoint_bytes(model)),
     ]
     if config.norm_pix_loss:
         lines.append("a loss of 1.0 means that only each patch's mean is predicted")

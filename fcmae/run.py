@@ -20,6 +20,7 @@ from torch import Tensor
 from fcmae import __version__
 from fcmae.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, newest_good
 from fcmae.config import to_dict
+from fcmae.data.files import FileList
 from fcmae.settings import flatten, save_yaml
 from sparse.errors import InputError, RunError
 
@@ -102,6 +103,19 @@ def asked_settings(config: Any) -> dict[str, Any]:
     data = asked["data"]
     asked["data"] = [os.path.abspath(d) for d in ([data] if isinstance(data, str) else data)]
     return asked
+
+
+def stored_files(found: FileList, start: Checkpoint | None, name: str) -> FileList:
+    """The files that a run trains on: those found now, or where it goes on, those it began with.
+
+    Files that came later are ignored with a notice; vanished ones will count as unreadable.
+    """
+    if start is None or start.path is None:
+        return found
+    stored = FileList.load(start.path.parent.parent / name)
+    if len(found) > len(stored):
+        _log.info("%d files more than when the run began are ignored", len(found) - len(stored))
+    return stored
 
 
 class RunFolder:

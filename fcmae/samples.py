@@ -6,17 +6,17 @@ validation image was ever seen in training, yet both splits show all parts of th
 """
 
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
 from PIL import Image, ImageEnhance, ImageOps
-from rich.console import Console
 from rich.progress import track
 
+from fcmae.atomic import atomic_write
 from fcmae.config import SamplesConfig, to_dict
+from fcmae.console import console
 from sparse.errors import InputError
 
 PHOTOGRAPHS = {
@@ -96,7 +96,7 @@ def cells(width: int, height: int, random: Random) -> dict[str, list[Box]]:
 
 
 def shuffled(count: int, random: Random) -> list[int]:
-    """Put 0 … count - 1 in random order; of Python's streams only `random()` is promised to stay."""
+    """Put 0 … count - 1 in random order, by `random()`: the one stream Python never changes."""
     keys = [random.random() for _ in range(count)]
     return sorted(range(count), key=keys.__getitem__)
 
@@ -172,16 +172,17 @@ def is_done(root: Path, settings: dict[str, object]) -> bool:
         raise InputError(f"{root} holds files that are no sample set; name an empty or new folder")
     complete = found.pop("complete")
     if found != settings:
-        raise InputError(f"{root} holds a sample set of other settings; name an empty or new folder")
+        raise InputError(
+            f"{root} holds a sample set of other settings; name an empty or new folder"
+        )
     return bool(complete)
 
 
 def mark(root: Path, settings: dict[str, object], *, complete: bool) -> None:
-    """Write down, in one piece, what the folder is."""
-    new = root / f"{MARKER}.new"
-    text = json.dumps({**settings, "complete": complete}, indent=1)
-    new.write_text(text + "\n", encoding="utf-8")
-    os.replace(new, root / MARKER)
+    """Write down what the folder is."""
+    with atomic_write(root / MARKER) as path:
+        text = json.dumps({**settings, "complete": complete}, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def samples(config: SamplesConfig) -> Path:
@@ -193,7 +194,7 @@ def samples(config: SamplesConfig) -> Path:
     Raises:
         InputError: scikit-image is missing, or the folder holds something else.
     """
-    root, console = Path(config.out), Console(stderr=True)
+    root = Path(config.out)
     settings = {key: value for key, value in to_dict(config).items() if key != "out"}
     photographs = {name: photograph(name) for name in PHOTOGRAPHS}
     total = len(photographs) * (config.per_class_train + config.per_class_val)
@@ -202,7 +203,9 @@ def samples(config: SamplesConfig) -> Path:
         return root
     root.mkdir(parents=True, exist_ok=True)
     mark(root, settings, complete=False)
-    for name, photo in track(photographs.items(), "Writing samples", console=console):
+    for name, photo in track(
+        photographs.items(), "Writing samples", console=console, transient=True
+    ):
         write_class(root, name, photo, config)
     mark(root, settings, complete=True)
     console.print(f"{total} sample images of {len(photographs)} classes are in {root}")

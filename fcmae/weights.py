@@ -68,7 +68,7 @@ def load_weights(source: str | Path) -> Weights:
         InputError: nothing there, damaged, refused, not finite, or no ConvNeXt V2.
     """
     path = find_weights(source)
-    state, notes = _read_state(path)
+    state, notes = read_state(path)
     try:
         weights = canonical(state)
     except InputError as error:
@@ -123,7 +123,7 @@ def read_preprocessing(weights_file: Path) -> Preprocessing | None:
     Raises:
         InputError: the file is there and damaged.
     """
-    settings = _read_json(weights_file.with_name(STATE)).get("settings")
+    settings = read_json(weights_file.with_name(STATE)).get("settings")
     if settings is not None:
         augment = settings.get("augment", {})
         size = settings.get("img_size")
@@ -131,7 +131,7 @@ def read_preprocessing(weights_file: Path) -> Preprocessing | None:
         mean = settings.get("mean", augment.get("mean"))
         std = settings.get("std", augment.get("std"))
     else:
-        config = _read_json(weights_file.with_name(CONFIG_FILE))
+        config = read_json(weights_file.with_name(CONFIG_FILE))
         config = config.get("pretrained_cfg", config)  # timm's older, flat form
         size = config.get("input_size", [])[1:]
         mean, std = config.get("mean"), config.get("std")
@@ -156,7 +156,12 @@ def adapt_in_chans(stem_weight: Tensor, in_chans: int) -> Tensor:
     return stem_weight[:, turns] * (before / in_chans)
 
 
-def _read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Read a file's state dict as it is, and return it with notes on where in the file it was.
+
+    Raises:
+        InputError: damaged, refused, or no state dict.
+    """
     if path.suffix == ".safetensors":
         try:
             return _unwrap(load_file(path)), []
@@ -227,7 +232,12 @@ def _unwrap(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a file's JSON object; {} where there is no file, or something else in it.
+
+    Raises:
+        InputError: damaged.
+    """
     if not path.is_file():
         return {}
     try:

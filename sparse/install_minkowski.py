@@ -216,17 +216,16 @@ def prepare(machine: Machine, say: Callable[[str], None]) -> str | None:
 
 def build(machine: Machine, say: Callable[[str], None]) -> str | None:
     """Install from pip's own cache or by building; return what went wrong, if anything did."""
-    say(f"Installing MinkowskiEngine {VERSION}; building takes 4 to 8 minutes. Log: {machine.log}")
     environment = machine.child_environment()
-    installed = machine.has_module("MinkowskiEngine")
-    if not installed:
-        done = machine.run(pip_command(rebuild=False), environment)
-        if done and machine.works():
-            return None
-        # What fails to build fails again; only a kept wheel of another torch is worth a rebuild.
-        if not done:
+    patience = f"building takes 4 to 8 minutes. Log: {machine.log}"
+    if not machine.has_module("MinkowskiEngine"):
+        say(f"Installing MinkowskiEngine {VERSION}; {patience}")
+        if not machine.run(pip_command(rebuild=False), environment):
             return failure(machine)
-    say("The MinkowskiEngine that was found is of another torch: rebuilding it, 4 to 8 minutes.")
+        if machine.works():
+            return None
+    # Most likely a wheel of another torch, which pip or the environment has kept.
+    say(f"The MinkowskiEngine that was found does not work with this torch; {patience}")
     if machine.run(pip_command(rebuild=True), environment) and machine.works():
         return None
     return failure(machine)

@@ -37,12 +37,15 @@ def crop_box(
     return _centered(width, height, min(max(width / height, ratio[0]), ratio[1]))
 
 
-def center_box(width: int, height: int, img_size: tuple[int, int]) -> Box:
-    """Return the largest centred box with the shape of an image of (H, W) pixels.
+def center_box(width: int, height: int, img_size: tuple[int, int], crop_pct: float = 1.0) -> Box:
+    """Return the largest centred box with the shape of an image of (H, W) pixels, times crop_pct.
 
-    Resized to (H, W), it is the picture resized to cover the image and then cropped at its centre.
+    Resized to (H, W), it is the picture resized to cover the image (enlarged by 1 / crop_pct) and
+    then cropped at its centre.
     """
-    return _centered(width, height, img_size[1] / img_size[0])
+    _, _, w, h = _centered(width, height, img_size[1] / img_size[0])
+    w, h = max(1, round(w * crop_pct)), max(1, round(h * crop_pct))
+    return (width - w) // 2, (height - h) // 2, w, h
 
 
 def _centered(width: int, height: int, aspect: float) -> Box:

@@ -8,79 +8,38 @@ its high byte, which is within 1/257. `.npy` arrays, (H, W) or (H, W, C), serve 
 """
 
 import io
+import math
 import os
 import stat
-import struct
-import warnings
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from fcmae.data.augment import Box
+from fcmae.data.bad import DECODE_ERRORS, BadImage, reading
+from fcmae.data.resize import Pixels, Source, resize, strips, to_unit
+
+__all__ = ["BadImage", "Picture", "Pixels", "read_picture"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF")
 """What Pillow may try. Named, since others run programs (EPS starts Ghostscript)."""
 
-Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
-
 _GREY = ("1", "L", "LA", "La")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
-_JPEG_SCALES = (8, 4, 2, 1)
-_STRIP_BYTES = 16 * 2**20
 _TURNS = {
-    **{1: (False, False, False), 2: (False, True, False)},
-    **{3: (False, True, True), 4: (False, False, True)},
-    **{5: (True, False, False), 6: (True, True, False)},
-    **{7: (True, True, True), 8: (True, False, True)},
+    1: (False, False, False),
+    2: (False, True, False),
+    3: (False, True, True),
+    4: (False, False, True),
+    5: (True, False, False),
+    6: (True, True, False),
+    7: (True, True, True),
+    8: (True, False, True),
 }
 """EXIF orientation → whether to swap rows and columns, then mirror left-right, then top-bottom."""
-
-_DECODE_ERRORS = (
-    OSError,  # missing, cut short, of no known format, refused by a codec
-    SyntaxError,  # Pillow's word for a malformed header or chunk
-    ValueError,  # bad sizes, bands, text chunks over a limit; .npy headers
-    TypeError,  # tags of an unexpected type (TIFF, EXIF)
-    KeyError,  # tags or modes that are not there
-    IndexError,  # directories and palettes cut short
-    AttributeError,  # decoders that a malformed file left unset
-    ArithmeticError,  # sizes that overflow C integers, rationals over zero
-    EOFError,  # no frame
-    AssertionError,  # what Pillow thought can't be
-    struct.error,  # fields cut short
-    zlib.error,  # broken deflate streams outside PNG's pixels
-    MemoryError,  # sizes that a lying header promises
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
-"""What Pillow and numpy are known to raise on broken files."""
-
-
-class BadImage(Exception):
-    """A picture that can't be used; `reason` says why, in one line."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-class _Source(Protocol):
-    """Pixels as stored, before orientation; values in [0, 255] (uint8) or as they are (float32)."""
-
-    width: int
-    height: int
-
-    def rows(self, left: int, top: int, right: int, bottom: int) -> Pixels:
-        """Return a part of the picture, (rows, columns, bands)."""
-        ...
 
 
 class _Array:
@@ -88,10 +47,11 @@ class _Array:
 
     def __init__(self, pixels_HWC: npt.NDArray[Any]) -> None:
         self.height, self.width = pixels_HWC.shape[:2]
+        self.bounded = pixels_HWC.dtype.kind == "u"
         self._pixels = pixels_HWC
 
     def rows(self, left: int, top: int, right: int, bottom: int) -> Pixels:
-        return _unit(self._pixels[top:bottom, left:right])
+        return to_unit(self._pixels[top:bottom, left:right])
 
 
 class _Pil:
@@ -99,15 +59,14 @@ class _Pil:
 
     def __init__(self, image: Image.Image, in_chans: int) -> None:
         self.width, self.height = image.size
+        self.bounded = image.mode != "F"
         self._image = image
         self._modes: tuple[str, ...] = ()
         if image.mode in _GREY + _COLOUR:
             grey = in_chans == 1 or (in_chans == 3 and image.mode in _GREY)
-            self._modes = ("L",) if grey else ("RGB",)
-            if in_chans in (2, 4):
-                self._modes = ("RGBA", "LA") if in_chans == 2 else ("RGBA",)
-            else:
-                image.info.pop("transparency", None)  # or Pillow warns that it is dropped
+            self._modes = {2: ("RGBA", "LA"), 4: ("RGBA",)}.get(in_chans, ("L" if grey else "RGB",))
+        if in_chans in (1, 3):
+            image.info.pop("transparency", None)  # or Pillow warns that it is dropped
 
     def rows(self, left: int, top: int, right: int, bottom: int) -> Pixels:
         part = self._image.crop((left, top, right, bottom))
@@ -118,7 +77,26 @@ class _Pil:
         pixels = np.asarray(part)
         if part.mode == "I":  # Pillow's 16-bit PGM
             pixels = pixels.astype(np.uint16)
-        return _unit(pixels.reshape(bottom - top, right - left, -1))
+        return to_unit(pixels.reshape(bottom - top, right - left, -1))
+
+
+class _Jpeg:
+    """A JPEG file in memory, decoded when it is known how much of it is wanted."""
+
+    def __init__(self, image: Image.Image, content: bytes, in_chans: int) -> None:
+        self.width, self.height = image.size
+        self._content = content
+        self._in_chans = in_chans
+
+    def decode(self, shrink: int) -> tuple[_Pil, int]:
+        """Return the pixels at 1 / scale of their size, and that scale: at most `shrink`."""
+        scale = next(scale for scale in (8, 4, 2, 1) if scale <= max(shrink, 1))
+        with reading(self.width * self.height):
+            image = Image.open(io.BytesIO(self._content), formats=("JPEG",))
+            if scale > 1:
+                image.draft(None, (self.width // scale, self.height // scale))
+            image.load()
+            return _Pil(image, self._in_chans), scale
 
 
 class Picture:
@@ -127,7 +105,7 @@ class Picture:
     JPEG is decoded by the first crop, everything else when it is read.
     """
 
-    def __init__(self, source: "_Source | _Jpeg", turn: tuple[bool, bool, bool], in_chans: int):
+    def __init__(self, source: Source | _Jpeg, turn: tuple[bool, bool, bool], in_chans: int):
         self._source = source
         self._swap, self._mirror_h, self._mirror_v = turn
         self._in_chans = in_chans
@@ -145,8 +123,11 @@ class Picture:
         flip_h: bool = False,
         flip_v: bool = False,
         fast: bool = False,
+        interpolation: str = "bicubic",
     ) -> Pixels:
-        """Return the crop `box`, resized (antialiased bicubic) and flipped, as (in_chans, H, W).
+        """Return the crop `box`, resized (antialiased) and flipped, as (in_chans, H, W).
+
+        `interpolation` is bicubic or bilinear.
 
         With `fast`, a JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8 of its size; that
         is several times faster on large photographs and moves pixel values.
@@ -162,21 +143,31 @@ class Picture:
         if self._swap:
             left, top, width, height = top, left, height, width
             img_size = img_size[::-1]
-        stored = (left, top, left + width, top + height)
-        source: _Source
-        if isinstance(self._source, _Jpeg):
-            shrink = min(width // img_size[1], height // img_size[0]) if fast else 1
-            source, scale = self._source.decode(shrink)
-            left, top = left // scale, top // scale
-            right, bottom = min(-(-stored[2] // scale), source.width), -(-stored[3] // scale)
-            stored = (left, top, right, min(bottom, source.height))
-        else:
-            source = self._source
-        image = _resize(source, stored, img_size)
+        corners = (left, top, left + width, top + height)
+        image = self._crop(corners, img_size, fast, interpolation)
         if self._swap:
             image = image.transpose(0, 2, 1)
         across, down = flip_h != self._mirror_h, flip_v != self._mirror_v
         return self._in_channels(image[:, :: -1 if down else 1, :: -1 if across else 1])
+
+    def _crop(
+        self,
+        box: tuple[int, int, int, int],
+        img_size: tuple[int, int],
+        fast: bool,
+        interpolation: str,
+    ) -> Pixels:
+        """Return a box (left, top, right, bottom) of the stored pixels, resized to (H, W)."""
+        left, top, right, bottom = box
+        source = self._source
+        if isinstance(source, _Jpeg):
+            shrink = min((right - left) // img_size[1], (bottom - top) // img_size[0])
+            source, scale = source.decode(shrink if fast else 1)
+            left, top = left // scale, top // scale
+            right = min(math.ceil(right / scale), source.width)
+            bottom = min(math.ceil(bottom / scale), source.height)
+        image = resize(source, (left, top, right, bottom), img_size, interpolation)
+        return image.clip(0, 1) if source.bounded and image.dtype != np.uint8 else image
 
     def _in_channels(self, image_CHW: Pixels) -> Pixels:
         """Repeat a single band as often as asked for, with an opaque alpha for 2 and 4 channels."""
@@ -188,36 +179,6 @@ class Picture:
         return image
 
 
-class _Jpeg:
-    """A JPEG file in memory, decoded when it is known how much of it is wanted.
-
-    torchvision decodes into the array that is resized, where Pillow needs two copies more; both use
-    libjpeg-turbo and give the same pixels, and what torchvision refuses Pillow judges.
-    """
-
-    def __init__(self, image: Image.Image, content: npt.NDArray[np.uint8], in_chans: int) -> None:
-        self.width, self.height = image.size
-        self._content = content
-        self._in_chans = in_chans
-        self._direct = in_chans == 3 and image.mode in ("RGB", "L")
-
-    def decode(self, shrink: int = 1) -> tuple[_Source, int]:
-        """Return the pixels at 1 / scale of their size, and that scale: at most `shrink`."""
-        scale = next(scale for scale in _JPEG_SCALES if scale <= max(shrink, 1))
-        if self._direct and scale == 1:
-            try:
-                pixels_CHW = decode_jpeg(torch.from_numpy(self._content), ImageReadMode.UNCHANGED)
-                return _Array(pixels_CHW.permute(1, 2, 0).numpy()), 1
-            except RuntimeError:
-                pass
-        with _reading(self.width * self.height):
-            image = Image.open(io.BytesIO(self._content.tobytes()), formats=("JPEG",))
-            if scale > 1:
-                image.draft(None, (self.width // scale, self.height // scale))
-            image.load()
-            return _Pil(image, self._in_chans), scale
-
-
 def read_picture(path: str | bytes, in_chans: int, max_pixels: int) -> Picture:
     """Open a picture and check its header; `max_pixels` bounds width times height.
 
@@ -227,7 +188,7 @@ def read_picture(path: str | bytes, in_chans: int, max_pixels: int) -> Picture:
     Raises:
         BadImage: the file is missing, broken, too large, or has not the right channels.
     """
-    with _reading(max_pixels):
+    with reading(max_pixels):
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise BadImage("not a regular file")
         with open(path, "rb") as file:
@@ -249,8 +210,7 @@ def _read_image(file: IO[bytes], in_chans: int, max_pixels: int) -> Picture:
     if image.format in ("JPEG", "MPO"):
         turn = _turn(image)
         file.seek(0)
-        content = np.frombuffer(bytearray(file.read()), np.uint8)
-        return Picture(_Jpeg(image, content, in_chans), turn, in_chans)
+        return Picture(_Jpeg(image, file.read(), in_chans), turn, in_chans)
     image.load()
     source = _Pil(image, in_chans)
     if image.mode == "F":
@@ -267,7 +227,7 @@ def _read_array(file: IO[bytes], in_chans: int, max_pixels: int) -> _Array:
     if version not in read_header:
         raise BadImage(f".npy format {version} is not 1.0 or 2.0")
     shape, _, dtype = read_header[version](file)
-    if dtype not in (np.uint8, np.uint16) and dtype.kind != "f":
+    if dtype.kind != "f" and (dtype.kind, dtype.itemsize) not in (("u", 1), ("u", 2)):
         raise BadImage(f"array of {dtype}: uint8, uint16 and float are read")
     if len(shape) not in (2, 3) or min(shape) < 1 or (*shape, 1)[2] != in_chans:
         raise BadImage(f"array of shape {shape} is not (H, W, {in_chans})")
@@ -286,10 +246,10 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
         raise BadImage(f"no pixels: {width}x{height}")
 
 
-def _check_finite(source: _Source) -> None:
+def _check_finite(source: Source) -> None:
     """Refuse NaN and infinity anywhere, so that a file is bad in all of its crops or in none."""
     box = (0, 0, source.width, source.height)
-    if not all(np.isfinite(strip).all() for strip in _strips(source, box)):
+    if not all(np.isfinite(part).all() for part in strips(source, box)):
         raise BadImage("holds values that are not finite")
 
 
@@ -297,64 +257,5 @@ def _turn(image: Image.Image) -> tuple[bool, bool, bool]:
     """Return how to turn the picture; one whose EXIF can't be read stays as it is."""
     try:
         return _TURNS.get(image.getexif().get(0x0112, 1), _TURNS[1])
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         return _TURNS[1]
-
-
-def _unit(pixels: npt.NDArray[Any]) -> Pixels:
-    """Return uint8 as it is, uint16 in [0, 1], and floating point as float32."""
-    if pixels.dtype == np.uint8:
-        return pixels
-    if pixels.dtype.kind == "u":
-        return pixels.astype(np.float32) / np.float32(65535)
-    with np.errstate(over="ignore"):  # becomes infinite, which is refused
-        return pixels.astype(np.float32)
-
-
-def _strips(source: _Source, box: tuple[int, int, int, int]) -> Iterator[Pixels]:
-    """Yield the rows of a box (left, top, right, bottom), some megabytes at a time."""
-    left, top, right, bottom = box
-    step = max(1, _STRIP_BYTES // (4 * (right - left)))
-    for first in range(top, bottom, step):
-        yield source.rows(left, first, right, min(first + step, bottom))
-
-
-def _resize(source: _Source, box: tuple[int, int, int, int], img_size: tuple[int, int]) -> Pixels:
-    """Return a box of the source as (bands, H, W), resized by an antialiased bicubic filter.
-
-    The filter works on columns, then on rows, as Pillow's does. So a large picture is narrowed a
-    strip at a time and never stands in memory twice, and the result is the same.
-    """
-    height, width = img_size
-    strips = _strips(source, box)
-    if (box[2] - box[0]) * (box[3] - box[1]) * 4 <= _STRIP_BYTES:
-        return _interpolate(next(strips), height, width)
-    narrow = [_interpolate(strip, len(strip), width).transpose(1, 2, 0) for strip in strips]
-    return _interpolate(np.concatenate(narrow), height, width)
-
-
-def _interpolate(pixels_HWC: Pixels, height: int, width: int) -> Pixels:
-    image = torch.from_numpy(np.require(pixels_HWC, requirements="W")).permute(2, 0, 1)[None]
-    image = F.interpolate(image, size=(height, width), mode="bicubic", antialias=True)
-    return image[0].numpy()
-
-
-@contextmanager
-def _reading(max_pixels: int) -> Iterator[None]:
-    """Turn what a broken file raises into BadImage; hold Pillow to `max_pixels` in the meantime."""
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = max_pixels
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage(f"more pixels than max_pixels {max_pixels}") from error
-    except Image.UnidentifiedImageError as error:
-        raise BadImage("not a picture of a known format") from error
-    except _DECODE_ERRORS as error:
-        text = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise BadImage(" ".join(f"{type(error).__name__}: {text}".split())) from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit

@@ -13,6 +13,8 @@ import importlib
 import importlib.util
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -147,30 +149,43 @@ class MinkowskiEngine:
         if not visible.any():
             none = torch.empty(0, dtype=torch.long)
             return [EmptySites(none, s, i) for s, i in zip(shapes, images, strict=True)]
-        manager = _coordinate_manager()
         lattice = visible.repeat_interleave(sides[0], 1).repeat_interleave(sides[0], 2)
-        key, _ = manager.insert_and_map(lattice.nonzero().int().contiguous(), 1)
-        maps = [_Map(manager, key, shapes[0], 1)]
-        for shape in shapes[1:]:
-            key = manager.stride(key, 2)
-            maps.append(_Map(manager, key, shape, shapes[0][1] // shape[1]))
+        with _one_thread():
+            manager, maps = _coordinate_maps(lattice.nonzero().int().contiguous(), shapes)
         return [
             MinkowskiSites(manager, here, following, rows_of)
             for here, following, rows_of in zip(maps, [*maps[1:], None], images, strict=True)
         ]
 
 
-def _coordinate_manager() -> Any:
-    """A fresh manager. Its constructor sets OpenMP's thread count, which is torch's: set it back.
-
-    One thread builds the kernel maps: with more, their order, and so the last bits of weight
-    gradients, changes from pass to pass.
-    """
+def _coordinate_maps(
+    coordinates_N3: Tensor, shapes: list[tuple[int, int, int]]
+) -> tuple[Any, list[_Map]]:
+    """A coordinate manager with the maps of all stages, and the kernel maps between them."""
     engine = load_minkowski()
+    manager = engine.CoordinateManager(
+        D=2, num_threads=1, coordinate_map_type=engine.CoordinateMapType.CPU
+    )
+    key, _ = manager.insert_and_map(coordinates_N3, 1)
+    maps = [_Map(manager, key, shapes[0], 1)]
+    for shape in shapes[1:]:
+        finer, key = key, manager.stride(key, 2)
+        manager.kernel_map(finer, key, stride=2, kernel_size=2)  # kept for the convolution
+        maps.append(_Map(manager, key, shape, shapes[0][1] // shape[1]))
+    return manager, maps
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread inside, on as many as before after.
+
+    Kernel maps that several threads build list their pairs in another order each time, which
+    changes the last bits of what is convolved. And a coordinate manager sets OpenMP's thread count
+    when it is made, which is also torch's.
+    """
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        return engine.CoordinateManager(
-            D=2, num_threads=1, coordinate_map_type=engine.CoordinateMapType.CPU
-        )
+        yield
     finally:
         torch.set_num_threads(threads)

@@ -1,0 +1,86 @@
+"""Resizing a part of a picture in bounded memory, with antialiased interpolation."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+Pixels = npt.NDArray[np.uint8 | np.float32]
+
+_STRIP_BYTES = 4 * 2**20
+
+
+class Source(Protocol):
+    """Pixels as stored, before orientation; values in [0, 255] (uint8) or as they are (float32)."""
+
+    width: int
+    height: int
+    bounded: bool
+    """Whether float values lie in [0, 1] and stay there, rather than mean what the file says."""
+
+    def rows(self, left: int, top: int, right: int, bottom: int) -> Pixels:
+        """Return a part of the picture, (rows, columns, bands)."""
+        ...
+
+
+def to_unit(pixels: npt.NDArray[Any]) -> Pixels:
+    """Return uint8 as it is, uint16 in [0, 1], and floating point as float32."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype.kind == "u":
+        return pixels.astype(np.float32) / np.float32(65535)
+    with np.errstate(over="ignore"):  # becomes infinite, which is refused
+        return pixels.astype(np.float32)
+
+
+def strips(
+    source: Source, box: tuple[int, int, int, int], upright: bool = False
+) -> Iterator[Pixels]:
+    """Yield the rows of a box (left, top, right, bottom), some megabytes at a time; or columns."""
+    left, top, right, bottom = box
+    if upright:
+        step = max(1, _STRIP_BYTES // (4 * (bottom - top)))
+        for first in range(left, right, step):
+            yield source.rows(first, top, min(first + step, right), bottom)
+        return
+    step = max(1, _STRIP_BYTES // (4 * (right - left)))
+    for first in range(top, bottom, step):
+        yield source.rows(left, first, right, min(first + step, bottom))
+
+
+def resize(
+    source: Source,
+    box: tuple[int, int, int, int],
+    img_size: tuple[int, int],
+    interpolation: str = "bicubic",
+) -> Pixels:
+    """Return a box of the source as (bands, H, W), resized by an antialiased filter.
+
+    `interpolation` is bicubic or bilinear.
+
+    Pixels are those of Pillow 13 but for rounding, so the filter works along the rows first, or
+    along the columns where the height shrinks by much more than the width. (The order shows, since
+    8-bit values are clipped in between.) The first pass takes a strip at a time: a large picture
+    never stands in memory twice.
+    """
+    height, width = img_size
+    lost_height, lost_width = box[3] - box[1] - height, box[2] - box[0] - width
+    upright = lost_height > max(0, 2 * lost_width)
+    parts = [
+        _interpolate(part, height, part.shape[1], interpolation)
+        if upright
+        else _interpolate(part, len(part), width, interpolation)
+        for part in strips(source, box, upright)
+    ]
+    whole = np.concatenate(parts, axis=1 if upright else 0) if len(parts) > 1 else parts[0]
+    return _interpolate(whole, height, width, interpolation).transpose(2, 0, 1)
+
+
+def _interpolate(pixels_HWC: Pixels, height: int, width: int, interpolation: str) -> Pixels:
+    image = torch.from_numpy(np.require(pixels_HWC, requirements="W")).permute(2, 0, 1)[None]
+    image = F.interpolate(image, size=(height, width), mode=interpolation, antialias=True)
+    resized: Pixels = image[0].permute(1, 2, 0).numpy()
+    return resized

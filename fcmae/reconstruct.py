@@ -1,0 +1,63 @@
+"""`fcmae reconstruct`: what a pretrained model makes of pictures of which it sees a part."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from PIL import Image
+
+from fcmae import pictures
+from fcmae.atomic import atomic_write
+from fcmae.config import ReconstructConfig
+from fcmae.console import show_logs
+from fcmae.data.files import find_images
+from fcmae.data.loader import HoldoutSet, normalise
+from fcmae.distributed import resolve_device
+from fcmae.restore import build_model, load_run_checkpoint
+from sparse.errors import InputError
+
+_log = logging.getLogger(__name__)
+
+
+def reconstruct(config: ReconstructConfig) -> float:
+    """Write original · masked · reconstruction · pasted of some pictures as one PNG.
+
+    Pictures are cropped at their centre to the size of pretraining. Pixels of hidden patches are
+    given their patch's own mean and deviation where the run predicts normalised patches.
+
+    Returns:
+        The mean loss over the pictures drawn; 1.0 means that each patch's mean is predicted.
+
+    Raises:
+        InputError: no pretraining run, no readable picture, or `out` is no PNG file.
+    """
+    show_logs()
+    out = Path(config.out)
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise InputError(f"out {config.out!r} must be a PNG file, such as reconstruction.png")
+    checkpoint = load_run_checkpoint(config.run)
+    device = resolve_device(config.device)
+    model, settings = build_model(checkpoint, device)
+    files = find_images(config.images)
+    shown = HoldoutSet(
+        files.select(range(min(config.count, len(files)))), (settings["img_size"][0], settings["img_size"][1]),
+        settings["in_chans"], settings["mask_ratio"], config.seed,
+    )  # fmt: skip
+    batch = next(shown.batches(config.count), None)
+    for name, reason in shown.bad:
+        _log.warning("skipped an unreadable picture: %s: %s", name, reason)
+    if batch is None:
+        raise InputError(f"images {config.images!r}: none of the first {config.count} can be read")
+    images = normalise(batch.images, settings["mean"], settings["std"], device)
+    columns, loss = pictures.reconstruct_batch(
+        model, images, batch.masks, settings["mean"], settings["std"]
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out) as path:
+        Image.fromarray(pictures.grid(columns)).save(path, format="PNG")
+    _log.info(
+        "%s: %d pictures after %d steps, loss %.4f (1.0: only each patch's mean is predicted)",
+        out, len(images), checkpoint.state["step"], loss,
+    )  # fmt: skip
+    return loss
