@@ -1,0 +1,51 @@
+"""Schedules by hand."""
+
+import pytest
+from torch import nn
+
+from fcmae import FCMAE
+from fcmae.schedule import cosine_with_warmup, decay_groups, ema_decay, warmup_steps
+
+
+def test_warmup_is_a_tenth_at_most_unless_given():
+    assert warmup_steps(None, 10, 8000) == 400  # 40 epochs
+    assert warmup_steps(None, 10, 1000) == 100
+    assert warmup_steps(None, 3, 3) == 0
+    assert warmup_steps(2.5, 10, 1000) == 25
+    assert warmup_steps(5, 10, 20) == 20
+
+
+def test_cosine():
+    rates = [cosine_with_warmup(step, 2.0, 4, 12) for step in range(12)]
+    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert rates[4] == 2.0
+    assert rates[8] == pytest.approx(1.0)
+    assert 0 < rates[-1] < 0.1
+    assert cosine_with_warmup(0, 1.0, 0, 1) == 1.0
+
+
+def test_no_weight_decay_on_biases_norms_grn_and_mask_token():
+    model = FCMAE.from_size("atto", depths=[1, 1, 1, 1], engine="patch", layer_scale=0.1)
+    names = {p: n for n, p in model.named_parameters()}
+    decayed, spared = decay_groups(model.named_parameters(), 0.05)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
+    assert {names[p].split(".")[-2] for p in decayed["params"]} == {
+        "0", "1", "conv_dw", "fc1", "fc2", "proj", "pred"
+    }  # fmt: skip
+    assert all(names[p].endswith(".weight") and p.ndim > 1 for p in decayed["params"])
+    assert {"decoder.mask_token", "encoder.stages.0.blocks.0.mlp.grn.weight"} <= {
+        names[p] for p in spared["params"]
+    }
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_frozen_parameters_are_left_out():
+    layer = nn.Linear(2, 2)
+    layer.weight.requires_grad_(False)
+    assert [len(group["params"]) for group in decay_groups(layer.named_parameters(), 0.1)] == [0, 1]
+
+
+def test_ema_starts_short():
+    assert ema_decay(0, 0.999) == 0.1
+    assert ema_decay(90, 0.999) == 0.91
+    assert ema_decay(10**6, 0.999) == 0.999
