@@ -21,3 +21,24 @@ def write_pictures(folder: Path, count: int, seed: int = 0, size: int = 80) -> P
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 pictures of 80×96 pixels; read-only."""
     return write_pictures(tmp_path_factory.mktemp("pictures"), 24)
+
+
+def write_classes(root: Path, classes: int = 3, train: int = 8, val: int = 4) -> Path:
+    """Labelled pictures of 40×48 pixels, root/train/CLASS and root/val/CLASS: shapes by class."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for label in range(classes):
+            folder = root / split / f"class {label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 90, (48, 40, 3), dtype=np.uint8)
+                top, left = rng.integers(4, 20, 2)
+                pixels[top : top + 20, left : left + 16, label % 3] += 160
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes, 24 pictures to train on and 12 to validate on; read-only."""
+    return write_classes(tmp_path_factory.mktemp("classes"))

@@ -1,0 +1,369 @@
+"""The command line: what it hands on, what it answers to mistakes, and how fast it is."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+from fcmae import cli
+from fcmae.config import PretrainConfig
+from sparse.errors import InputError, RunError
+
+ROOT = Path(__file__).parent.parent
+GIVEN = ["--data", "photos", "--out", "run"]
+Twin = Callable[[Any], Any]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Replace every command's code by one that notes its config."""
+    configs: list[Any] = []
+    use_twin(monkeypatch, configs.append)
+    return configs
+
+
+def use_twin(monkeypatch: pytest.MonkeyPatch, twin: Twin) -> None:
+    load = cli._load
+    monkeypatch.setattr(cli, "_load", lambda path: load(path) if path.endswith("Config") else twin)
+
+
+def run(
+    *arguments: str, env: dict[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fcmae", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        capture_output="stdout" not in options,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
+MISTAKES = {
+    "no command": ([], ["fcmae: error: ", "pretrain", "bench"]),
+    "unknown command": (["pretrian"], ["fcmae: error: ", "'pretrian'", "'pretrain'"]),
+    "nothing like it": (["zzz"], ["'zzz'", "pretrain, convert, finetune"]),
+    "missing settings": (["pretrain"], ["--data and --out missing", "--data DIR --out RUN"]),
+    "missing positional": (["convert", "--out", "x"], ["SOURCE missing", "fcmae convert RUN"]),
+    "unknown option": (["pretrain", *GIVEN, "--epoch", "3"], ["--epoch;", "--epochs?"]),
+    "no abbreviation": (["pretrain", *GIVEN, "--see", "3"], ["unknown option --see", "--seed?"]),
+    "dashes": (["pretrain", *GIVEN, "--batch-size=3"], ["--batch-size;", "--batch_size?"]),
+    "nested dashes": (
+        ["pretrain", *GIVEN, "--optim.base-lr", "3"],
+        ["--optim.base-lr;", "--optim.base_lr?"],
+    ),
+    "without its group": (["pretrain", *GIVEN, "--hflip", "no"], ["--augment.hflip?"]),
+    "part of a name": (["finetune", *GIVEN, "--lr", "1"], ["--optim.base_lr?"]),
+    "single dash": (["pretrain", *GIVEN, "-x"], ["unknown option -x", "--help"]),
+    "group": (["pretrain", *GIVEN, "--optim", "x.yaml"], ["--optim is a group", "--optim.base_lr"]),
+    "whole number": (
+        ["pretrain", *GIVEN, "--epochs", "abc"],
+        ["--epochs 'abc'", "a whole number", "such as 100"],
+    ),
+    "not whole": (["pretrain", *GIVEN, "--seed", "1.5"], ["--seed '1.5'", "a whole number"]),
+    "number": (
+        ["pretrain", *GIVEN, "--optim.base_lr=fast"],
+        ["--optim.base_lr 'fast'", "a number", "such as 0.006"],
+    ),
+    "list": (
+        ["pretrain", *GIVEN, "--optim.betas", "0.9"],
+        ["--optim.betas '0.9'", "a list of numbers", "[0.9,0.95]"],
+    ),
+    "null or": (["pretrain", *GIVEN, "--depths=[2,x]"], ["'[2,x]'", "whole numbers or null"]),
+    "near choice": (
+        ["pretrain", *GIVEN, "--engine", "pach"],
+        ["--engine 'pach'", "auto, minkowski, patch, dense", "'patch'?"],
+    ),
+    "choice": (["pretrain", *GIVEN, "--precision", "x"], ["'x'", "fp32, bf16", "such as auto"]),
+    "word or number": (["pretrain", *GIVEN, "--workers", "x"], ["auto or a whole number"]),
+    "no value": (["pretrain", *GIVEN, "--epochs"], ["--epochs needs a value, such as 100"]),
+    "next option": (["pretrain", "--data", "--out", "b"], ["--data needs a value"]),
+    "empty": (["pretrain", "--data=", "--out", "b"], ["--data is empty"]),
+    "empty positional": (["samples", ""], ["OUT is empty"]),
+    "two values": (["pretrain", "--data", "A", "B", "--out", "C"], ["'B'", "--data '[A,B]'"]),
+    "stray": (["convert", "A", "B", "--out", "C"], ["unexpected 'B'"]),
+    "not a flag": (
+        ["pretrain", *GIVEN, "--use_grn", "0"],
+        ["'0'", "--use_grn takes true or false"],
+    ),
+    "range": (["pretrain", *GIVEN, "--epochs", "0"], ["epochs 0", "at least 1", "such as 100"]),
+    "not of 32": (["pretrain", *GIVEN, "--img_size=225"], ["225", "32", "224 or 256"]),
+    "config missing": (["pretrain", *GIVEN, "--config", "no.yaml"], ["'no.yaml'", "No such file"]),
+    "config folder": (["pretrain", *GIVEN, "--config", "/"], ["'/'", "directory"]),
+    "config empty": (["pretrain", *GIVEN, "--config="], ["--config is empty"]),
+    "config NUL": (["pretrain", *GIVEN, "--config", "a\0b"], ["not a YAML text file"]),
+}
+
+FILES = {
+    "unknown key": ("epoch: 3", ["unknown key 'epoch'", "epochs?"]),
+    "nested key": ("optim:\n  base_rl: 3", ["'optim.base_rl'", "optim.base_lr?"]),
+    "dashed key": ("optim:\n  base-lr: 3", ["'optim.base-lr'", "optim.base_lr?"]),
+    "group": ("optim: 3", ["optim must hold settings", "3"]),
+    "value": ("optim:\n  base_lr: fast", ["optim.base_lr 'fast'", "a number", "0.006"]),
+    "choice": ("engine: pach", ["engine 'pach'", "'patch'?"]),
+    "number as text": ("model: 7", ["model must be a text, not 7", "quotes"]),
+    "mapping as value": ("epochs:\n  a: 1", ["unknown key 'epochs.a'"]),
+    "not YAML": ("a: [1\nb: 2", ["line 2"]),
+    "no mapping": ("- a", ["'key: value'"]),
+    "tag": ("out: !!python/object/apply:os.mkdir [pwned]", ["python/object", "line 1"]),
+    "name tag": ("out: !!python/name:os.system", ["python/name"]),
+    "own tag": ("out: !x y", ["!x"]),
+    "aliases": ("a: &a [1]\nb: [*a, *a]", ["line 2", "aliases"]),
+    "too deep": ("[" * 50_000, ["nested too deeply"]),
+    "two documents": ("a: 1\n---\nb: 1", ["line 2"]),
+}
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], prog: str, named: list[str]) -> None:
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(prog)
+    assert err.endswith("\n")
+    assert len(err.splitlines()) == 1
+    assert "usage:" not in err
+    for part in named:
+        assert part in err
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_2(
+    name: str, seen: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv, named = MISTAKES[name]
+    assert cli.main(argv) == 2
+    assert seen == []
+    known = bool(argv) and argv[0] in cli.COMMANDS
+    assert_one_line(capsys, f"fcmae {argv[0]}: error: " if known else "fcmae: error: ", named)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_mistake_in_a_file_names_the_file(
+    name: str,
+    seen: list[Any],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, named = FILES[name]
+    (tmp_path / "my.yaml").write_text(text)
+    assert cli.main(["pretrain", "--data", "photos", "--config", "my.yaml", "--out", "x"]) == 2
+    assert seen == []
+    assert_one_line(capsys, "fcmae pretrain: error: ", ["my.yaml", *named])
+    assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
+
+
+def test_a_binary_config_is_refused(
+    seen: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert cli.main(["pretrain", *GIVEN, "--config", str(path)]) == 2
+    assert seen == []
+    assert_one_line(capsys, "fcmae pretrain: error: ", ["my.yaml", "not a YAML text file"])
+
+
+def test_settings_of_every_form(seen: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        "data: null\nepochs: 7\noptim:\n  base_lr: 3e-4\n  betas: [9e-1, 0.95]\nseed: 1"
+    )
+    more = tmp_path / "more.yaml"
+    more.write_text("augment.hflip: false\nseed: 2\n")
+    argv = [
+        "pretrain", "--epochs", "8", "--data", "[A,'B, C']", "--out=-x=y", "--config", str(path),
+        "--img_size", "[96,160]", "--augment.vflip", "--use_grn", "no", "--workers=2",
+        "--layer_scale", "1e-6", "--optim.clip_grad=null", f"--config={more}",
+    ]  # fmt: skip
+    assert cli.main(argv) == 0
+    wanted = PretrainConfig(
+        ["A", "B, C"], "-x=y", img_size=[96, 160], epochs=8, use_grn=False, layer_scale=1e-6,
+        workers=2, seed=2,
+    )  # fmt: skip
+    wanted.optim.base_lr = 3e-4
+    wanted.augment.hflip, wanted.augment.vflip = False, True
+    assert seen == [wanted]
+    assert isinstance(seen[0].seed, int)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["convert", "run", "--out", "x"], {"source": "run", "out": "x"}),
+        (["convert", "--out", "x", "run"], {"source": "run", "out": "x"}),
+        (["convert", "--out", "x", "--source", "run"], {"source": "run", "out": "x"}),
+        (["evaluate", "--json", "run", "--data", "d"], {"json": True, "source": "run"}),
+        (["evaluate", "run", "--data", "d", "--img_size=96"], {"json": False, "img_size": 96}),
+        (["finetune", "--data", "d", "--out", "o", "--weights", "w"], {"weights": "w"}),
+        (["predict", "run", "--images", "i", "--out", "p.csv"], {"images": "i", "top": 5}),
+        (["reconstruct", "r", "--images", "i", "--out", "p.png"], {"run": "r", "count": 8}),
+        (["samples", "dir", "--size", "96"], {"out": "dir", "size": 96}),
+        (["doctor"], {}),
+        (
+            ["bench", "--json", "--models", "[atto,tiny]"],
+            {"json": True, "models": ["atto", "tiny"]},
+        ),
+    ],
+)
+def test_every_command_gets_its_config(
+    argv: list[str], expected: dict[str, Any], seen: list[Any]
+) -> None:
+    assert cli.main(argv) == 0
+    assert expected.items() <= vars(seen[0]).items()
+    assert type(seen[0]).__name__ == cli.COMMANDS[argv[0]].config.split(":")[1]
+
+
+def test_print_config_reads_back(
+    seen: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main(["pretrain", "--print_config", "--optim.base_lr", "1e-8"]) == 0
+    assert seen == []
+    path = tmp_path / "my.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert cli.main(["pretrain", "--config", str(path), *GIVEN]) == 0
+    wanted = PretrainConfig("photos", "run")
+    wanted.optim.base_lr = 1e-8
+    assert seen == [wanted]
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (130, 130), (143, 143), ({}, 0)])
+def test_exit_code_is_the_commands(
+    returned: object, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_twin(monkeypatch, lambda _: returned)
+    assert cli.main(["doctor"]) == code
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (InputError("no images in\n'photos'"), 2, "no images in 'photos'"),
+        (RunError("the disk is full"), 1, "the disk is full"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_of_a_command(
+    error: BaseException,
+    code: int,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def twin(_: Any) -> None:
+        raise error
+
+    use_twin(monkeypatch, twin)
+    assert cli.main(["doctor"]) == code
+    assert capsys.readouterr().err == f"fcmae doctor: error: {text}\n"
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["doctor"]) == code
+    assert capsys.readouterr().err == f"fcmae doctor: error (rank 1): {text}\n"
+
+
+def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def twin(_: Any) -> None:
+        raise ZeroDivisionError
+
+    use_twin(monkeypatch, twin)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["doctor"])
+
+
+def test_under_torchrun_one_process_tells_of_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["pretrain", "--epoch", "3"]) == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--help"], ["-h"]):
+        assert cli.main(argv) == 0
+        text = capsys.readouterr().out
+        for name, command in cli.COMMANDS.items():
+            assert f"{name} " in text
+            assert command.summary in text
+        assert all(len(line) <= 100 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: {cli.COMMANDS[name].usage} ")
+    assert "--config FILE.yaml" in text
+    assert "--print_config" in text
+    assert "data+" not in text
+
+
+def test_help_imports_neither_torch_nor_timm() -> None:
+    program = (
+        "import sys; from fcmae.cli import main; main({}); "
+        "print(sorted({{'torch', 'timm', 'numpy', 'MinkowskiEngine'}} & set(sys.modules)))"
+    )
+    for argv in (["--help"], ["pretrain", "--help"], ["finetune", "--help"], ["pretrain", "--x"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program.format(argv)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        assert done.stdout.splitlines()[-1] == "[]", argv
+
+
+def test_help_is_instant() -> None:
+    """0.5 s is promised; the processor time counts, so that a busy machine does not fail it."""
+    spent = []
+    for _ in range(3):
+        before = os.times()
+        assert run("--help").returncode == 0
+        after = os.times()
+        spent.append(
+            after.children_user
+            - before.children_user
+            + after.children_system
+            - before.children_system
+        )
+    assert median(spent) <= 0.5
+
+
+def test_module_is_the_same_program() -> None:
+    done = run("pretrain", *GIVEN, "--epoch", "3")
+    assert (done.returncode, done.stdout) == (2, "")
+    wanted = "fcmae pretrain: error: unknown option --epoch; did you mean --epochs?\n"
+    assert done.stderr == wanted
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    for argv in (["--help"], ["pretrain", "--help"], ["pretrain", "--print_config"]):
+        done = run(*argv, stdout=writer, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (0, "")
+    os.close(writer)
+
+
+def test_a_locale_without_utf8_and_a_closed_stdout_are_no_errors(tmp_path: Path) -> None:
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": str(tmp_path)}
+    done = run("pretrain", *GIVEN, "--engine", "ü", env=plain)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    closed = subprocess.run(
+        ["sh", "-c", f"'{sys.executable}' -m fcmae --help >&-"],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert (closed.returncode, closed.stderr) == (0, b"")

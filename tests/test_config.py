@@ -1,0 +1,326 @@
+"""Configs: checks, the way to YAML and back, and the shipped files against the paper's numbers."""
+
+import re
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import finetune.config
+from fcmae.config import (
+    RUNTIME_KEYS,
+    AugmentConfig,
+    BenchConfig,
+    ConvertConfig,
+    DecoderConfig,
+    DoctorConfig,
+    OptimConfig,
+    PretrainConfig,
+    ReconstructConfig,
+    SamplesConfig,
+    differences,
+    from_dict,
+    height_width,
+    save_yaml,
+    to_dict,
+)
+from fcmae.options import leaves, load_config, parse
+from fcmae.settings import flatten, read_yaml
+from finetune.config import (
+    EvaluateConfig,
+    FinetuneAugmentConfig,
+    FinetuneConfig,
+    FinetuneOptimConfig,
+    PredictConfig,
+)
+from sparse.errors import InputError
+from sparse.sizes import SIZES, resolve_size
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+SIZE_NAMES = ["atto", "femto", "pico", "nano", "tiny", "base", "large", "huge"]
+
+
+def load(name: str) -> Any:
+    kind = PretrainConfig if name.startswith("pretrain/") else FinetuneConfig
+    argv = ["--data", "photos", "--out", "run", "--config", str(CONFIGS / name)]
+    return parse(kind, argv, "usage")
+
+
+def test_every_size_has_both_recipes() -> None:
+    wanted = {f"{kind}/{name}.yaml" for kind in ("pretrain", "finetune") for name in SIZES}
+    wanted |= {
+        f"{kind}/{name}.yaml" for kind in ("pretrain", "finetune") for name in ("small", "smoke")
+    }
+    assert wanted <= set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_shipped_config_loads_and_says_how_to_run_it(name: str) -> None:
+    config = load(name)
+    own = (config.depths, config.dims) if "pretrain" in name else ()
+    size = resolve_size(config.model or "atto", *own)
+    stem = Path(name).stem
+    if stem in SIZES:
+        assert size == SIZES[stem]
+    text = (CONFIGS / name).read_text(encoding="utf-8")
+    assert f"--config configs/{name}" in text.splitlines()[0]
+    assert "Result" in text
+    assert "ime" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "runtime"),
+    [
+        ("pretrain/small.yaml", PretrainConfig, RUNTIME_KEYS),
+        ("finetune/small.yaml", FinetuneConfig, finetune.config.RUNTIME_KEYS),
+    ],
+)
+def test_small_is_the_defaults_written_out(name: str, kind: Any, runtime: frozenset[str]) -> None:
+    assert load(name) == kind(data="photos", out="run")
+    decides = {key for key in leaves(kind) if key not in runtime and key != "data"}
+    assert set(flatten(read_yaml(CONFIGS / name))) == decides
+
+
+@pytest.mark.parametrize("size", SIZE_NAMES)
+def test_pretraining_recipe_is_the_papers(size: str) -> None:
+    """Paper, Table 8."""
+    config = load(f"pretrain/{size}.yaml")
+    assert config.model == size
+    assert (config.img_size, config.mask_ratio, config.norm_pix_loss) == (224, 0.6, True)
+    assert config.decoder == DecoderConfig(dim=512, depth=1)
+    assert (config.epochs, config.batch_size) == (1600, 4096)
+    assert config.optim == OptimConfig(1.5e-4, 0.05, [0.9, 0.95], warmup_epochs=40)
+    augment = config.augment
+    assert (augment.crop_scale, augment.hflip, augment.vflip) == ([0.2, 1.0], True, False)
+    assert (augment.mean, augment.std) == ("imagenet", "imagenet")
+
+
+# Paper, Tables 9 to 11; base_lr of base and large from the official command.
+# base_lr, decay, layer decay, grouped by, epochs, warm-up, mixup, cutmix, smoothing, drop path
+FINETUNE = {
+    "atto": (2e-4, 0.3, 0.9, "single", 600, 0, 0.0, 0.0, 0.2, 0.1),
+    "femto": (2e-4, 0.05, 0.9, "single", 600, 0, 0.3, 0.3, 0.2, 0.0),
+    "pico": (2e-4, 0.3, 0.9, "single", 600, 0, 0.3, 0.3, 0.2, 0.0),
+    "nano": (2e-4, 0.3, 0.9, "single", 600, 0, 0.5, 0.5, 0.2, 0.1),
+    "tiny": (8e-4, 0.05, 0.9, "single", 300, 40, 0.8, 1.0, 0.1, 0.2),
+    "base": (6.25e-4, 0.05, 0.6, "group", 100, 20, 0.8, 1.0, 0.1, 0.1),
+    "large": (6.25e-4, 0.05, 0.6, "group", 100, 20, 0.8, 1.0, 0.1, 0.2),
+    "huge": (1.25e-3, 0.05, 0.75, "single", 50, 10, 0.8, 1.0, 0.1, 0.3),
+}
+
+
+@pytest.mark.parametrize("size", SIZE_NAMES)
+def test_finetuning_recipe_is_the_papers(size: str) -> None:
+    config = load(f"finetune/{size}.yaml")
+    optim, augment = config.optim, config.augment
+    assert FINETUNE[size] == (
+        optim.base_lr,
+        optim.weight_decay,
+        optim.layer_decay,
+        optim.layer_group,
+        config.epochs,
+        optim.warmup_epochs,
+        augment.mixup,
+        augment.cutmix,
+        augment.label_smoothing,
+        config.drop_path,
+    )
+    assert (config.model, config.img_size, config.batch_size) == (size, 224, 1024)
+    assert (optim.betas, config.head_init_scale, config.ema_decay) == ([0.9, 0.999], 0.001, 0.9999)
+    assert (augment.randaugment, augment.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+
+
+def test_differences_names_what_changes_results_and_nothing_else() -> None:
+    stored = PretrainConfig("photos", "run", seed=1)
+    runtime = PretrainConfig(
+        "photos", "moved", seed=1, engine="dense", device="cpu", precision="fp32", workers=3,
+        resume="never", checkpoint_steps=5, checkpoint_minutes=1, keep_checkpoints=3, log_steps=1,
+        picture_epochs=0, max_pixels=10, max_bad=0.5,
+    )  # fmt: skip
+    assert differences(runtime, stored) == []
+    asked = PretrainConfig("other", "run", seed=1, optim=OptimConfig(base_lr=1e-3))
+    assert differences(asked, stored) == [
+        ("data", "photos", "other"),
+        ("optim.base_lr", 6e-3, 1e-3),
+    ]
+
+
+@pytest.mark.parametrize("module", ["fcmae", "finetune"])
+def test_runtime_keys_are_keys(module: str) -> None:
+    kind, keys = (
+        (PretrainConfig, RUNTIME_KEYS)
+        if module == "fcmae"
+        else (FinetuneConfig, finetune.config.RUNTIME_KEYS)
+    )
+    assert keys <= set(leaves(kind))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        PretrainConfig, ConvertConfig, ReconstructConfig, SamplesConfig, DoctorConfig, BenchConfig,
+        FinetuneConfig, EvaluateConfig, PredictConfig,
+    ],
+)  # fmt: skip
+def test_every_setting_has_help(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """jsonargparse shows a setting without a docstring as a bare '(type: …)'."""
+    assert parse(kind, ["--help"], "usage") is None
+    text = " ".join(capsys.readouterr().out.split())
+    for key, leaf in leaves(kind).items():
+        name = key.split(".")[-1].upper()
+        shown = rf"--{re.escape(key)} ({name}|\{{[\w,]+\}}|\[ITEM,\.\.\.\]) [A-Za-z]"
+        assert re.search(shown, text), f"{key} has no docstring"
+        assert leaf.default is MISSING or "default: " in text
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (lambda: PretrainConfig("a", "b", img_size=225), ["img_size 225", "32", "224 or 256"]),
+        (lambda: PretrainConfig("a", "b", img_size=[96, 100]), ["100", "96 or 128"]),
+        (lambda: PretrainConfig("a", "b", img_size=8), ["8", "32 or 64"]),
+        (lambda: PretrainConfig("a", "b", img_size=[1, 2, 3]), ["[1, 2, 3]", "[96,160]"]),
+        (lambda: PretrainConfig("a", "b", epochs=0), ["epochs 0", "at least 1", "100"]),
+        (lambda: PretrainConfig("a", "b", batch_size=-4), ["batch_size -4", "64"]),
+        (lambda: PretrainConfig("a", "b", drop_path=1.0), ["drop_path 1.0", "below 1"]),
+        (lambda: PretrainConfig("a", "b", workers=-1), ["workers -1", "at least 0"]),
+        (
+            lambda: PretrainConfig("a", "b", keep_checkpoints=1),
+            ["keep_checkpoints 1", "at least 2"],
+        ),
+        (lambda: PretrainConfig("a", "b", max_bad=1.5), ["max_bad 1.5", "at most 1"]),
+        (lambda: PretrainConfig("a", "b", checkpoint_minutes=float("nan")), ["nan"]),
+        (
+            lambda: PretrainConfig("a", "b", in_chans=4, augment=AugmentConfig(mean=[0.5])),
+            ["augment.mean [0.5]", "4 channels", "[0.5,0.5,0.5,0.5]"],
+        ),
+        (lambda: DecoderConfig(dim=0), ["decoder.dim 0", "512"]),
+        (lambda: OptimConfig(base_lr=0), ["optim.base_lr 0", "above 0"]),
+        (lambda: OptimConfig(base_lr=float("inf")), ["inf", "finite"]),
+        (lambda: OptimConfig(base_lr=float("nan")), ["nan"]),
+        (lambda: OptimConfig(betas=[0.9]), ["optim.betas [0.9]", "[0.9,0.95]"]),
+        (lambda: OptimConfig(betas=[0.9, 1.0]), ["optim.betas"]),
+        (lambda: AugmentConfig(crop_scale=[0.5, 0.2]), ["augment.crop_scale", "[0.2,1.0]"]),
+        (lambda: AugmentConfig(crop_scale=[0.0, 1.0]), ["augment.crop_scale"]),
+        (lambda: AugmentConfig(crop_ratio=[1.0]), ["augment.crop_ratio"]),
+        (lambda: AugmentConfig(std=[0.2, 0.0, 0.2]), ["augment.std", "positive"]),
+        (lambda: SamplesConfig("a", size=8), ["size 8", "at least 32", "128"]),
+        (lambda: BenchConfig(rounds=0), ["rounds 0"]),
+        (lambda: FinetuneOptimConfig(layer_decay=1.1), ["optim.layer_decay 1.1", "at most 1"]),
+        (lambda: FinetuneAugmentConfig(mixup=-1), ["augment.mixup -1", "at least 0"]),
+        (lambda: FinetuneConfig("a", "b", val_fraction=1.0), ["val_fraction 1.0", "below 1"]),
+        (lambda: FinetuneConfig("a", "b", ema_decay=1.0), ["ema_decay 1.0", "0.998"]),
+        (lambda: EvaluateConfig("a", "b", img_size=0), ["img_size 0"]),
+        (lambda: PredictConfig("a", "b", "c", top=0), ["top 0", "5"]),
+    ],
+)
+def test_a_bad_number_says_what_would_do(build: Any, names: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        build()
+    message = str(caught.value)
+    assert "\n" not in message
+    for name in names:
+        assert name in message
+
+
+def test_fine_tuning_takes_sizes_that_pretraining_does_not() -> None:
+    assert FinetuneConfig("a", "b", img_size=100).img_size == 100
+
+
+def test_height_width() -> None:
+    assert height_width(96) == (96, 96)
+    assert height_width([96, 160]) == (96, 160)
+
+
+def test_from_dict_is_strict() -> None:
+    config = PretrainConfig(["a", "b"], "run", optim=OptimConfig(clip_grad=1.0))
+    assert from_dict(PretrainConfig, to_dict(config)) == config
+    with pytest.raises(InputError, match="'epoch'; did you mean epochs"):
+        from_dict(PretrainConfig, {"data": "a", "out": "b", "epoch": 1})
+    with pytest.raises(InputError, match="out is missing"):
+        from_dict(PretrainConfig, {"data": "a"})
+
+
+TEXTS = st.text(min_size=1, max_size=12).filter(lambda text: not text.startswith("["))
+
+
+@settings(deadline=None, max_examples=20)
+@given(TEXTS, TEXTS)
+def test_any_path_survives_the_command_line_and_yaml(
+    tmp_path_factory: pytest.TempPathFactory, data: str, out: str
+) -> None:
+    config = parse(PretrainConfig, [f"--data={data}", f"--out={out}"], "usage")
+    assert config == PretrainConfig(data, out)
+    path = tmp_path_factory.mktemp("yaml") / "config.yaml"
+    save_yaml(config, path)
+    assert load_config(PretrainConfig, path) == config
+
+
+@pytest.mark.parametrize(
+    "name", ["a\udcffb", "1e3", "null", "12", "true", "2020-01-01", "~", "- a", "%s"]
+)
+def test_paths_that_look_like_something_else(name: str, tmp_path: Path) -> None:
+    config = PretrainConfig(name, "run")
+    save_yaml(config, tmp_path / "config.yaml")
+    assert load_config(PretrainConfig, tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "data"),
+    [
+        ("[A,B]", ["A", "B"]),
+        ("['a, b', \"c\"]", ["a, b", "c"]),
+        ("[2021,007]", ["2021", "007"]),
+        ("[a", "[a"),
+        ("[a] b", "[a] b"),
+    ],
+)
+def test_several_folders(text: str, data: str | list[str]) -> None:
+    config = parse(PretrainConfig, ["--data", text, "--out", "run"], "usage")
+    assert config == PretrainConfig(data, "run")
+
+
+def test_everything_survives_yaml(tmp_path: Path) -> None:
+    shared = [0.5, 0.5, 0.5]  # one object twice: YAML would write an alias
+    config = PretrainConfig(
+        ["a b", "ü"], "run", depths=[1, 1, 1, 1], img_size=[96, 160], layer_scale=1e-6, workers=3,
+        optim=OptimConfig(base_lr=1e-8, warmup_epochs=0.5),
+        augment=AugmentConfig(mean=shared, std=shared),
+    )  # fmt: skip
+    save_yaml(config, tmp_path / "config.yaml")
+    assert load_config(PretrainConfig, tmp_path / "config.yaml") == config
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.one_of(st.text(max_size=60), st.binary(max_size=60)))
+def test_the_yaml_reader_gives_a_mapping_or_one_line(
+    tmp_path_factory: pytest.TempPathFactory, content: str | bytes
+) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "config.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    lines = 0
+    try:
+        read_yaml(path)
+    except InputError as error:
+        lines = len(str(error).splitlines())
+    assert lines <= 1
+
+
+def test_load_config_names_the_file_and_key(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for text, named in [
+        ("out: b\n", "data missing"),
+        ("data: a\nout: b\nepochs: many\n", "epochs 'many' must be a whole number"),
+        ("data: a\nout: b\nepochs: 0\n", "epochs 0 must be at least 1"),
+        ("data: a\nout: b\noptim: 3\n", "optim must hold settings"),
+        ("data: a\nout: 7\n", "out must be a text, not 7"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(InputError) as caught:
+            load_config(PretrainConfig, path)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert named in str(caught.value)

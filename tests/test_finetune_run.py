@@ -1,0 +1,352 @@
+"""Whole runs on toy data: what they write, that they can be stopped anywhere, what they measure."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fcmae.checkpoint import list_checkpoints
+from finetune.augment import EvalDataset, collate
+from finetune.config import (
+    EvaluateConfig,
+    FinetuneAugmentConfig,
+    FinetuneConfig,
+    FinetuneOptimConfig,
+    PredictConfig,
+)
+from finetune.data import find_classes, labels_of
+from finetune.evaluate import evaluate, summarise
+from finetune.predict import predict
+from finetune.task import Ema
+from finetune.train import finetune
+from sparse.errors import InputError
+from tests.conftest import write_classes
+
+STEPS = 6
+"""Two epochs of three steps."""
+
+
+def config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:
+    settings: dict[str, Any] = {
+        "model": "test_convnext", "img_size": 32, "epochs": 2, "batch_size": 8, "ema_decay": 0.5,
+        "workers": 0, "log_steps": 1, "checkpoint_steps": 1, "keep_checkpoints": 10,
+        "optim": FinetuneOptimConfig(base_lr=0.03, layer_decay=0.8),
+        "augment": FinetuneAugmentConfig(
+            randaugment="rand-m5-inc1", mixup=0.2, cutmix=0.2, random_erasing=0.3
+        ),
+        "device": "cpu",
+    }  # fmt: skip
+    return FinetuneConfig(data=str(data), out=str(out), **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def run(classes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; read-only."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert finetune(config(classes, out)) == 0
+    return out
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: v for key, v in line.items() if key != "images_per_s"} for line in lines]
+
+
+def final(out: Path) -> dict[str, dict[str, Tensor]]:
+    newest = list_checkpoints(out / "checkpoints")[0]
+    return {file.stem: load_file(file) for file in newest.glob("*.safetensors")}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert metrics(one) == metrics(other)
+    tensors, wanted = final(other), final(one)
+    assert tensors.keys() == wanted.keys() == {"model", "optimizer", "ema", "best"}
+    for file, content in wanted.items():
+        assert content.keys() == tensors[file].keys()
+        assert all(torch.equal(content[name], tensors[file][name]) for name in content), file
+    for name in ("model.safetensors", "config.json"):
+        written = (one / "exported" / name).read_bytes()
+        assert written == (other / "exported" / name).read_bytes()
+
+
+def test_a_run_writes_what_it_should(run: Path) -> None:
+    ends = [line for line in metrics(run) if "val_top1" in line]
+    assert [line["step"] for line in ends] == [3, 6]
+    figures = {f"{name}_{key}" for name in ("val", "ema") for key in ("top1", "top5", "loss")}
+    assert all(figures < line.keys() for line in ends)
+    assert all(line["ema_top5"] == 100 for line in ends)
+    best = max(ends, key=lambda line: (line["ema_top1"], -line["ema_loss"]))
+    state = json.loads((list_checkpoints(run / "checkpoints")[0] / "state.json").read_text())
+    assert state["best"]["step"] == best["step"]
+    assert state["best"]["top1"] == best["ema_top1"]
+    assert state["settings"]["label_names"] == ["class 0", "class 1", "class 2"]
+    for folder in ("best", "exported"):
+        kept = load_file(run / folder / "model.safetensors")
+        assert all(torch.equal(kept[name], tensor) for name, tensor in final(run)["best"].items())
+
+
+def test_the_exported_folder_loads_in_timm_both_ways(run: Path) -> None:
+    folder = run / "exported"
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert model.num_classes == 3
+    assert model.pretrained_cfg["label_names"] == ["class 0", "class 1", "class 2"]
+    assert model.pretrained_cfg["input_size"] == [3, 32, 32]
+    other = timm.create_model(
+        "test_convnext", num_classes=3, checkpoint_path=str(folder / "model.safetensors")
+    )
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(images), other.eval()(images))
+
+
+@pytest.mark.parametrize(("step", "workers"), [(2, 0), (3, 0), (4, 0), (4, 2)])
+def test_a_run_that_goes_on_is_the_run_never_stopped(
+    run: Path, classes: Path, tmp_path: Path, step: int, workers: int
+) -> None:
+    """Later checkpoints, and a later best, are taken away: all of it must come again."""
+    shutil.copytree(run, tmp_path / "run")
+    for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints")[: STEPS - step]:
+        shutil.rmtree(checkpoint)
+    assert finetune(config(classes, tmp_path / "run", workers=workers)) == 0
+    assert_same_run(run, tmp_path / "run")
+
+
+def test_a_run_that_was_killed_is_the_run_never_stopped(
+    run: Path, classes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    script = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from finetune.task import FinetuneTask\n"
+        "from finetune.train import finetune\n"
+        "from tests.test_finetune_run import config\n"
+        "update = FinetuneTask.after_step\n"
+        "def after_step(self, step):\n"
+        "    update(self, step)\n"
+        "    if step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "FinetuneTask.after_step = after_step\n"
+        f"finetune(config(Path({str(classes)!r}), Path({str(out)!r}), checkpoint_steps=2))\n"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert [path.name for path in list_checkpoints(out / "checkpoints")][0] == "step-00000004"
+    assert finetune(config(classes, out)) == 0
+    assert_same_run(run, out)
+
+
+def test_best_weights_are_those_that_the_checkpoint_knows(
+    run: Path, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Going on from before the first epoch's end, what was found later is forgotten at once."""
+    shutil.copytree(run, tmp_path / "run")
+    for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints")[: STEPS - 2]:
+        shutil.rmtree(checkpoint)
+    seen = []
+    monkeypatch.setattr(
+        "fcmae.loop.Loop.run",
+        lambda loop, _: seen.append((tmp_path / "run" / "best").exists()) or loop.step,
+    )
+    assert finetune(config(classes, tmp_path / "run")) == 2
+    assert seen == [False]
+
+
+def test_a_finished_run_repeated_does_nothing(run: Path, classes: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    assert finetune(config(classes, tmp_path / "run")) == 0
+    assert_same_run(run, tmp_path / "run")
+
+
+def test_another_setting_is_refused(run: Path, classes: Path) -> None:
+    with pytest.raises(InputError, match=r"drop_path is 0.3 but the run .* has 0.1"):
+        finetune(config(classes, run, drop_path=0.3))
+
+
+def test_a_frozen_backbone_stays_as_it_was(classes: Path, tmp_path: Path) -> None:
+    finetune(config(classes, tmp_path / "run", freeze="backbone", model="test_resnet", epochs=1))
+    first = load_file(tmp_path / "run" / "checkpoints" / "step-00000001" / "model.safetensors")
+    last = final(tmp_path / "run")["model"]
+    changed = {name for name in first if not torch.equal(first[name], last[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+
+
+def test_unreadable_pictures_are_replaced_left_out_and_named(tmp_path: Path) -> None:
+    data = write_classes(tmp_path / "data", train=8, val=4)
+    (data / "train" / "class 0" / "0.png").write_bytes(b"none")
+    (data / "val" / "class 1" / "0.png").write_bytes(b"none")
+    finetune(config(data, tmp_path / "run", epochs=1, max_bad=0.1))
+    lines = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
+    names = sorted(json.loads(line)["path"] for line in lines)
+    assert names == ["train/class 0/0.png", "val/class 1/0.png"]
+    result = evaluate(EvaluateConfig(str(tmp_path / "run"), str(data), workers=0), show=False)
+    assert (result["n"], result["unreadable"]) == (11, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "nonsense"}, "model 'nonsense' is unknown"),
+        ({"weights": "nowhere"}, "nowhere: no such file or folder"),
+        ({"batch_size": 7}, "makes parts of 7 images"),
+        ({"batch_size": 6, "accumulate": 4}, "not divisible by processes 1 x accumulate 4"),
+        ({"img_size": 8, "model": "atto"}, r"img_size \[8, 8\] does not suit"),
+        ({"val_fraction": 0.5}, "leave val_fraction at 0"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(
+    classes: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        finetune(config(classes, tmp_path / "run", **changes))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_averaged_weights_by_hand() -> None:
+    """Decay is 2/11 after the first update, 3/12 after the second, and 0.25 at most here."""
+    model = torch.nn.BatchNorm1d(1)
+    ema = Ema(model, 0.25)
+    with torch.no_grad():
+        model.weight.fill_(12.0)
+        model.num_batches_tracked.fill_(7)
+    ema.update(1)
+    assert ema.model.state_dict()["weight"].item() == pytest.approx(1 * 2 / 11 + 12 * 9 / 11)
+    assert ema.model.state_dict()["num_batches_tracked"].item() == 7
+    before = ema.model.state_dict()["weight"].item()
+    ema.update(50)
+    assert ema.model.state_dict()["weight"].item() == pytest.approx(before * 0.25 + 12 * 0.75)
+
+
+def by_hand(run: Path, folder: Path) -> tuple[Tensor, Tensor]:
+    """Scores and true classes of a split, from the exported folder, by timm alone."""
+    model = timm.create_model(f"local-dir:{run / 'exported'}", pretrained=True).eval()
+    files, names = find_classes(folder)
+    data = EvalDataset(files, labels_of(files, names), (32, 32), 3, 0.875, "bicubic", 10**6)
+    batch = collate([data[index] for index in range(len(data))])
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    with torch.no_grad():
+        return model((batch.images / 255 - mean) / std), batch.labels
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluate_against_a_computation_by_hand(
+    run: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    scores, labels = by_hand(run, classes / "val")
+    found = scores.argmax(1)
+    out = tmp_path / "confusion.csv"
+    wanted = EvaluateConfig(
+        str(run), str(classes), batch_size=5, workers=workers, json=True, out=str(out)
+    )
+    result = evaluate(wanted)
+    assert json.loads(capsys.readouterr().out) == result
+    assert result["top1"] == pytest.approx(100 * (found == labels).float().mean().item())
+    assert (result["top5"], result["top5_of"], result["n"]) == (100, 3, 12)
+    with out.open(newline="") as file:
+        rows = [*csv.reader(file)][1:]
+    matrix = torch.zeros(3, 3, dtype=torch.int64)
+    for true, guess in zip(labels.tolist(), found.tolist(), strict=True):
+        matrix[true, guess] += 1
+    assert [[int(value) for value in row[1:]] for row in rows] == matrix.tolist()
+    recalls = 100 * matrix.diagonal() / matrix.sum(1)
+    assert result["balanced"] == pytest.approx(recalls.mean().item())
+    assert [entry["top1"] for entry in result["per_class"].values()] == pytest.approx(
+        recalls.tolist()
+    )
+
+
+def test_evaluate_prints_a_table_and_draws(
+    run: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "confusion.png"
+    evaluate(EvaluateConfig(str(run / "exported"), str(classes / "val"), workers=0, out=str(out)))
+    assert "balanced" in capsys.readouterr().out
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_summary_of_classes_that_are_not_there() -> None:
+    result = summarise(np.array([[3, 1, 0], [0, 0, 0], [2, 0, 2]]), 7, ("a", "b", "c"))
+    assert result["top1"] == pytest.approx(62.5)
+    assert result["top5"] == pytest.approx(87.5)
+    assert result["balanced"] == pytest.approx((75 + 50) / 2)
+    assert result["per_class"] == {"a": {"top1": 75.0, "n": 4}, "c": {"top1": 50.0, "n": 4}}
+
+
+def test_classes_go_by_name(run: Path, classes: Path, tmp_path: Path) -> None:
+    """A data set with some of the classes; one that the model does not know is refused."""
+    shutil.copytree(classes / "val" / "class 2", tmp_path / "class 2")
+    result = evaluate(EvaluateConfig(str(run), str(tmp_path), workers=0), show=False)
+    whole = evaluate(EvaluateConfig(str(run), str(classes), workers=0), show=False)
+    assert result["per_class"] == {"class 2": whole["per_class"]["class 2"]}
+    shutil.copytree(classes / "val" / "class 2", tmp_path / "class 3")
+    with pytest.raises(InputError, match="classes that the model has not: 'class 3'"):
+        evaluate(EvaluateConfig(str(run), str(tmp_path), workers=0))
+
+
+def test_a_run_that_divided_its_data_is_measured_on_what_it_kept_back(
+    classes: Path, tmp_path: Path
+) -> None:
+    data, out = classes / "train", tmp_path / "run"
+    finetune(config(data, out, val_fraction=0.25, epochs=1))
+    result = evaluate(EvaluateConfig(str(out), str(data), workers=0), show=False)
+    assert result["n"] == 6
+    logged = [line["ema_top1"] for line in metrics(out) if "ema_top1" in line]
+    assert result["top1"] == pytest.approx(logged[0])
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "message"),
+    [
+        ("nowhere", "x.csv", "holds no run and no weights"),
+        ("run", "x.txt", "must be a file ending in .png or .csv"),
+    ],
+)
+def test_evaluate_refuses(run: Path, classes: Path, source: str, out: str, message: str) -> None:
+    path = str(run) if source == "run" else source
+    with pytest.raises(InputError, match=message):
+        evaluate(EvaluateConfig(path, str(classes), out=out, workers=0))
+
+
+def test_predict_writes_the_best_classes(
+    run: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(classes / "val", images)
+    (images / "class 0" / "00 bad.png").write_bytes(b"none")
+    out = tmp_path / "new" / "out.csv"
+    predict(PredictConfig(str(run), str(images), str(out), top=2, batch_size=5, workers=0))
+    assert "class 0/00 bad.png" in capsys.readouterr().err
+    with out.open(newline="") as file:
+        rows = [*csv.reader(file)]
+    assert rows[0] == ["path", "label", "score", "label2", "score2"]
+    best = by_hand(run, classes / "val")[0].softmax(1).topk(2)
+    assert len(rows) == 13
+    for row, values, places in zip(rows[1:], best.values, best.indices, strict=True):
+        assert row[0].startswith(f"{images}/class ")
+        assert row[1::2] == [f"class {place}" for place in places.tolist()]
+        assert [float(value) for value in row[2::2]] == pytest.approx(values.tolist(), abs=1e-5)
+    assert [path.name for path in out.parent.iterdir()] == ["out.csv"]
+
+
+def test_predict_from_a_list_of_paths_with_odd_names(
+    run: Path, classes: Path, tmp_path: Path
+) -> None:
+    odd = os.fsencode(tmp_path) + b"/\xff, odd.png"
+    shutil.copy(classes / "val" / "class 0" / "0.png", odd)
+    (tmp_path / "list.txt").write_bytes(odd + b"\n")
+    out = tmp_path / "out.csv"
+    predict(PredictConfig(str(run), str(tmp_path / "list.txt"), str(out), workers=0))
+    assert b'"' + odd + b'",class ' in out.read_bytes()

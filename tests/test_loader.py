@@ -1,0 +1,287 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fcmae import rng
+from fcmae.data.files import FileList, find_images
+from fcmae.data.loader import (
+    Batch,
+    HoldoutSet,
+    PretrainDataset,
+    StepSampler,
+    collate,
+    epoch_order,
+    make_loader,
+    measure_mean_std,
+    normalise,
+    steps_per_epoch,
+)
+from sparse.errors import InputError, RunError
+
+COUNT = 23
+BAD = ("05.jpg", "11.jpg")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> FileList:
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for i in range(COUNT):
+        pixels = random.integers(0, 256, (5 + i, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((60 + i, 50)).save(folder / f"{i:02d}.jpg")
+    (folder / BAD[0]).write_bytes(b"")
+    (folder / BAD[1]).write_text("no picture")
+    return find_images(str(folder))
+
+
+def keys_of(sampler: StepSampler) -> list[list[tuple[int, int]]]:
+    return list(sampler)
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "steps"), [(10, 4, 3), (8, 4, 2), (3, 8, 1), (1, 1, 1)]
+)
+def test_an_epoch_reads_every_file_and_fills_its_last_batch(
+    n: int, batch_size: int, steps: int
+) -> None:
+    assert steps_per_epoch(n, batch_size) == steps
+    order = epoch_order(0, 0, n, batch_size)
+    assert len(order) == steps * batch_size
+    permutation = rng.permutation(0, 0, n)
+    assert order.tolist() == [permutation[i % n] for i in range(steps * batch_size)]
+
+
+def test_steps_follow_the_epochs() -> None:
+    batches = keys_of(StepSampler(10, 4, 7, 0, 7))
+    assert [{epoch for epoch, _ in batch} for batch in batches] == [{0}] * 3 + [{1}] * 3 + [{2}]
+    assert [i for batch in batches[3:6] for _, i in batch] == epoch_order(7, 1, 10, 4).tolist()
+
+
+def test_a_resumed_sampler_goes_on_where_it_was() -> None:
+    whole = keys_of(StepSampler(10, 4, 7, 0, 9, accumulate=2))
+    for start in range(10):
+        rest = StepSampler(10, 4, 7, start, 9, accumulate=2)
+        assert keys_of(rest) == whole[2 * start :]
+        assert len(rest) == len(whole[2 * start :])
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (1, 4), (2, 2), (3, 4)])
+def test_processes_and_micro_batches_divide_the_same_global_batch(
+    world_size: int, accumulate: int
+) -> None:
+    one = keys_of(StepSampler(100, 24, 1, 2, 7))
+    parts = [
+        keys_of(StepSampler(100, 24, 1, 2, 7, rank, world_size, accumulate))
+        for rank in range(world_size)
+    ]
+    for step, batch in enumerate(one):
+        joined = []
+        for micro in range(accumulate):
+            for rank in range(world_size):
+                joined += parts[rank][step * accumulate + micro]
+        assert joined == batch
+
+
+def test_a_batch_that_does_not_divide_names_sizes_that_do() -> None:
+    with pytest.raises(InputError, match="60 and 66"):
+        StepSampler(100, 64, 0, 0, 1, 0, 2, 3)
+
+
+def test_a_sample_is_a_function_of_its_key(files: FileList) -> None:
+    dataset = PretrainDataset(files, (64, 96), seed=3, vflip=True)
+    first, again = dataset[(1, 4)], dataset[(1, 4)]
+    assert (first.image == again.image).all()
+    assert first.image.shape == (3, 64, 96)
+    assert first.image.dtype == np.uint8
+    assert first.mask.shape == (2, 3)
+    assert first.bad == []
+    for other in (dataset[(2, 4)], PretrainDataset(files, (64, 96), seed=4)[(1, 4)]):
+        assert (first.image != other.image).any()
+
+
+def test_bad_files_are_replaced_by_the_same_ones_in_every_run(files: FileList) -> None:
+    replaced = []
+    for _ in range(2):
+        dataset = PretrainDataset(files, (64, 64), seed=0)
+        sample = dataset[(0, 5)]
+        assert sample.bad[0] == (BAD[0], "not a picture of a known format")
+        assert files.name(sample.index) not in BAD
+        replaced.append((sample.index, sample.image.tobytes()))
+        assert dataset[(1, 5)].index == sample.index
+    assert replaced[0] == replaced[1]
+
+
+def test_a_folder_that_went_away_stops_the_run(tmp_path: Path) -> None:
+    for i in range(30):
+        (tmp_path / f"{i}.jpg").touch()
+    with pytest.raises(RunError, match="can't be read") as caught:
+        PretrainDataset(find_images(str(tmp_path)), (64, 64))[(0, 0)]
+    assert "\n" not in str(caught.value)
+
+
+def stream(files: FileList, workers: int, start: int = 0) -> list[Batch]:
+    dataset = PretrainDataset(files, (64, 64), seed=1)
+    return list(make_loader(dataset, StepSampler(len(files), 6, 1, start, 9), workers))
+
+
+def test_workers_change_nothing(files: FileList) -> None:
+    before = torch.get_num_threads(), torch.get_rng_state()
+    expected = stream(files, 0)
+    assert len(expected) == 9
+    for workers in (1, 2):
+        for start in (0, 5):
+            got = stream(files, workers, start)
+            assert len(got) == 9 - start
+            for ours, theirs in zip(got, expected[start:], strict=True):
+                assert torch.equal(ours.images, theirs.images)
+                assert torch.equal(ours.masks, theirs.masks)
+                assert torch.equal(ours.indices, theirs.indices)
+                assert ours.bad == theirs.bad
+    assert {name for batch in expected for name, _ in batch.bad} == set(BAD)
+    assert torch.get_num_threads() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_a_batch_has_the_masks_of_its_samples(files: FileList) -> None:
+    dataset = PretrainDataset(files, (64, 64), mask_ratio=0.75)
+    batch = collate([dataset[(0, 0)], dataset[(0, 1)]])
+    assert batch.images.shape == (2, 3, 64, 64)
+    assert batch.masks.dtype == torch.bool
+    assert batch.masks.sum((1, 2)).tolist() == [3, 3]
+    assert batch.indices.tolist() == [0, 1]
+    assert len(batch) == 2
+
+
+def test_eight_bit_and_deeper_pictures_share_a_batch(tmp_path: Path) -> None:
+    Image.new("L", (64, 64), 51).save(tmp_path / "a.png")
+    Image.fromarray(np.full((64, 64), 13107, np.uint16)).save(tmp_path / "b.png")
+    dataset = PretrainDataset(find_images(str(tmp_path)), (64, 64), in_chans=1)
+    eight, deep = dataset[(0, 0)], dataset[(0, 1)]
+    assert eight.image.dtype == np.uint8
+    assert deep.image.dtype == np.float32
+    batch = collate([eight, deep])
+    assert batch.images.dtype == torch.float32
+    assert torch.allclose(batch.images, torch.tensor(0.2))
+    alone = normalise(collate([eight]).images, [0.1], [0.5], "cpu")
+    assert torch.allclose(alone, normalise(batch.images, [0.1], [0.5], "cpu")[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_normalise(dtype: torch.dtype) -> None:
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    images = torch.randint(0, 256, (2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    units = images.double() / 255
+    given = images.to(torch.uint8) if dtype == torch.uint8 else units.float()
+    kept = given.clone()
+    got = normalise(given, mean, std, "cpu")
+    expected = (units - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert got.dtype == torch.float32
+    assert (got - expected).abs().max() < 1e-5
+    assert torch.equal(given, kept)
+
+
+def test_held_out_pictures_have_the_same_masks_whatever_else_there_is(files: FileList) -> None:
+    holdout = HoldoutSet(files, (64, 96))
+    batches = list(holdout.batches(8))
+    assert [len(batch) for batch in batches] == [8, 8, 5]
+    assert [name for name, _ in holdout.bad] == list(BAD)
+    masks = {
+        files.name(int(i)): mask
+        for batch in batches
+        for i, mask in zip(batch.indices, batch.masks, strict=True)
+    }
+    assert len({mask.numpy().tobytes() for mask in masks.values()}) > 5
+    some = files.select([20, 3])
+    (again,) = HoldoutSet(some, (64, 96)).batches(8)
+    for i, mask in zip(again.indices, again.masks, strict=True):
+        assert torch.equal(mask, masks[some.name(int(i))])
+
+
+def test_mean_and_std_are_measured(tmp_path: Path, files: FileList) -> None:
+    colours = np.array([(10, 200, 30), (90, 100, 150), (250, 0, 60)])
+    for i, colour in enumerate(colours.tolist()):
+        Image.new("RGB", (40, 40), tuple(colour)).save(tmp_path / f"{i}.png")
+    mean, std = measure_mean_std(find_images(str(tmp_path)), (32, 32))
+    assert np.allclose(mean, colours.mean(0) / 255)
+    assert np.allclose(std, colours.std(0) / 255)
+
+    sampled = measure_mean_std(files, (32, 32), sample=5)
+    assert sampled == measure_mean_std(files, (32, 32), sample=5)
+    assert sampled != measure_mean_std(files, (32, 32), sample=5, seed=1)
+    with pytest.raises(InputError, match="no picture can be read"):
+        measure_mean_std(files.select([5, 11]), (32, 32))
+
+
+SCRIPT = """
+import json, os, sys, time
+from fcmae.data.files import find_images
+from fcmae.data.loader import PretrainDataset, StepSampler, make_loader
+
+def main():
+    files = find_images(sys.argv[1])
+    sampler = StepSampler(len(files), 2, 0, 0, 10**6)
+    batches = iter(make_loader(PretrainDataset(files, (64, 64)), sampler, 2))
+    next(batches)
+    print(json.dumps([worker.pid for worker in batches._workers]), flush=True)
+    sys.stdin.readline()
+    for _ in range(50):
+        next(batches)
+    print("still here", flush=True)
+    sys.stdin.readline()
+
+main()
+"""
+
+
+@pytest.fixture
+def running(files: FileList) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, files.roots[0]],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
+def test_workers_leave_signals_to_the_main_process_and_end_with_it(
+    running: subprocess.Popen[str],
+) -> None:
+    assert running.stdin
+    assert running.stdout
+    workers = json.loads(running.stdout.readline())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for pid in workers:
+            os.kill(pid, number)
+    time.sleep(0.2)
+    assert all(map(is_alive, workers))
+    running.stdin.write("\n")
+    running.stdin.flush()
+    assert running.stdout.readline() == "still here\n"
+    began = time.monotonic()
+    running.communicate("\n", timeout=30)
+    assert running.returncode == 0
+    assert time.monotonic() - began < 15
+    assert not any(map(is_alive, workers))

@@ -1,0 +1,142 @@
+"""Sample images: how many, cut from where, and the same every time."""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+from PIL import Image
+
+import fcmae.samples
+from fcmae.config import SamplesConfig
+from fcmae.samples import PHOTOGRAPHS, Box, cells, crop_boxes, photograph, samples, square
+from sparse.errors import InputError
+
+
+@pytest.fixture
+def two_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = {name: PHOTOGRAPHS[name] for name in ("cat", "coins")}
+    monkeypatch.setattr(fcmae.samples, "PHOTOGRAPHS", pictures)
+
+
+def tiny(out: Path, **changes: int) -> SamplesConfig:
+    settings = {"per_class_train": 5, "per_class_val": 2, "size": 32, **changes}
+    return SamplesConfig(out=str(out), **settings)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*.jpg")}
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_training_crop_shares_a_pixel_with_a_validation_crop(name: str, seed: int) -> None:
+    photo = photograph(name)
+    config = SamplesConfig(out="unused", seed=seed)
+    boxes = crop_boxes(name, photo.width, photo.height, config)
+    assert (len(boxes["train"]), len(boxes["val"])) == (120, 40)
+    for box in boxes["train"] + boxes["val"]:
+        assert 0 <= box.left < box.right <= photo.width
+        assert 0 <= box.top < box.bottom <= photo.height
+        assert box.right - box.left == box.bottom - box.top
+    assert not [(a, b) for a in boxes["train"] for b in boxes["val"] if a.overlaps(b)]
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_both_splits_see_every_row_and_column(name: str) -> None:
+    photo = photograph(name)
+    boxes = crop_boxes(name, photo.width, photo.height, SamplesConfig(out="unused"))
+    for split in ("train", "val"):
+        rows = {box.top * 4 // photo.height for box in boxes[split]}
+        columns = {box.left * 4 // photo.width for box in boxes[split]}
+        assert (rows, columns) == ({0, 1, 2, 3}, {0, 1, 2, 3})
+
+
+def test_overlap_means_a_shared_pixel() -> None:
+    box = Box(10, 10, 20, 20)
+    assert box.overlaps(Box(19, 19, 30, 30))
+    assert box.overlaps(Box(0, 12, 30, 14))
+    assert not box.overlaps(Box(20, 10, 30, 20))
+    assert not box.overlaps(Box(10, 0, 20, 10))
+
+
+def test_cells_keep_a_gap_and_cover_the_picture() -> None:
+    split = cells(400, 400, Random(0))
+    assert (len(split["train"]), len(split["val"])) == (12, 4)
+    assert {(box.left, box.right) for box in split["train"]} == {
+        (4, 96), (104, 196), (204, 296), (304, 396),
+    }  # fmt: skip
+
+
+def test_a_square_fills_its_cell_at_most() -> None:
+    random, cell = Random(0), Box(10, 20, 60, 60)
+    boxes = [square(cell, random) for _ in range(500)]
+    assert min(box.left for box in boxes) == 10
+    assert min(box.top for box in boxes) == 20
+    assert max(box.right for box in boxes) == 60
+    assert max(box.bottom for box in boxes) == 60
+    assert {box.right - box.left for box in boxes} == set(range(20, 40))
+
+
+@pytest.mark.usefixtures("two_photographs")
+def test_writes_what_was_asked_for(tmp_path: Path) -> None:
+    root = samples(tiny(tmp_path / "a"))
+    files = contents(root)
+    assert len(files) == 2 * (5 + 2)
+    assert {Path(name).parts[:2] for name in files} == {
+        (split, name) for split in ("train", "val") for name in ("cat", "coins")
+    }
+    for name in files:
+        with Image.open(root / name) as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (32, 32))
+
+
+@pytest.mark.usefixtures("two_photographs")
+def test_bytes_depend_on_the_settings_alone(tmp_path: Path) -> None:
+    first = contents(samples(tiny(tmp_path / "a")))
+    assert contents(samples(tiny(tmp_path / "b"))) == first
+    other = contents(samples(tiny(tmp_path / "c", seed=1)))
+    assert other.keys() == first.keys()
+    assert all(other[name] != first[name] for name in first)
+
+
+@pytest.mark.usefixtures("two_photographs")
+def test_a_finished_set_is_left_alone_and_a_broken_one_finished(tmp_path: Path) -> None:
+    root = samples(tiny(tmp_path))
+    first = contents(root)
+    victim = root / "val/cat/0000.jpg"
+    victim.unlink()
+    samples(tiny(tmp_path))
+    assert not victim.exists()
+    marker = root / "samples.json"
+    marker.write_text(marker.read_text().replace("true", "false"))
+    samples(tiny(tmp_path))
+    assert contents(root) == first
+
+
+@pytest.mark.usefixtures("two_photographs")
+def test_refuses_a_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"mine")
+    with pytest.raises(InputError, match="no sample set; name an empty or new folder"):
+        samples(tiny(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+    with pytest.raises(InputError, match="is a file"):
+        samples(tiny(tmp_path / "photo.jpg"))
+    (tmp_path / "samples.json").write_text("[1]")
+    with pytest.raises(InputError, match="no sample set"):
+        samples(tiny(tmp_path))
+
+
+@pytest.mark.usefixtures("two_photographs")
+def test_refuses_a_set_of_other_settings(tmp_path: Path) -> None:
+    samples(tiny(tmp_path))
+    with pytest.raises(InputError, match="other settings"):
+        samples(tiny(tmp_path, seed=1))
+
+
+def test_missing_scikit_image_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcmae.samples, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"pip install 'fcmae\[samples\]'"):
+        samples(tiny(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()

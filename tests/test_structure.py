@@ -1,0 +1,104 @@
+"""Rules for the source as a whole, read with `ast`: who imports whom, file sizes, safe loading."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("sparse", "fcmae", "finetune")
+"""Lowest first: a package imports itself and those before it."""
+
+MAX_LINES = 320
+SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+FILES = sorted([*SOURCES, *(ROOT / "benchmarks").rglob("*.py")])
+TORCH_FREE = ("sparse/errors.py", "sparse/sizes.py", "fcmae/config.py", "finetune/config.py")
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imported(nodes: Iterator[ast.AST]) -> Iterator[str]:
+    """Names of all modules that these nodes import."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
+
+
+def at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes that run when the module is imported: those outside functions."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from at_import(child)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_imports_go_one_way(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    higher = PACKAGES[PACKAGES.index(package) + 1 :]
+    tree = parse(path)
+    # Only the command line may reach up, inside a function, so that its --help stays light.
+    nodes = at_import(tree) if relative(path) == "fcmae/cli.py" else ast.walk(tree)
+    assert [name for name in imported(nodes) if name.split(".")[0] in higher] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_only_the_installed_packages_are_imported(path: Path) -> None:
+    names = {name.split(".")[0] for name in imported(ast.walk(parse(path)))}
+    assert names & {"tests", "benchmarks", "configs"} == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_files_are_short(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines < MAX_LINES, f"{relative(path)} has {lines} lines; split it by what it does"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_pickles_are_read_with_weights_only(path: Path) -> None:
+    for node in ast.walk(parse(path)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if name in ("torch.load", "load_state_dict_from_url"):
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            place = f"{relative(path)}:{node.lineno}"
+            assert keywords.get("weights_only") == "True", f"{place} lacks weights_only=True"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_nothing_else_unpickles(path: Path) -> None:
+    readers = ("pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Call):
+            function = ast.unparse(node.func).split(".")
+            unpickles = function[0] in readers and function[-1] in ("load", "loads", "Unpickler")
+            assert not unpickles, f"{relative(path)}:{node.lineno}"
+        if isinstance(node, ast.ImportFrom) and node.module in ("torch.serialization", "torch"):
+            assert "load" not in {alias.name for alias in node.names}, "call it torch.load"
+        if isinstance(node, ast.ImportFrom) and node.module in readers:
+            names = {alias.name for alias in node.names}
+            assert names & {"load", "loads", "Unpickler"} == set()
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            assert ast.unparse(node.value) == "False"
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_what_help_needs_is_free_of_torch(name: str) -> None:
+    names = {module.split(".")[0] for module in imported(at_import(parse(ROOT / name)))}
+    assert names & {"torch", "torchvision", "timm", "numpy"} == set()
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_packages_say_that_they_are_typed(name: str) -> None:
+    assert (ROOT / name / "py.typed").is_file()
+    assert (ROOT / name / "__init__.py").is_file()
