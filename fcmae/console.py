@@ -6,7 +6,6 @@ import logging
 from types import TracebackType
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,7 +15,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True, soft_wrap=True)
+console = Console(stderr=True)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log messages as plain lines, above the progress line where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        console.print(mark + self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
 def show_logs() -> None:
@@ -24,11 +31,8 @@ def show_logs() -> None:
     for name in ("fcmae", "sparse", "finetune"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
-        if not any(isinstance(handler, RichHandler) for handler in logger.handlers):
-            handler = RichHandler(
-                console=console, show_time=False, show_path=False, show_level=False, markup=False
-            )
-            logger.addHandler(handler)
+        if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
+            logger.addHandler(_ConsoleHandler())
 
 
 class StepProgress:
@@ -87,6 +91,7 @@ class StepProgress:
             console.print(
                 f"epoch {epoch}/{self._epochs} step {step}/{self._total} {figures} {left}",
                 highlight=False,
+                soft_wrap=True,
             )
 
 

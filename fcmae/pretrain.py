@@ -336,7 +336,7 @@ def _announce(
     visible = keep_count(h * w, config.mask_ratio)
     millions = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     lines = [
-        f"encoder {config.model}: {millions:.1f} M weights, engine {model.encoder.engine.name} on "
+        f"encoder {config.model}: {millions:.3g} M weights, engine {model.encoder.engine.name} on "
         f"{world.device}, {settings.precision}, {torch.get_num_threads()} threads, "
         f"{settings.workers} workers, {world.size} process{'es' if world.size > 1 else ''}",
         f"images {settings.img_size[0]}×{settings.img_size[1]}: {visible} of {h * w} patches "

@@ -1,6 +1,7 @@
 """Files that can't be used: what Pillow and numpy raise on them, made one exception."""
 
 import struct
+import tokenize
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ DECODE_ERRORS = (
     EOFError,  # no frame
     AssertionError,  # what Pillow thought can't be
     struct.error,  # fields cut short
+    tokenize.TokenError,  # numpy, on a .npy header that is no Python literal
     zlib.error,  # broken deflate streams outside PNG's pixels
     MemoryError,  # sizes that a lying header promises
     Image.DecompressionBombError,

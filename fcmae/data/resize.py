@@ -69,17 +69,22 @@ def resize(
     height, width = img_size
     lost_height, lost_width = box[3] - box[1] - height, box[2] - box[0] - width
     upright = lost_height > max(0, 2 * lost_width)
-    parts = [
+    if not upright and 4 * (box[2] - box[0]) * (box[3] - box[1]) <= _STRIP_BYTES:
+        part = source.rows(*box)  # both passes in one call, which saves a third
+        return _interpolate(part, height, width, interpolation).transpose(2, 0, 1)
+    first = [
         _interpolate(part, height, part.shape[1], interpolation)
         if upright
         else _interpolate(part, len(part), width, interpolation)
         for part in strips(source, box, upright)
     ]
-    whole = np.concatenate(parts, axis=1 if upright else 0) if len(parts) > 1 else parts[0]
+    whole = np.concatenate(first, axis=1 if upright else 0)
     return _interpolate(whole, height, width, interpolation).transpose(2, 0, 1)
 
 
 def _interpolate(pixels_HWC: Pixels, height: int, width: int, interpolation: str) -> Pixels:
+    if width == pixels_HWC.shape[1] == 1:  # torch (2.14) resizes a single column wrongly
+        return _interpolate(np.repeat(pixels_HWC, 2, axis=1), height, 2, interpolation)[:, :1]
     image = torch.from_numpy(np.require(pixels_HWC, requirements="W")).permute(2, 0, 1)[None]
     image = F.interpolate(image, size=(height, width), mode=interpolation, antialias=True)
     resized: Pixels = image[0].permute(1, 2, 0).numpy()

@@ -1,0 +1,148 @@
+"""What a user can get wrong when pretraining: one line, exit 2, nothing written."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from fcmae.config import OptimConfig, PretrainConfig
+from fcmae.pretrain import pretrain
+from sparse.errors import InputError, RunError
+from tests.cli import metrics
+from tests.conftest import write_pictures
+
+SMALL = {
+    "depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "img_size": 64, "batch_size": 8, "epochs": 1,
+    "workers": 0, "engine": "patch", "log_steps": 1,
+}  # fmt: skip
+
+
+def config(data, out, **changes):
+    return PretrainConfig(data=str(data), out=str(out), **{**SMALL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask_ratio": 0.0}, "mask_ratio 0"),
+        ({"mask_ratio": 1.0}, "mask_ratio 1"),
+        ({"mask_ratio": 0.9}, "try"),
+        ({"model": "atoo", "depths": None, "dims": None}, "did you mean atto"),
+        ({"depths": [1, 2]}, "four positive whole numbers"),
+        ({"batch_size": 9, "accumulate": 2}, "nearest are 8 and 10"),
+        ({"device": "cuda:7"}, "CUDA devices; use cpu"),
+        ({"device": "gpu"}, "use auto, cpu, cuda"),
+        ({"init_from": "nowhere.pth"}, "nowhere.pth"),
+        ({"resume": "nowhere"}, "nowhere"),
+    ],
+)
+def test_wrong_settings(pictures, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message) as error:
+        pretrain(config(pictures, tmp_path / "run", **changes))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("img_size", [100, 0, [64, 70], [64]])
+def test_sizes_that_are_not_multiples_of_32(img_size):
+    with pytest.raises(InputError, match="img_size"):
+        config("data", "out", img_size=img_size)
+
+
+def test_data_that_is_missing_or_empty(tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        pretrain(config(tmp_path / "nowhere", tmp_path / "run"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty"):
+        pretrain(config(tmp_path / "empty", tmp_path / "run"))
+
+
+def test_an_out_that_is_not_ours(pictures, tmp_path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").write_text("dear")
+    with pytest.raises(InputError, match=r"holds 'a.txt' and no run"):
+        pretrain(config(pictures, tmp_path / "letters"))
+    with pytest.raises(InputError, match="is a file"):
+        pretrain(config(pictures, tmp_path / "letters" / "a.txt"))
+
+
+def test_unreadable_pictures_are_skipped_and_named(tmp_path):
+    data = write_pictures(tmp_path / "data", 39)
+    (data / "broken.png").write_bytes(b"\x89PNG nothing")
+    assert pretrain(config(data, tmp_path / "run")) == 0
+    lines = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
+    assert [json.loads(line)["path"] for line in lines] == ["broken.png"]
+    assert json.loads(lines[0])["reason"]
+
+
+def test_too_many_unreadable_pictures_stop_the_run(tmp_path):
+    data = write_pictures(tmp_path / "data", 20)
+    for i in range(4):
+        (data / f"broken{i}.png").write_bytes(b"")
+    with pytest.raises(RunError, match=r"of 24 pictures could not be read, more than max_bad = 5%"):
+        pretrain(config(data, tmp_path / "run"))
+
+
+def test_a_folder_smaller_than_the_batch_cycles(tmp_path, caplog):
+    data = write_pictures(tmp_path / "data", 3)
+    assert pretrain(config(data, tmp_path / "run", epochs=2)) == 0
+    assert [step for step, _ in metrics(tmp_path / "run")] == [1, 2]
+    assert "3 images are fewer than batch_size 8" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(pictures, tmp_path):
+    wild = config(pictures, tmp_path, epochs=40, checkpoint_steps=1, optim=OptimConfig(base_lr=1e30))
+    with pytest.raises(RunError, match="not finite at step") as error:
+        pretrain(wild)
+    step = int(str(error.value).split("at step ")[1].split()[0])
+    newest = max((tmp_path / "checkpoints").iterdir())
+    assert newest.name == f"step-{step - 1:08d}"
+
+
+def test_held_out_images_give_a_loss_and_pictures(tmp_path):
+    data = write_pictures(tmp_path / "data", 500, size=40)
+    run = config(data, tmp_path / "run", batch_size=250, epochs=2, picture_epochs=2, holdout=8)
+    assert pretrain(run) == 0
+    held = metrics(tmp_path / "run", "holdout_loss")
+    assert [step for step, _ in held] == [4]  # 492 images: 2 steps an epoch; the second epoch
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tb"))
+    events.Reload()
+    assert {"loss", "lr", "holdout_loss", "images_per_s"} <= set(events.Tags()["scalars"])
+    picture = events.Images("reconstructions")[0]
+    assert (picture.step, picture.width, picture.height) == (4, 4 * 68 - 4, 18 + 8 * 68 - 4)
+
+
+@pytest.mark.parametrize(("chans", "mode"), [(1, "L"), (4, "RGBA")])
+def test_other_channels_and_rectangles(tmp_path, chans, mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 4), dtype=np.uint8)
+    (tmp_path / "data").mkdir()
+    for i in range(4):
+        Image.fromarray(np.roll(pixels, i, 0)).convert(mode).save(tmp_path / "data" / f"{i}.png")
+    run = config(tmp_path / "data", tmp_path / "run", in_chans=chans, img_size=[64, 96],
+                 batch_size=4)  # fmt: skip
+    run.augment.mean = run.augment.std = "data"
+    assert pretrain(run) == 0
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'run' / 'exported'}", pretrained=True)
+    assert loaded.pretrained_cfg["input_size"] == [chans, 64, 96]
+    assert loaded.forward_features(torch.zeros(1, chans, 64, 96)).shape == (1, 32, 2, 3)
+
+
+def test_init_from_a_timm_file(pictures, tmp_path):
+    """The encoder starts from given weights; three channels are adapted to one."""
+    source = timm.create_model("convnextv2_atto", num_classes=0)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    run = config(pictures, tmp_path / "run", depths=None, dims=None, in_chans=1, img_size=64,
+                 init_from=str(tmp_path / "w.pth"), optim=OptimConfig(base_lr=1e-12))  # fmt: skip
+    assert pretrain(run) == 0
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'run' / 'exported'}", pretrained=True)
+    stem = source.stem[0].weight.sum(1, keepdim=True)
+    torch.testing.assert_close(loaded.stem[0].weight, stem, atol=1e-6, rtol=1e-5)
+    block = "stages.2.blocks.3.mlp.fc1.weight"
+    torch.testing.assert_close(loaded.state_dict()[block], source.state_dict()[block])
+    with pytest.raises(InputError, match="init_from"):
+        pretrain(config(pictures, tmp_path / "other", init_from=str(tmp_path / "w.pth")))
