@@ -39,7 +39,7 @@ class _GeluGRN(torch.autograd.Function):
             a.mul_(visible_N1)
         a = images.split(a)
         norm_BC = _channel_norm(a, images)
-        scale_BC = torch.addcmul(torch.ones_like(norm_BC), _relative(norm_BC), weight.float())
+        scale_BC = 1 + weight * _relative(norm_BC)
         ctx.save_for_backward(h_NC, weight, norm_BC, visible_N1)
         ctx.images = images
         out = torch.addcmul(bias.to(a.dtype), a, images.expand(scale_BC.to(a.dtype)))
@@ -49,12 +49,11 @@ class _GeluGRN(torch.autograd.Function):
     def backward(ctx, grad_NC):  # type: ignore[no-untyped-def]
         h_NC, weight, norm_BC, visible_N1 = ctx.saved_tensors
         images: ImageRows = ctx.images
-        weight = weight.float()
         a = F.gelu(h_NC)
         if visible_N1 is not None:
             a.mul_(visible_N1)
         a, grad = images.split(a), images.split(grad_NC)
-        dscale_BC = images.sum(a * grad).float()
+        dscale_BC = images.sum(a * grad).to(norm_BC.dtype)
         mean_B1 = norm_BC.mean(1, keepdim=True) + GRN_EPS
         drel_BC = dscale_BC * weight
         dnorm_BC = drel_BC / mean_B1 - (drel_BC * norm_BC).mean(1, keepdim=True) / mean_B1**2
@@ -66,15 +65,14 @@ class _GeluGRN(torch.autograd.Function):
         if visible_N1 is not None:
             da.view_as(h_NC).mul_(visible_N1)
         dh_NC = torch.ops.aten.gelu_backward(da.view_as(h_NC), h_NC)
-        dweight = (dscale_BC * _relative(norm_BC)).sum(0).to(ctx.saved_tensors[1].dtype)
+        dweight = (dscale_BC * _relative(norm_BC)).sum(0).to(weight.dtype)
         return dh_NC, dweight, grad_NC.sum(0), None, None
 
 
 def _channel_norm(a: Tensor, images: ImageRows) -> Tensor:
-    """L2 norm of each channel over each image's rows, in float32 → (B, C)."""
-    if images.uniform:
-        return torch.linalg.vector_norm(a, dim=1, dtype=torch.float32)
-    return images.sum(a.float().square()).sqrt()
+    """L2 norm of each channel over each image's rows, in float32 or wider → (B, C)."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return images.sum(a.to(dtype).square()).sqrt()  # vector_norm is six times slower on the CPU
 
 
 def _relative(norm_BC: Tensor) -> Tensor:

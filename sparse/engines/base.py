@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse.engines.windows import Windows, windowed_depthwise
+
 
 class ImageRows:
     """Which image each row belongs to; rows of one image stand together, images in batch order.
@@ -99,21 +101,33 @@ def hide(sites: Sites, x_NC: Tensor) -> Tensor:
     return x_NC if sites.visible_N1 is None else x_NC * sites.visible_N1
 
 
-class CanvasSites:
-    """Rows packed without gaps, with their positions on the full map: shared by patch and minkowski.
+class PackedSites:
+    """Rows packed without gaps, with their positions on the map: shared by patch and minkowski.
+
+    Rows stand patch after patch (images in batch order, patches and the sites within a patch in
+    raster order), so that a patch is a square block of rows.
 
     Args:
-        index_N: int64 position of each row on the flattened (B, H, W) map, grouped by image.
+        index_N: int64 position of each row on the flattened (B, H, W) map, on the CPU.
         shape: (B, H, W) of this stage's map.
+        side: sites along a patch's side.
         images: which image each row belongs to.
+        device: where the rows will be.
     """
 
     visible_N1 = None
 
-    def __init__(self, index_N: Tensor, shape: tuple[int, int, int], images: ImageRows) -> None:
-        self.index_N = index_N
-        self.shape = shape
-        self.images = images
+    def __init__(
+        self,
+        index_N: Tensor,
+        shape: tuple[int, int, int],
+        side: int,
+        images: ImageRows,
+        device: torch.device,
+    ) -> None:
+        self.shape, self.side, self.images = shape, side, images
+        self.index_N = index_N.to(device, non_blocking=True)
+        self.windows = Windows(index_N, shape, side, device)
 
     def stem(self, images_BCHW: Tensor, weight_OI44: Tensor, bias_O: Tensor) -> Tensor:
         b, h, w = self.shape
@@ -122,51 +136,10 @@ class CanvasSites:
         return F.linear(pixels, weight_OI44.flatten(1), bias_O)
 
     def depthwise(self, x_NC: Tensor, weight_C1KK: Tensor, bias_C: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x_NC.device.type):
-            dtype = torch.get_autocast_dtype(x_NC.device.type)
-            x_NC, weight_C1KK, bias_C = x_NC.to(dtype), weight_C1KK.to(dtype), bias_C.to(dtype)
-        return _CanvasDepthwise.apply(x_NC, weight_C1KK, bias_C, self.index_N, self.shape)
+        return windowed_depthwise(x_NC, weight_C1KK, bias_C, self.windows)
 
     def densify(self, x_NC: Tensor) -> Tensor:
         b, h, w = self.shape
-        canvas = x_NC.new_zeros(b * h * w, x_NC.shape[1]).index_copy(0, self.index_N, x_NC)
-        return canvas.view(b, h, w, x_NC.shape[1]).permute(0, 3, 1, 2)
-
-
-def _to_canvas(x_NC: Tensor, index_N: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    b, h, w = shape
-    canvas = x_NC.new_zeros(b * h * w, x_NC.shape[1]).index_copy_(0, index_N, x_NC)
-    return canvas.view(b, h, w, x_NC.shape[1]).permute(0, 3, 1, 2)  # channels-last in memory
-
-
-def _from_canvas(canvas_BCHW: Tensor, index_N: Tensor) -> Tensor:
-    rows = canvas_BCHW.permute(0, 2, 3, 1).reshape(-1, canvas_BCHW.shape[1])
-    return rows.index_select(0, index_N)
-
-
-class _CanvasDepthwise(torch.autograd.Function):
-    """Depthwise convolution of packed rows by way of a zero-filled canvas.
-
-    Only the rows are saved; the canvas, 2.58 times as large at 60 % hidden, is laid out again in
-    the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, x_NC, weight, bias, index_N, shape):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x_NC, weight, index_N)
-        ctx.shape = shape
-        canvas = _to_canvas(x_NC, index_N, shape)
-        out = F.conv2d(canvas, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
-        return _from_canvas(out, index_N)
-
-    @staticmethod
-    def backward(ctx, grad_NC):  # type: ignore[no-untyped-def]
-        x_NC, weight, index_N = ctx.saved_tensors
-        pad = weight.shape[-1] // 2
-        need = ctx.needs_input_grad
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            _to_canvas(grad_NC, index_N, ctx.shape), _to_canvas(x_NC, index_N, ctx.shape), weight,
-            None, [1, 1], [pad, pad], [1, 1], False, [0, 0], len(weight), [need[0], need[1], False],
-        )  # fmt: skip
-        dx_NC = _from_canvas(dx, index_N) if need[0] else None
-        return dx_NC, dw, grad_NC.sum(0) if need[2] else None, None, None
+        channels = x_NC.shape[1]
+        canvas = x_NC.new_zeros(b * h * w, channels).index_copy(0, self.index_N, x_NC)
+        return canvas.view(b, h, w, channels).permute(0, 3, 1, 2)

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sparse.engines.base import CanvasSites, ImageRows
+from sparse.engines.base import ImageRows, PackedSites
+from sparse.engines.patch import PatchEngine, PatchSites
 from sparse.errors import InputError
 from sparse.sizes import PATCH, STRIDES
 
@@ -65,25 +65,33 @@ def why_unavailable() -> str | None:
 
 
 class _Map:
-    """One coordinate map of MinkowskiEngine, and the order that groups its rows by image.
+    """One coordinate map of MinkowskiEngine, and the order that puts its rows patch after patch.
 
     The rows of a strided map come in hash order, and only its coordinates tell which is which.
+
+    Args:
+        manager, key: of MinkowskiEngine.
+        shape: (B, H, W) of the stage's map.
+        side: sites along a patch's side.
     """
 
-    def __init__(self, manager: Any, key: Any, shape: tuple[int, int, int], stride: int) -> None:
-        image, y, x = manager.get_coordinates(key).long().unbind(1)
+    def __init__(self, manager: Any, key: Any, shape: tuple[int, int, int], side: int) -> None:
+        self.key, self.shape, self.side = key, shape, side
+        stride = PATCH // STRIDES[0] // side
+        image, y, x = (manager.get_coordinates(key).long() // torch.tensor([1, stride, stride])).T
         _, h, w = shape
-        self.index_N, self.order_N = ((image * h + y // stride) * w + x // stride).sort()
+        patch = (image * (h // side) + y // side) * (w // side) + x // side
+        self.order_N = ((patch * side + y % side) * side + x % side).argsort()
         self.inverse_N = torch.empty_like(self.order_N)
         self.inverse_N[self.order_N] = torch.arange(len(self.order_N))
-        self.key, self.shape = key, shape
+        self.index_N = ((image * h + y) * w + x)[self.order_N]
 
 
-class MinkowskiSites(CanvasSites):
-    """Visible sites of one stage in raster order, at MinkowskiEngine's coordinates."""
+class MinkowskiSites(PackedSites):
+    """Visible sites of one stage, at MinkowskiEngine's coordinates."""
 
     def __init__(self, manager: Any, here: _Map, following: _Map | None, images: ImageRows) -> None:
-        super().__init__(here.index_N, here.shape, images)
+        super().__init__(here.index_N, here.shape, here.side, images, torch.device("cpu"))
         self.manager, self.here, self.following = manager, here, following
 
     def downsample(self, x_NC: Tensor, weight_OI22: Tensor, bias_O: Tensor) -> Tensor:
@@ -102,13 +110,6 @@ class MinkowskiSites(CanvasSites):
                 self.manager,
             )
             return y_MO.index_select(0, self.following.order_N) + bias_O
-
-
-class EmptySites(CanvasSites):
-    """A batch with nothing visible: MinkowskiEngine crashes on zero coordinates, so none are made."""
-
-    def downsample(self, x_NC: Tensor, weight_OI22: Tensor, bias_O: Tensor) -> Tensor:
-        return F.linear(x_NC.repeat(1, 4), weight_OI22.permute(0, 2, 3, 1).flatten(1), bias_O)
 
 
 @cache
@@ -135,43 +136,39 @@ class MinkowskiEngine:
                 "engine 'patch', which gives the same numbers"
             )
 
-    def sites(self, mask_BHW: Tensor, device: torch.device) -> list[CanvasSites]:
+    def sites(self, mask_BHW: Tensor, device: torch.device) -> list[MinkowskiSites] | list[PatchSites]:
         if device.type != "cpu":
             raise InputError(
                 f"engine 'minkowski' computes on the CPU, not on {device.type!r}: use engine "
                 "'patch' there, which gives the same numbers"
             )
-        batch, rows, cols = mask_BHW.shape
         visible = ~mask_BHW
-        sides = [PATCH // stride for stride in STRIDES]
-        shapes = [(batch, rows * side, cols * side) for side in sides]
-        images = [ImageRows(visible.flatten(1).sum(1) * side**2, device) for side in sides]
-        if not visible.any():
-            none = torch.empty(0, dtype=torch.long)
-            return [EmptySites(none, s, i) for s, i in zip(shapes, images, strict=True)]
-        lattice = visible.repeat_interleave(sides[0], 1).repeat_interleave(sides[0], 2)
+        if not visible.any():  # MinkowskiEngine crashes on zero coordinates, so none are made
+            return PatchEngine().sites(mask_BHW, device)
         with _one_thread():
-            manager, maps = _coordinate_maps(lattice.nonzero().int().contiguous(), shapes)
+            manager, maps = _coordinate_maps(visible)
+        per_image = visible.flatten(1).sum(1)
         return [
-            MinkowskiSites(manager, here, following, rows_of)
-            for here, following, rows_of in zip(maps, [*maps[1:], None], images, strict=True)
+            MinkowskiSites(manager, here, following, ImageRows(per_image * here.side**2, device))
+            for here, following in zip(maps, [*maps[1:], None], strict=True)
         ]
 
 
-def _coordinate_maps(
-    coordinates_N3: Tensor, shapes: list[tuple[int, int, int]]
-) -> tuple[Any, list[_Map]]:
+def _coordinate_maps(visible_BHW: Tensor) -> tuple[Any, list[_Map]]:
     """A coordinate manager with the maps of all stages, and the kernel maps between them."""
+    batch, rows, cols = visible_BHW.shape
+    finest, *coarser = [PATCH // stride for stride in STRIDES]
+    lattice = visible_BHW.repeat_interleave(finest, 1).repeat_interleave(finest, 2)
     engine = load_minkowski()
     manager = engine.CoordinateManager(
         D=2, num_threads=1, coordinate_map_type=engine.CoordinateMapType.CPU
     )
-    key, _ = manager.insert_and_map(coordinates_N3, 1)
-    maps = [_Map(manager, key, shapes[0], 1)]
-    for shape in shapes[1:]:
+    key, _ = manager.insert_and_map(lattice.nonzero().int().contiguous(), 1)
+    maps = [_Map(manager, key, (batch, rows * finest, cols * finest), finest)]
+    for side in coarser:
         finer, key = key, manager.stride(key, 2)
         manager.kernel_map(finer, key, stride=2, kernel_size=2)  # kept for the convolution
-        maps.append(_Map(manager, key, shape, shapes[0][1] // shape[1]))
+        maps.append(_Map(manager, key, (batch, rows * side, cols * side), side))
     return manager, maps
 
 
