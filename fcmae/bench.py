@@ -23,13 +23,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fcmae.config import BenchConfig
 from fcmae.distributed import resolve_device
 from fcmae.mask import check_mask_ratio, grid_of, keep_count
 from fcmae.run import versions
 from fcmae.settings import height_width
+from fcmae.tool_config import BenchConfig
 from sparse import SparseConvNeXtV2
-from sparse.engines import ENGINES, why_unavailable
+from sparse.engines import ENGINES
+from sparse.engines.minkowski import why_unavailable
 from sparse.sizes import PATCH, resolve_size
 
 TIMM = "timm, unmasked"
@@ -122,7 +123,7 @@ def encoder_step(model: str, engine: str, images: Tensor, mask: Tensor) -> Step:
 def timm_step(model: str, images: Tensor) -> Step:
     """timm's own dense model of the size, which knows no mask: the honest yardstick of `dense`."""
     size = resolve_size(model)
-    net = timm.create_model(f"convnextv2_{size.name}", num_classes=0).to(images.device)
+    net: Any = timm.create_model(f"convnextv2_{size.name}", num_classes=0).to(images.device)
 
     def step() -> None:
         net.forward_features(images).square().mean().backward()
@@ -215,7 +216,8 @@ def _processor() -> str:
             names = re.findall(r"model name\s*:\s*(.+)", file.read())
     except OSError:
         names = []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def _show(result: dict[str, Any]) -> None:

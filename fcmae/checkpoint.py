@@ -66,7 +66,9 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) 
         for name, tensors in checkpoint.tensors.items():
             file = partial / f"{name}.safetensors"
             try:
-                save_file({key: value.detach().contiguous() for key, value in tensors.items()}, file)
+                save_file(
+                    {key: value.detach().contiguous() for key, value in tensors.items()}, file
+                )
             except SafetensorError as error:  # safetensors wraps the operating system's errors
                 raise OSError(f"{file}: {error}") from error
         state = {"format": FORMAT, "step": step, **checkpoint.state}
@@ -188,7 +190,9 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     model.load_state_dict(tensors)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
+) -> dict[str, Tensor]:
     """Flatten an optimizer's state to `parameter name/state name` → tensor."""
     return {
         f"{names[parameter]}/{key}": value

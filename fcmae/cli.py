@@ -41,7 +41,7 @@ COMMANDS = {
     "convert": Command(
         "turn a pretrained sparse model into a dense one that timm loads",
         "fcmae convert RUN|CHECKPOINT --out DIR",
-        "fcmae.config:ConvertConfig",
+        "fcmae.tool_config:ConvertConfig",
         "fcmae.convert:convert",
         "source",
     ),
@@ -68,27 +68,27 @@ COMMANDS = {
     "reconstruct": Command(
         "draw original, masked and reconstructed images side by side",
         "fcmae reconstruct RUN --images DIR --out FILE.png",
-        "fcmae.config:ReconstructConfig",
+        "fcmae.tool_config:ReconstructConfig",
         "fcmae.reconstruct:reconstruct",
         "run",
     ),
     "samples": Command(
         "write a small labelled set of images to try things on",
         "fcmae samples DIR",
-        "fcmae.config:SamplesConfig",
+        "fcmae.tool_config:SamplesConfig",
         "fcmae.samples:samples",
         "out",
     ),
     "doctor": Command(
         "show versions, engines, whether they agree, and how fast each is",
         "fcmae doctor",
-        "fcmae.config:DoctorConfig",
+        "fcmae.tool_config:DoctorConfig",
         "fcmae.doctor:doctor",
     ),
     "bench": Command(
         "time the engines side by side: images/s, peak memory, ratios",
         "fcmae bench",
-        "fcmae.config:BenchConfig",
+        "fcmae.tool_config:BenchConfig",
         "fcmae.bench:bench",
     ),
 }
@@ -97,6 +97,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Large tensors in huge pages: fewer page faults. torch reads it when it first allocates.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(
             stream, "reconfigure"

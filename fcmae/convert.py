@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fcmae.atomic import atomic_write
 from fcmae.checkpoint import MANIFEST, STATE
-from fcmae.config import ConvertConfig
+from fcmae.tool_config import ConvertConfig
 from fcmae.weights import (
     CONFIG_FILE,
     WEIGHTS_FILE,

@@ -12,10 +12,10 @@ from rich.table import Table
 from torch import Tensor
 
 from fcmae.bench import encoder_step, example, time_in_turns
-from fcmae.config import DoctorConfig
+from fcmae.tool_config import DoctorConfig
 from sparse import SparseConvNeXtV2
-from sparse.engines import ENGINES, why_unavailable
-from sparse.engines.minkowski import INSTALL
+from sparse.engines import ENGINES
+from sparse.engines.minkowski import INSTALL, why_unavailable
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "jsonargparse",
             "tensorboard", "MinkowskiEngine")  # fmt: skip

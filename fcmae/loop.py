@@ -45,9 +45,11 @@ class Task(Protocol):
         files: number of files indexed, of which too many may turn out unreadable.
     """
 
-    model: nn.Module
     optimizer: torch.optim.Optimizer
     files: int
+
+    @property
+    def model(self) -> nn.Module: ...
 
     def loss(self, forward: nn.Module, batch: Any) -> Tensor:
         """Mean loss of one part of a batch; `forward` is the model, maybe wrapped for processes."""
@@ -106,8 +108,7 @@ class Loop:
         self.config, self.settings = config, settings
         self.step = 0
         self.epoch_end_due = False
-        self._save_failures = 0
-        self._bad_seen: set[str] = set()
+        self._save_failures, self._bad_seen = 0, set[str]()
         self.forward: nn.Module = task.model
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
@@ -121,9 +122,7 @@ class Loop:
         """
         load_model_tensors(self.task.model, checkpoint.tensors["model"])
         names = names_of(self.task.model)
-        load_optimizer_tensors(
-            self.task.optimizer, names, checkpoint.tensors.get("optimizer", {})
-        )
+        load_optimizer_tensors(self.task.optimizer, names, checkpoint.tensors.get("optimizer", {}))
         self.task.restore(checkpoint)
         self.step = checkpoint.state["step"]
         self.epoch_end_due = checkpoint.state["epoch_end_due"]
@@ -167,7 +166,9 @@ class Loop:
                     self.save(must=bool(stop) or finished)
                     clock.saved()
                 if stop and not finished:
-                    _log.info("stopped after step %d; the same command goes on from there", self.step)
+                    _log.info(
+                        "stopped after step %d; the same command goes on from there", self.step
+                    )
                     return 130 if stop == signal.SIGINT else 143
         return 0
 
@@ -231,10 +232,10 @@ class Loop:
         if broken.item() == 0:
             return
         raise RunError(
-            f"the loss or its gradient is not finite at step {self.step + 1} (loss {loss.item():g}, "
-            f"gradient norm {norm.item():g}); the update was not applied and the last checkpoint is "
-            "good: go on from it with a lower --optim.base_lr, with --optim.clip_grad 1.0 or with "
-            "--precision fp32, in a new --out with --resume CHECKPOINT"
+            f"the loss or its gradient is not finite at step {self.step + 1} (loss "
+            f"{loss.item():g}, gradient norm {norm.item():g}); the update was not applied and the "
+            "last checkpoint is good: repeat in a new --out with a lower --optim.base_lr, with "
+            "--optim.clip_grad 1.0 or with --precision fp32"
         )
 
     def _log(
@@ -294,15 +295,14 @@ class Loop:
         failed = self.world.agree([failed])[0]
         if failed >= MOST_SAVE_FAILURES or (failed and must):
             raise RunError(
-                f"could not save at step {self.step}: free space on the disk of {self.config.out!r} "
-                "and give the same command again: it goes on from the last good checkpoint"
+                f"could not save at step {self.step}: free space on the disk of "
+                f"{self.config.out!r} and give the same command again to go on"
             )
 
     def _checkpoint(self) -> Checkpoint:
-        names = names_of(self.task.model)
         tensors = {
             "model": self.task.model.state_dict(),
-            "optimizer": optimizer_tensors(self.task.optimizer, names),
+            "optimizer": optimizer_tensors(self.task.optimizer, names_of(self.task.model)),
             **self.task.extra_tensors(),
         }
         state = {

@@ -70,7 +70,5 @@ def grid(columns: Sequence[Tensor]) -> npt.NDArray[np.uint8]:
         for y, image_CHW in enumerate(column):
             shown = image_CHW[:3] if len(image_CHW) >= 3 else image_CHW[:1].expand(3, -1, -1)
             pixels = (shown.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-            canvas.paste(
-                Image.fromarray(pixels), (x * (width + GAP), head + y * (height + GAP))
-            )
+            canvas.paste(Image.fromarray(pixels), (x * (width + GAP), head + y * (height + GAP)))
     return np.asarray(canvas)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fcmae import pictures, rng
+from fcmae import rng
 from fcmae.checkpoint import Checkpoint
-from fcmae.config import RUNTIME_KEYS, PretrainConfig, to_dict
+from fcmae.config import RUNTIME_KEYS, PretrainConfig
 from fcmae.console import show_logs
 from fcmae.convert import export_folder
 from fcmae.data.files import FileList, find_images
 from fcmae.data.loader import (
-    Batch,
     HoldoutSet,
     PretrainDataset,
     StepSampler,
@@ -30,9 +27,10 @@ from fcmae.data.loader import (
 )
 from fcmae.data.statistics import MeanStd, imagenet_mean_std, resolve_mean_std
 from fcmae.distributed import World, join_world, resolve_device
-from fcmae.loop import Loop, Plan
+from fcmae.loop import Loop
 from fcmae.mask import check_mask_ratio, grid_of, keep_count
 from fcmae.model import FCMAE
+from fcmae.plan import Plan
 from fcmae.resources import (
     autocast_dtype,
     check_disk,
@@ -43,7 +41,8 @@ from fcmae.resources import (
 )
 from fcmae.run import RunFolder, find_start, stored_files
 from fcmae.schedule import cosine_with_warmup, decay_groups, warmup_steps
-from fcmae.settings import height_width
+from fcmae.settings import height_width, to_dict
+from fcmae.task import PICTURES_SHOWN, PretrainTask, Settings
 from fcmae.weights import adapt_in_chans, load_weights
 from sparse import SparseConvNeXtV2, get_engine
 from sparse.convert import encoder_part, infer_architecture
@@ -51,77 +50,8 @@ from sparse.errors import InputError
 from sparse.sizes import resolve_size
 
 FILE_LIST = "files.bin"
-PICTURES_SHOWN = 8
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The config with every `auto` resolved."""
-
-    img_size: tuple[int, int]
-    mean: list[float]
-    std: list[float]
-    precision: str
-    workers: int
-    warmup: int
-    total_steps: int
-    learning_rate: float
-
-
-class PretrainTask:
-    """FCMAE as something that `Loop` can train."""
-
-    def __init__(
-        self,
-        model: FCMAE,
-        optimizer: torch.optim.Optimizer,
-        settings: Settings,
-        holdout: list[tuple[Tensor, Tensor]],
-        files: int,
-        picture_epochs: int,
-        epochs: int,
-        folder: RunFolder | None,
-    ) -> None:
-        self.model, self.optimizer, self.files = model, optimizer, files
-        self._settings, self._folder = settings, folder
-        self._holdout = holdout
-        self._picture_epochs, self._epochs = picture_epochs, epochs
-
-    def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
-        device = next(self.model.parameters()).device
-        images = normalise(batch.images, self._settings.mean, self._settings.std, device)
-        return forward(images, batch.masks).loss
-
-    def after_step(self, step: int) -> None:
-        pass
-
-    def end_epoch(self, epoch: int, step: int, stop: Callable[[], bool]) -> dict[str, float]:
-        if not self._holdout or not self._picture_epochs:
-            return {}
-        if epoch % self._picture_epochs and epoch != self._epochs:
-            return {}
-        total, count, shown = 0.0, 0, None
-        for images, masks in self._holdout:
-            columns, loss = pictures.reconstruct_batch(
-                self.model, images, masks, self._settings.mean, self._settings.std
-            )
-            total, count = total + loss * len(images), count + len(images)
-            shown = columns if shown is None else shown
-        if self._folder is not None and shown is not None:
-            grid = pictures.grid([column[:PICTURES_SHOWN] for column in shown])
-            self._folder.picture("reconstructions", step, grid)
-        return {"holdout_loss": total / count}
-
-    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {}
-
-    def extra_state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        pass
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -259,8 +189,8 @@ def _init_encoder(encoder: SparseConvNeXtV2, source: str) -> None:
     found = infer_architecture(state)
     if (found.depths, found.dims) != (encoder.depths, encoder.dims):
         raise InputError(
-            f"init_from {source!r} has depths {list(found.depths)} and dims {list(found.dims)}, the "
-            f"model {list(encoder.depths)} and {list(encoder.dims)}: choose the --model it is of"
+            f"init_from {source!r} has depths {list(found.depths)} and dims {list(found.dims)}, "
+            f"the model {list(encoder.depths)} and {list(encoder.dims)}: choose its --model"
         )
     missing, unexpected = encoder.load_state_dict(state, strict=False)
     if unexpected:
@@ -364,5 +294,3 @@ def _export(out: Path, model: FCMAE, settings: Settings) -> None:
         settings.std,
     )  # fmt: skip
     _log.info("the model for timm is in %s", folder)
-
-

@@ -9,12 +9,12 @@ from PIL import Image
 
 from fcmae import pictures
 from fcmae.atomic import atomic_write
-from fcmae.config import ReconstructConfig
 from fcmae.console import show_logs
 from fcmae.data.files import find_images
 from fcmae.data.loader import HoldoutSet, normalise
 from fcmae.distributed import resolve_device
 from fcmae.restore import build_model, load_run_checkpoint
+from fcmae.tool_config import ReconstructConfig
 from sparse.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ def reconstruct(config: ReconstructConfig) -> float:
     model, settings = build_model(checkpoint, device)
     files = find_images(config.images)
     shown = HoldoutSet(
-        files.select(range(min(config.count, len(files)))), (settings["img_size"][0], settings["img_size"][1]),
+        files.select(range(min(config.count, len(files)))),
+        (settings["img_size"][0], settings["img_size"][1]),
         settings["in_chans"], settings["mask_ratio"], config.seed,
     )  # fmt: skip
     batch = next(shown.batches(config.count), None)

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from fcmae import __version__
 from fcmae.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, newest_good
-from fcmae.config import to_dict
 from fcmae.data.files import FileList
-from fcmae.settings import flatten, save_yaml
+from fcmae.settings import differences, save_yaml, to_dict
 from sparse.errors import InputError, RunError
 
 _log = logging.getLogger(__name__)
@@ -45,8 +44,8 @@ def find_start(config: Any, command: str, runtime_keys: frozenset[str]) -> Check
     saved = list_checkpoints(out / "checkpoints")
     if not (out / "config.yaml").exists() and out.is_dir() and _foreign(out):
         raise InputError(
-            f"out {config.out!r} holds {_foreign(out)[0]!r} and no run of fcmae: give a folder that "
-            "is new or empty"
+            f"out {config.out!r} holds {_foreign(out)[0]!r} and no run of fcmae: give a folder "
+            "that is new or empty"
         )
     if config.resume not in ("auto", "never"):
         checkpoint = load_checkpoint(Path(config.resume))
@@ -87,13 +86,12 @@ def _check_same_run(
             f"out {config.out!r} holds a run of `fcmae {was_command}`, not of `fcmae {command}`: "
             "give another --out"
         )
-    asked, was = flatten(asked_settings(config)), flatten(checkpoint.state["asked"])
-    for key in dict.fromkeys([*was, *asked]):
-        if key.split(".")[0] in runtime_keys or was.get(key) == asked.get(key):
-            continue
+    changed = differences(asked_settings(config), checkpoint.state["asked"], runtime_keys)
+    if changed:
+        key, was, now = changed[0]
         raise InputError(
-            f"{key} is {asked.get(key)!r} but the run in {config.out!r} has {was.get(key)!r}: "
-            f"repeat it with --{key} '{was.get(key)}', or give another --out"
+            f"{key} is {now!r} but the run in {config.out!r} has {was!r}: repeat it with "
+            f"--{key} '{was}', or give another --out"
         )
 
 
@@ -210,8 +208,8 @@ def check_bad_share(distinct_bad: int, total: int, most: float) -> None:
     """
     if distinct_bad > most * total:
         raise RunError(
-            f"{distinct_bad} of {total} pictures could not be read, more than max_bad = {most:.0%}: "
-            "see bad_images.jsonl in the run folder, mend the data or raise --max_bad"
+            f"{distinct_bad} of {total} pictures could not be read, more than max_bad = "
+            f"{most:.0%}: see bad_images.jsonl in the run folder, mend the data or raise --max_bad"
         )
 
 

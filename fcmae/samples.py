@@ -15,8 +15,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from rich.progress import track
 
 from fcmae.atomic import atomic_write
-from fcmae.config import SamplesConfig, to_dict
 from fcmae.console import console
+from fcmae.settings import to_dict
+from fcmae.tool_config import SamplesConfig
 from sparse.errors import InputError
 
 PHOTOGRAPHS = {

@@ -20,15 +20,17 @@ def warmup_steps(epochs: float | None, steps_per_epoch: int, total_steps: int) -
 
 
 def cosine_with_warmup(step: int, peak: float, warmup: int, total: int) -> float:
-    """Learning rate of step `step` (from 0): a linear rise to `peak`, then a half cosine to zero."""
+    """Learning rate of a step, from 0: a linear rise to `peak`, then a half cosine to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(total - warmup, 1)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], decay: float) -> list[dict[str, Any]]:
-    """Two optimizer groups: weight decay for weights, none for biases, norms, GRN and mask token."""
+def decay_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], decay: float
+) -> list[dict[str, Any]]:
+    """Two groups: weight decay for weights, none for biases, norms, GRN and the mask token."""
     decayed: list[Tensor] = []
     spared: list[Tensor] = []
     for name, parameter in parameters:

@@ -166,7 +166,7 @@ class _PlainLoader(yaml.SafeLoader):
 class _PlainDumper(yaml.SafeDumper):
     """Quotes each text that _PlainLoader would take for a number, and writes no aliases."""
 
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
+    def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
@@ -244,3 +244,15 @@ def nearest(key: str, known: Iterable[str], dashes: str = "") -> str:
         return ""
     full = next(name for name in names if name == near[0] or name.split(".")[-1] == near[0])
     return f"; did you mean {dashes}{full}?"
+
+
+def differences(
+    asked: dict[str, Any], stored: dict[str, Any], runtime_keys: frozenset[str]
+) -> list[tuple[str, Any, Any]]:
+    """List (key, was, now) of the settings that change results and differ; nested keys dotted."""
+    was, now = flatten(stored), flatten(asked)
+    return [
+        (key, was.get(key), now.get(key))
+        for key in dict.fromkeys([*was, *now])
+        if key.split(".")[0] not in runtime_keys and was.get(key) != now.get(key)
+    ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparse.engines import Engine, get_engine
 from sparse.engines.base import Sites, hide
 from sparse.errors import InputError
-from sparse.layers import LAYER_NORM_EPS, SparseBlock
+from sparse.layers import LAYER_NORM_EPS, SparseBlock, weight_and_bias
 from sparse.sizes import PATCH, STRIDES, resolve_size
 
 
@@ -19,12 +19,21 @@ class SparseStage(nn.Module):
 
     def __init__(self, dim_in: int | None, dim: int, blocks: Sequence[SparseBlock]) -> None:
         super().__init__()
-        self.downsample = None
+        self.downsample: nn.Sequential | None = None
         if dim_in is not None:
             self.downsample = nn.Sequential(
                 nn.LayerNorm(dim_in, eps=LAYER_NORM_EPS), nn.Conv2d(dim_in, dim, 2, stride=2)
             )
         self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x_NC: Tensor, finer: Sites | None, here: Sites) -> Tensor:
+        """Rows at the stage before (`finer`; None in the first stage) → rows at this one."""
+        if self.downsample is not None and finer is not None:
+            norm, conv = self.downsample
+            x_NC = hide(here, finer.downsample(norm(x_NC), *weight_and_bias(conv)))
+        for block in self.blocks:
+            x_NC = block(x_NC, here)
+        return x_NC
 
 
 class SparseConvNeXtV2(nn.Module):
@@ -107,18 +116,13 @@ class SparseConvNeXtV2(nn.Module):
         self._check(images_BCHW, mask_BHW)
         sites = self.engine.sites(mask_BHW.cpu(), images_BCHW.device)
         x_NC = self._stem(images_BCHW, sites[0])
-        for i, stage in enumerate(self.stages):
-            if stage.downsample is not None:
-                norm, conv = stage.downsample
-                x_NC = sites[i - 1].downsample(norm(x_NC), conv.weight, conv.bias)
-                x_NC = hide(sites[i], x_NC)
-            for block in stage.blocks:
-                x_NC = block(x_NC, sites[i])
+        for stage, finer, here in zip(self.stages, [None, *sites], sites, strict=False):
+            x_NC = stage(x_NC, finer, here)
         return sites[-1].densify(x_NC)
 
     def _stem(self, images_BCHW: Tensor, sites: Sites) -> Tensor:
         conv, norm = self.stem
-        return hide(sites, norm(sites.stem(images_BCHW, conv.weight, conv.bias)))
+        return hide(sites, norm(sites.stem(images_BCHW, *weight_and_bias(conv))))
 
     def _check(self, images: Tensor, mask: Tensor) -> None:
         b, c, h, w = images.shape

@@ -100,7 +100,7 @@ class SparseMlp(nn.Module):
 
 
 class SparseBlock(nn.Module):
-    """A ConvNeXt V2 block (section 4.1; figure 5): depthwise 7×7, LayerNorm, MLP with GRN, residual.
+    """A ConvNeXt V2 block (section 4.1, figure 5): depthwise 7×7, LayerNorm, MLP, residual.
 
     Args:
         dim: channels C.
@@ -109,7 +109,9 @@ class SparseBlock(nn.Module):
         layer_scale: initial value of a learned per-channel scale of the branch (V1), None for none.
     """
 
-    def __init__(self, dim: int, drop_path: float, use_grn: bool, layer_scale: float | None) -> None:
+    def __init__(
+        self, dim: int, drop_path: float, use_grn: bool, layer_scale: float | None
+    ) -> None:
         super().__init__()
         self.conv_dw = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
@@ -120,13 +122,20 @@ class SparseBlock(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x_NC: Tensor, sites: Sites) -> Tensor:
-        y_NC = sites.depthwise(x_NC, self.conv_dw.weight, self.conv_dw.bias)
+        y_NC = sites.depthwise(x_NC, *weight_and_bias(self.conv_dw))
         y_NC = self.mlp(self.norm(y_NC), sites)
         if self.gamma is not None:
             y_NC = y_NC * self.gamma
         if self.drop_path and self.training:
             y_NC = drop_images(y_NC, self.drop_path, sites.images)
         return x_NC + hide(sites, y_NC)
+
+
+def weight_and_bias(conv: nn.Module) -> tuple[Tensor, Tensor]:
+    """Parameters of a convolution that has a bias, as all of ours have."""
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.bias is not None
+    return conv.weight, conv.bias
 
 
 def drop_images(y_NC: Tensor, rate: float, images: ImageRows) -> Tensor:

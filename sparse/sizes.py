@@ -17,16 +17,16 @@ class Size:
     """Widths and block counts of the four stages; `name` is None for a size given by hand."""
 
     name: str | None
-    depths: tuple[int, int, int, int]
-    dims: tuple[int, int, int, int]
+    depths: tuple[int, ...]
+    dims: tuple[int, ...]
 
 
 def _size(name: str, width: int, depths: tuple[int, int, int, int]) -> Size:
     return Size(name, depths, (width, 2 * width, 4 * width, 8 * width))
 
 
-SIZES = {
-    size.name: size
+SIZES: dict[str, Size] = {
+    str(size.name): size
     for size in (
         _size("atto", 40, (2, 2, 6, 2)),
         _size("femto", 48, (2, 2, 6, 2)),
@@ -61,8 +61,10 @@ def resolve_size(
         return size
     for key, value in (("depths", depths), ("dims", dims)):
         if value is not None and (len(value) != 4 or any(int(v) != v or v < 1 for v in value)):
-            raise InputError(f"{key} {list(value)} must be four positive whole numbers, "
-                             f"such as {list(getattr(size, key))}")
+            raise InputError(
+                f"{key} {list(value)} must be four positive whole numbers, "
+                f"such as {list(getattr(size, key))}"
+            )
     chosen = (tuple(depths or size.depths), tuple(dims or size.dims))
     for known in SIZES.values():
         if (known.depths, known.dims) == chosen:

@@ -8,10 +8,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-TINY = (
-    "--depths [1,1,1,1] --dims [8,16,24,32] --decoder.dim 16 --img_size 64 --batch_size 8 "
-    "--log_steps 1 --checkpoint_steps 5 --workers 0 --engine patch"
-).split()
+TINY = [
+    "--depths",
+    "[1,1,1,1]",
+    "--dims",
+    "[8,16,24,32]",
+    "--decoder.dim",
+    "16",
+    "--img_size",
+    "64",
+    "--batch_size",
+    "8",
+    "--log_steps",
+    "1",
+    "--checkpoint_steps",
+    "5",
+    "--workers",
+    "0",
+    "--engine",
+    "patch",
+]
 """A pretraining run of milliseconds a step."""
 
 

@@ -13,22 +13,27 @@ import finetune.config
 from fcmae.config import (
     RUNTIME_KEYS,
     AugmentConfig,
-    BenchConfig,
-    ConvertConfig,
     DecoderConfig,
-    DoctorConfig,
     OptimConfig,
     PretrainConfig,
-    ReconstructConfig,
-    SamplesConfig,
+)
+from fcmae.options import leaves, load_config, parse
+from fcmae.settings import (
     differences,
+    flatten,
     from_dict,
     height_width,
+    read_yaml,
     save_yaml,
     to_dict,
 )
-from fcmae.options import leaves, load_config, parse
-from fcmae.settings import flatten, read_yaml
+from fcmae.tool_config import (
+    BenchConfig,
+    ConvertConfig,
+    DoctorConfig,
+    ReconstructConfig,
+    SamplesConfig,
+)
 from finetune.config import (
     EvaluateConfig,
     FinetuneAugmentConfig,
@@ -141,9 +146,9 @@ def test_differences_names_what_changes_results_and_nothing_else() -> None:
         resume="never", checkpoint_steps=5, checkpoint_minutes=1, keep_checkpoints=3, log_steps=1,
         picture_epochs=0, max_pixels=10, max_bad=0.5,
     )  # fmt: skip
-    assert differences(runtime, stored) == []
+    assert differences(to_dict(runtime), to_dict(stored), RUNTIME_KEYS) == []
     asked = PretrainConfig("other", "run", seed=1, optim=OptimConfig(base_lr=1e-3))
-    assert differences(asked, stored) == [
+    assert differences(to_dict(asked), to_dict(stored), RUNTIME_KEYS) == [
         ("data", "photos", "other"),
         ("optim.base_lr", 6e-3, 1e-3),
     ]

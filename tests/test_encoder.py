@@ -72,9 +72,7 @@ def test_gelu_grn_gradcheck(visible):
     h = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
     parameters = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     images = ImageRows(torch.tensor([4, 4]), torch.device("cpu"))
-    assert gradcheck(
-        lambda h, p: _GeluGRN.apply(h, p[0], p[1], images, visible), (h, parameters)
-    )
+    assert gradcheck(lambda h, p: _GeluGRN.apply(h, p[0], p[1], images, visible), (h, parameters))
 
 
 def test_gradient_at_a_channel_of_zeros_is_finite():

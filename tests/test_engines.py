@@ -10,9 +10,7 @@ from sparse.errors import InputError
 
 TOLERANCE = 1e-5
 
-needs_minkowski = pytest.mark.skipif(
-    why_unavailable() is not None, reason=f"{why_unavailable()}"
-)
+needs_minkowski = pytest.mark.skipif(why_unavailable() is not None, reason=f"{why_unavailable()}")
 FAST_ENGINES = ["patch", pytest.param("minkowski", marks=needs_minkowski)]
 
 MODELS = {

@@ -56,8 +56,8 @@ def test_a_sample_depends_on_its_key_alone(classes: Path) -> None:
     random.seed(9)
     torch.manual_seed(9)
     assert first is not None
-    assert np.array_equal(first, data[0, 5].image)  # type: ignore[arg-type]
-    assert not np.array_equal(first, data[1, 5].image)  # type: ignore[arg-type]
+    assert np.array_equal(first, data[0, 5].image)
+    assert not np.array_equal(first, data[1, 5].image)
     assert data[0, 5].label == 0
     assert data[0, 9].label == 1
 

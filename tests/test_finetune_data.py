@@ -69,16 +69,24 @@ def test_a_class_that_is_only_in_train_and_stray_pictures_are_named(
     assert "1 pictures lie in" in caplog.text
 
 
-def rename(old: str, new: str) -> Callable[[Path], None]:
-    return lambda root: (root / old).rename(root / new) and None
+def rename(old: str, new: str) -> Callable[[Path], object]:
+    return lambda root: (root / old).rename(root / new)
 
 
-def empty(folder: str) -> Callable[[Path], None]:
-    return lambda root: [path.unlink() for path in (root / folder).iterdir()] and None
+def empty(folder: str) -> Callable[[Path], object]:
+    def spoil(root: Path) -> None:
+        shutil.rmtree(root / folder)
+        (root / folder).mkdir()
+
+    return spoil
 
 
-def remove(*folders: str) -> Callable[[Path], None]:
-    return lambda root: [shutil.rmtree(root / folder) for folder in folders] and None
+def remove(*folders: str) -> Callable[[Path], object]:
+    def spoil(root: Path) -> None:
+        for folder in folders:
+            shutil.rmtree(root / folder)
+
+    return spoil
 
 
 @pytest.mark.parametrize(
@@ -97,7 +105,7 @@ def remove(*folders: str) -> Callable[[Path], None]:
     ],
 )
 def test_bad_folders_are_refused_in_one_line(
-    tmp_path: Path, spoil: Callable[[Path], None], fraction: float, message: str
+    tmp_path: Path, spoil: Callable[[Path], object], fraction: float, message: str
 ) -> None:
     touch(tmp_path, "train/a/0.jpg", "train/b/0.jpg", "val/a/1.jpg", "val/b/1.jpg")
     spoil(tmp_path)

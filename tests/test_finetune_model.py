@@ -1,6 +1,7 @@
 """Which model is built from what weights, and what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -93,7 +94,7 @@ def test_weights_of_another_size_or_channel_count_are_refused(tmp_path: Path) ->
 
 
 def test_loading_is_strict_but_for_the_classifier() -> None:
-    model = timm.create_model("test_resnet", num_classes=3)
+    model: Any = timm.create_model("test_resnet", num_classes=3)
     state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     fresh = model.get_classifier().weight.detach().clone()
     load_backbone(model, state, "there")
@@ -105,7 +106,7 @@ def test_loading_is_strict_but_for_the_classifier() -> None:
     del wrong["conv1.0.weight"]
     with pytest.raises(InputError, match="is nothing there and"):
         load_backbone(model, wrong, "there")
-    with pytest.raises(InputError, match="more is .* there and nothing in this model"):
+    with pytest.raises(InputError, match=r"more is .* there and nothing in this model"):
         load_backbone(model, state | {"more": torch.zeros(1)}, "there")
 
 
@@ -144,7 +145,7 @@ def test_a_frozen_backbone_trains_the_head_with_its_norm() -> None:
 
 
 def test_scaling_the_classifier() -> None:
-    model = timm.create_model("test_vit", num_classes=3)
+    model: Any = timm.create_model("test_vit", num_classes=3)
     before = model.head.weight.detach().clone()
     scale_classifier(model, 0.001)
     torch.testing.assert_close(model.head.weight.detach(), before * 0.001)

@@ -13,9 +13,9 @@ from finetune.optim import convnext_layer, layer_depths, layer_groups, make_opti
 BASE = (3, 3, 27, 3)
 
 
-def tiny_convnext(**arguments: object) -> nn.Module:
+def tiny_convnext() -> nn.Module:
     model: nn.Module = timm.create_model(
-        "convnextv2_atto", num_classes=3, depths=(1, 1, 2, 1), dims=(8, 8, 8, 8), **arguments
+        "convnextv2_atto", num_classes=3, depths=(1, 1, 2, 1), dims=(8, 8, 8, 8)
     )
     return model
 

@@ -99,7 +99,7 @@ def test_a_run_writes_what_it_should(run: Path) -> None:
 
 def test_the_exported_folder_loads_in_timm_both_ways(run: Path) -> None:
     folder = run / "exported"
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert model.num_classes == 3
     assert model.pretrained_cfg["label_names"] == ["class 0", "class 1", "class 2"]
     assert model.pretrained_cfg["input_size"] == [3, 32, 32]
@@ -142,9 +142,26 @@ def test_a_run_that_was_killed_is_the_run_never_stopped(
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert [path.name for path in list_checkpoints(out / "checkpoints")][0] == "step-00000004"
+    assert list_checkpoints(out / "checkpoints")[0].name == "step-00000004"
     assert finetune(config(classes, out)) == 0
     assert_same_run(run, out)
+
+
+def test_a_run_stopped_while_it_measures_measures_again(
+    run: Path, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = EvalDataset.__getitem__
+
+    def stop(dataset: EvalDataset, index: int) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return read(dataset, index)
+
+    monkeypatch.setattr(EvalDataset, "__getitem__", stop)
+    assert finetune(config(classes, tmp_path / "run")) == 143
+    assert not any("val_top1" in line for line in metrics(tmp_path / "run"))
+    monkeypatch.undo()
+    assert finetune(config(classes, tmp_path / "run")) == 0
+    assert_same_run(run, tmp_path / "run")
 
 
 def test_best_weights_are_those_that_the_checkpoint_knows(
@@ -154,19 +171,51 @@ def test_best_weights_are_those_that_the_checkpoint_knows(
     shutil.copytree(run, tmp_path / "run")
     for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints")[: STEPS - 2]:
         shutil.rmtree(checkpoint)
-    seen = []
-    monkeypatch.setattr(
-        "fcmae.loop.Loop.run",
-        lambda loop, _: seen.append((tmp_path / "run" / "best").exists()) or loop.step,
-    )
+    monkeypatch.setattr("fcmae.loop.Loop.run", lambda loop, _: loop.step)
     assert finetune(config(classes, tmp_path / "run")) == 2
-    assert seen == [False]
+    assert not (tmp_path / "run" / "best").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(classes: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    changes: dict[str, Any] = {"augment": FinetuneAugmentConfig(randaugment="rand-m5")}
+    assert finetune(config(classes, one, drop_path=0.0, **changes)) == 0
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = ["-m", "fcmae", "finetune", "--config", str(one / "config.yaml"), "--out", str(two)]
+    done = subprocess.run([sys.executable, *launch, *command], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    for line, other in zip(metrics(one), metrics(two), strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
+    weights, others = final(one)["ema"], final(two)["ema"]
+    for name, tensor in weights.items():
+        torch.testing.assert_close(others[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_a_finished_run_repeated_does_nothing(run: Path, classes: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     assert finetune(config(classes, tmp_path / "run")) == 0
     assert_same_run(run, tmp_path / "run")
+
+
+def test_a_model_tied_to_an_image_size_goes_on_and_comes_back(
+    classes: Path, tmp_path: Path
+) -> None:
+    changes = {"model": "test_vit", "img_size": [32, 48], "epochs": 1}
+    assert finetune(config(classes, tmp_path / "run", **changes)) == 0
+    shutil.rmtree(list_checkpoints(tmp_path / "run" / "checkpoints")[0])
+    before = (tmp_path / "run" / "exported" / "model.safetensors").read_bytes()
+    assert finetune(config(classes, tmp_path / "run", **changes)) == 0
+    assert (tmp_path / "run" / "exported" / "model.safetensors").read_bytes() == before
+    source = EvaluateConfig(str(tmp_path / "run"), str(classes), workers=0)
+    logged = [line["ema_top1"] for line in metrics(tmp_path / "run") if "ema_top1" in line]
+    assert evaluate(source, show=False)["top1"] == pytest.approx(logged[0])
+    source.img_size = 64
+    with pytest.raises(InputError, match="pos_embed is"):
+        evaluate(source, show=False)
+    weights = str(tmp_path / "run" / "exported")
+    with pytest.raises(InputError, match="give weights of the same --model"):
+        finetune(config(classes, tmp_path / "other", weights=weights, model=None))
 
 
 def test_another_setting_is_refused(run: Path, classes: Path) -> None:
@@ -217,6 +266,7 @@ def test_bad_settings_are_refused_before_anything_is_written(
 def test_averaged_weights_by_hand() -> None:
     """Decay is 2/11 after the first update, 3/12 after the second, and 0.25 at most here."""
     model = torch.nn.BatchNorm1d(1)
+    assert model.num_batches_tracked is not None
     ema = Ema(model, 0.25)
     with torch.no_grad():
         model.weight.fill_(12.0)
@@ -345,7 +395,7 @@ def test_predict_from_a_list_of_paths_with_odd_names(
     run: Path, classes: Path, tmp_path: Path
 ) -> None:
     odd = os.fsencode(tmp_path) + b"/\xff, odd.png"
-    shutil.copy(classes / "val" / "class 0" / "0.png", odd)
+    Path(os.fsdecode(odd)).write_bytes((classes / "val" / "class 0" / "0.png").read_bytes())
     (tmp_path / "list.txt").write_bytes(odd + b"\n")
     out = tmp_path / "out.csv"
     predict(PredictConfig(str(run), str(tmp_path / "list.txt"), str(out), workers=0))

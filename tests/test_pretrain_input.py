@@ -94,7 +94,9 @@ def test_a_folder_smaller_than_the_batch_cycles(tmp_path, caplog):
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(pictures, tmp_path):
-    wild = config(pictures, tmp_path, epochs=40, checkpoint_steps=1, optim=OptimConfig(base_lr=1e30))
+    wild = config(
+        pictures, tmp_path, epochs=40, checkpoint_steps=1, optim=OptimConfig(base_lr=1e30)
+    )
     with pytest.raises(RunError, match="not finite at step") as error:
         pretrain(wild)
     step = int(str(error.value).split("at step ")[1].split()[0])

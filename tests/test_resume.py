@@ -77,7 +77,9 @@ def test_minkowski_resumes_bit_equal_and_learns_what_patch_learns(undisturbed, p
     run(*command, "--out", tmp_path / "killed")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    for (_, mine), (_, patch) in zip(metrics(tmp_path / "whole"), metrics(undisturbed), strict=True):
+    for (_, mine), (_, patch) in zip(
+        metrics(tmp_path / "whole"), metrics(undisturbed), strict=True
+    ):
         assert mine == pytest.approx(patch, abs=1e-4)
 
 
@@ -171,7 +173,9 @@ def test_files_that_came_and_went(undisturbed, pictures, tmp_path):
 )
 def test_another_run_in_the_folder_is_refused(undisturbed, pictures, change, message):
     before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*")}
-    done = run("pretrain", "--data", pictures, "--out", undisturbed, *TINY, *EPOCHS, *change, code=2)
+    done = run(
+        "pretrain", "--data", pictures, "--out", undisturbed, *TINY, *EPOCHS, *change, code=2
+    )
     assert message in done.stderr
     assert done.stderr.count("\n") == 1 + done.stderr.count("engine") + done.stderr.count("found")
     assert {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*")} == before

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 import fcmae.samples
-from fcmae.config import SamplesConfig
 from fcmae.samples import PHOTOGRAPHS, Box, cells, crop_boxes, photograph, samples, square
+from fcmae.tool_config import SamplesConfig
 from sparse.errors import InputError
 
 

@@ -13,7 +13,14 @@ PACKAGES = ("sparse", "fcmae", "finetune")
 MAX_LINES = 320
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 FILES = sorted([*SOURCES, *(ROOT / "benchmarks").rglob("*.py")])
-TORCH_FREE = ("sparse/errors.py", "sparse/sizes.py", "fcmae/config.py", "finetune/config.py")
+TORCH_FREE = (
+    "sparse/errors.py",
+    "sparse/sizes.py",
+    "fcmae/config.py",
+    "fcmae/tool_config.py",
+    "fcmae/settings.py",
+    "finetune/config.py",
+)
 
 
 def relative(path: Path) -> str:

@@ -150,7 +150,7 @@ class FileList:
             raise InputError(f"file list {str(path)!r} can't be read: {error.strerror}") from error
         try:
             return cls._parse(content)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise InputError(
                 f"file list {str(path)!r} is damaged ({error}): restore it or start a new run"
             ) from error

@@ -7,6 +7,7 @@ stage at stride s has H = height/s by W = width/s of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -61,8 +62,11 @@ class Sites(Protocol):
     """
 
     images: ImageRows
-    visible_N1: Tensor | None
-    """1 for a visible row, 0 for a hidden one, for engines that carry hidden rows; else None."""
+
+    @property
+    def visible_N1(self) -> Tensor | None:  # noqa: N802
+        """1 for a visible row, 0 for a hidden one, for engines that carry hidden rows."""
+        ...
 
     def stem(self, images_BCHW: Tensor, weight_OI44: Tensor, bias_O: Tensor) -> Tensor:
         """4×4 stride-4 convolution of the images at the visible sites → (N, O). First stage."""
@@ -86,7 +90,7 @@ class Engine(Protocol):
 
     name: str
 
-    def sites(self, mask_BHW: Tensor, device: torch.device) -> list[Sites]:
+    def sites(self, mask_BHW: Tensor, device: torch.device) -> Sequence[Sites]:
         """Lay out the four stages (strides 4, 8, 16, 32) for a batch of masks.
 
         Args:
@@ -115,7 +119,7 @@ class PackedSites:
         device: where the rows will be.
     """
 
-    visible_N1 = None
+    visible_N1: Tensor | None = None
 
     def __init__(
         self,

@@ -43,7 +43,9 @@ class DenseSites:
 
     def depthwise(self, x_NC: Tensor, weight_C1KK: Tensor, bias_C: Tensor) -> Tensor:
         pad = weight_C1KK.shape[-1] // 2
-        return _rows(F.conv2d(self._map(x_NC), weight_C1KK, bias_C, padding=pad, groups=len(bias_C)))
+        return _rows(
+            F.conv2d(self._map(x_NC), weight_C1KK, bias_C, padding=pad, groups=len(bias_C))
+        )
 
     def downsample(self, x_NC: Tensor, weight_OI22: Tensor, bias_O: Tensor) -> Tensor:
         return _rows(F.conv2d(self._map(x_NC), weight_OI22, bias_O, stride=2))

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse.engines.base import ImageRows, PackedSites
-from sparse.engines.patch import PatchEngine, PatchSites
+from sparse.engines.base import ImageRows, PackedSites, Sites
+from sparse.engines.patch import PatchEngine
 from sparse.errors import InputError
 from sparse.sizes import PATCH, STRIDES
 
@@ -136,7 +136,7 @@ class MinkowskiEngine:
                 "engine 'patch', which gives the same numbers"
             )
 
-    def sites(self, mask_BHW: Tensor, device: torch.device) -> list[MinkowskiSites] | list[PatchSites]:
+    def sites(self, mask_BHW: Tensor, device: torch.device) -> Sequence[Sites]:
         if device.type != "cpu":
             raise InputError(
                 f"engine 'minkowski' computes on the CPU, not on {device.type!r}: use engine "

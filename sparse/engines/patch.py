@@ -1,4 +1,4 @@
-"""The patch engine: plain PyTorch that computes only the visible patches. Any device, no compiler."""
+"""The patch engine: plain PyTorch over the visible patches only. Any device, no compiler."""
 
 from __future__ import annotations
 

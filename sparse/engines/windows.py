@@ -67,7 +67,9 @@ class Windows:
         """Rows → windows (G, C, h+6, w+6), channels last in memory, zeros where nothing is."""
         h, w = self.size
         cut = _with_zero(rows_NC).index_select(0, self.halo)
-        return cut.view(self.count, h + 2 * HALO, w + 2 * HALO, rows_NC.shape[1]).permute(0, 3, 1, 2)
+        return cut.view(self.count, h + 2 * HALO, w + 2 * HALO, rows_NC.shape[1]).permute(
+            0, 3, 1, 2
+        )
 
     def to_rows(self, windows_GCHW: Tensor) -> Tensor:
         """Windows without halo (G, C, h, w) → rows (N, C)."""
@@ -86,7 +88,9 @@ class Windows:
         x = x.view(1, h + 2 * HALO, w + 2 * HALO, -1).permute(0, 3, 1, 2)
         grad = _with_zero(grad_NC).index_select(0, self.core_last).view(h, w, -1).permute(2, 0, 1)
         each = F.conv2d(x, grad[:, None], groups=self.count * channels)  # (1, G·C, 7, 7)
-        taps = each.permute(0, 2, 3, 1).reshape(-1, self.count, channels).sum(1, dtype=torch.float32)
+        taps = (
+            each.permute(0, 2, 3, 1).reshape(-1, self.count, channels).sum(1, dtype=torch.float32)
+        )
         side = 2 * HALO + 1
         return taps.t().reshape(channels, 1, side, side)
 
@@ -96,7 +100,9 @@ def _with_zero(rows_NC: Tensor) -> Tensor:
     return torch.cat([rows_NC, rows_NC.new_zeros(1, rows_NC.shape[1])])
 
 
-def windowed_depthwise(x_NC: Tensor, weight_C1KK: Tensor, bias_C: Tensor, windows: Windows) -> Tensor:
+def windowed_depthwise(
+    x_NC: Tensor, weight_C1KK: Tensor, bias_C: Tensor, windows: Windows
+) -> Tensor:
     """7×7 depthwise convolution of rows, zeros at hidden sites and outside the image → (N, C)."""
     if torch.is_autocast_enabled(x_NC.device.type):
         dtype = torch.get_autocast_dtype(x_NC.device.type)

@@ -1,0 +1,51 @@
+# `make help` lists the targets. Each sets up what it needs: `make test` on a fresh machine is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := samples,dev
+DEMO_DIR ?= demo
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test lint bench clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: $(VENV)/minkowski.stamp ## make .venv with everything in it; at once when that is done
+
+demo: setup ## sample images, pretrain, convert, fine-tune, evaluate, reconstruct; DEMO_DIR=demo
+	$(BIN)/python benchmarks/demo.py --out $(DEMO_DIR)
+
+test: setup ## run the tests; ARGS="-k loss" is passed on to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## ruff's rules and format, and mypy's types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup ## time the engines side by side; ARGS="--json" is passed on
+	$(BIN)/fcmae bench $(ARGS)
+
+clean: ## remove .venv, caches and the demo's folder
+	rm -rf $(VENV) $(DEMO_DIR) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo 'error: $(PYTHON) must be Python 3.10 or newer; try: make setup PYTHON=python3.11' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo 'error: $(PYTHON) has no venv module; on Debian run: sudo apt-get install python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/setup.stamp: constraints.txt pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+# 3 says "go on without MinkowskiEngine": no stamp is left, so the next run tries again.
+$(VENV)/minkowski.stamp: $(VENV)/setup.stamp
+	@$(BIN)/python -m sparse.install_minkowski; code=$$?; \
+	    if [ $$code -eq 0 ]; then touch $@; elif [ $$code -ne 3 ]; then exit $$code; fi

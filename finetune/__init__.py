@@ -1,0 +1,1 @@
+"""Fine-tuning, evaluation and prediction with timm's dense models."""

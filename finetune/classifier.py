@@ -1,0 +1,143 @@
+"""A trained classifier back from its folder, and what it says about pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fcmae.convert import default_preprocessing
+from fcmae.data.batch import normalise
+from fcmae.data.files import FileList
+from fcmae.data.loader import make_loader
+from fcmae.resources import resolve_workers
+from fcmae.weights import CONFIG_FILE, WEIGHTS_FILE, read_json, read_state
+from finetune.augment import EvalDataset, LabelledBatch, batches_of, collate
+from finetune.data import Labels
+from finetune.model import Start, build_model
+from sparse.errors import InputError
+
+MAX_PIXELS = 179_000_000
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model in evaluation mode, its classes in order, and how it wants images."""
+
+    model: nn.Module
+    names: tuple[str, ...]
+    folder: Path
+    img_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    interpolation: str
+    device: torch.device
+
+    @torch.no_grad()
+    def classify(
+        self,
+        files: FileList,
+        labels: Labels | None,
+        batch_size: int,
+        workers: str | int,
+        prefix: str = "",
+    ) -> Iterator[tuple[LabelledBatch, Tensor]]:
+        """Yield batches of pictures with their scores before softmax (B, classes), on the CPU.
+
+        Files that can't be read are left out, and named in the batches' `bad`.
+        """
+        dataset = EvalDataset(
+            files, labels, self.img_size, len(self.mean), self.crop_pct, self.interpolation,
+            MAX_PIXELS, prefix,
+        )  # fmt: skip
+        batches = batches_of(len(files), batch_size)
+        pin = self.device.type == "cuda"
+        for batch in make_loader(dataset, batches, resolve_workers(workers), pin, collate):
+            if not len(batch):
+                yield batch, torch.empty(0, len(self.names))
+                continue
+            images = normalise(batch.images, self.mean, self.std, self.device)
+            yield batch, self.model(images.contiguous(memory_format=torch.channels_last)).cpu()
+
+
+def load_classifier(
+    source: str, device: torch.device, img_size: tuple[int, int] | None = None
+) -> Classifier:
+    """Load the classifier that `source` stands for: see `weights_folder`.
+
+    Args:
+        img_size: (height, width); None takes what the model was trained with.
+
+    Raises:
+        InputError: nothing there, damaged, or it can't take images of this size.
+    """
+    folder = weights_folder(source)
+    config = read_json(folder / CONFIG_FILE)
+    images: dict[str, Any] = config.get("pretrained_cfg", config)
+    names = config.get("label_names", images.get("label_names"))
+    if not isinstance(names, list) or len(names) != config["num_classes"]:
+        raise InputError(
+            f"{folder / CONFIG_FILE} must name its {config['num_classes']} classes as label_names: "
+            "give a folder that `fcmae finetune` exported"
+        )
+    channels, height, width = images.get("input_size", (3, 224, 224))
+    defaults = default_preprocessing(channels)
+    size = img_size or (height, width)
+    start = Start(config["architecture"], config.get("model_args", {}), origin=str(folder))
+    model, _ = build_model(start, len(names), channels, size)
+    state, _ = read_state(folder / WEIGHTS_FILE)
+    _load_all(model, state, folder)
+    return Classifier(
+        model.to(device).eval(),
+        tuple(map(str, names)),
+        folder,
+        size,
+        tuple(images.get("mean", defaults.mean)),
+        tuple(images.get("std", defaults.std)),
+        images.get("crop_pct", 0.875),
+        images.get("interpolation", "bicubic"),
+        device,
+    )
+
+
+def _load_all(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    own = model.state_dict()
+    for name in sorted(own.keys() | state.keys()):
+        there = tuple(state[name].shape) if name in state else "nothing"
+        here = tuple(own[name].shape) if name in own else "nothing"
+        if there != here:
+            raise InputError(
+                f"{folder}: {name} is {there} in {WEIGHTS_FILE} and {here} in the model that "
+                f"{CONFIG_FILE} describes: take both from one export, and leave img_size out"
+            )
+    model.load_state_dict(state)
+
+
+def weights_folder(source: str) -> Path:
+    """Return the timm folder with a classifier that `source` stands for.
+
+    A run stands for its best weights, a folder or its model.safetensors for itself.
+
+    Raises:
+        InputError: nothing there, or nothing with a classifier.
+    """
+    path = Path(source)
+    path = path.parent if path.is_file() else path
+    for folder in (path / "best", path / "exported", path):
+        config = read_json(folder / CONFIG_FILE)
+        if config.get("num_classes") and (folder / "model.safetensors").is_file():
+            return folder
+    if (path / "config.yaml").exists() or (path / CONFIG_FILE).exists():
+        raise InputError(
+            f"{source!r} has no weights with a classifier: give a run of `fcmae finetune` after "
+            "its first epoch, or its exported folder"
+        )
+    raise InputError(f"{source!r} holds no run and no weights: give a run of `fcmae finetune`")

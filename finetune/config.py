@@ -1,0 +1,302 @@
+"""What fine-tuning, evaluation and prediction can be asked for. Free of torch.
+
+The string under a field is its `--help` text; see fcmae/config.py.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fcmae.config import Precision
+from fcmae.settings import (
+    check_channels,
+    check_crop,
+    check_optim,
+    check_range,
+    check_runtime,
+    height_width,
+)
+
+
+@dataclass
+class FinetuneOptimConfig:
+    """AdamW with layer-wise rates, a warm-up and a cosine to zero, both per step."""
+
+    base_lr: float = 1.6e-2
+    """Learning rate of the head at batch 256; the rate used is base_lr * batch_size / 256, so 2e-3
+    at batch 32. The default suits small data; the paper's 2e-4 to 1.25e-3 suits ImageNet."""
+
+    weight_decay: float = 0.05
+    """AdamW's weight decay. Biases, norms and GRN are exempt."""
+
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's two averaging rates, '[FIRST,SECOND]'."""
+
+    layer_decay: float | None = None
+    """Factor on the learning rate from each layer to the one before it, which spares the early
+    layers; 1 treats all alike. null takes 0.75 with pretrained weights and 1 from scratch."""
+
+    layer_group: Literal["single", "group"] = "single"
+    """What layer_decay counts as a layer: a block, or a group of three blocks (the paper's choice
+    for base and large)."""
+
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up. null takes 10 % of all steps."""
+
+    clip_grad: float | None = None
+    """Largest norm of the whole gradient; a longer one is scaled down. null does not clip."""
+
+    def __post_init__(self) -> None:
+        check_optim(self)
+        check_range(self, ["layer_decay"], above=0, at_most=1, prefix="optim.")
+
+
+@dataclass
+class FinetuneAugmentConfig:
+    """How a training sample is made from a picture, and how pixels become numbers."""
+
+    crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
+    """Smallest and largest share of the picture's area that a crop takes, '[LOW,HIGH]'."""
+
+    crop_ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])
+    """Narrowest and widest crop, as width / height before it is resized, '[LOW,HIGH]'."""
+
+    hflip: bool = True
+    """Mirror half of the samples left to right. Turn off where the two differ, as in text."""
+
+    vflip: bool = False
+    """Mirror half of the samples top to bottom. For pictures without an up, such as cells."""
+
+    randaugment: str = ""
+    """timm's RandAugment string, such as rand-m9-mstd0.5-inc1 (the paper's); '' is off."""
+
+    color_jitter: float = 0.0
+    """Strength of random brightness, contrast and saturation, 0 to 1. Not used with randaugment."""
+
+    mixup: float = 0.0
+    """Alpha of mixup, which blends two images and their labels; 0 is off, 0.8 is strong."""
+
+    cutmix: float = 0.0
+    """Alpha of cutmix, which pastes a part of another image; 0 is off, 1 is strong."""
+
+    random_erasing: float = 0.0
+    """Share of the samples in which a random box is erased, 0 to 1. The paper takes 0.25."""
+
+    label_smoothing: float = 0.1
+    """Share of the label spread evenly over all classes, 0 to 1."""
+
+    mean: Literal["weights", "imagenet", "data"] | list[float] = "weights"
+    """Subtracted from each channel, in units of the full range 0 to 1: 'weights' (what the weights
+    were pretrained with, else imagenet), 'imagenet', 'data' (measured) or one number a channel."""
+
+    std: Literal["weights", "imagenet", "data"] | list[float] = "weights"
+    """Each channel is divided by it after the mean is subtracted; the same choices as for mean."""
+
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How pictures are resized."""
+
+    crop_pct: float = 0.875
+    """Share of the resized picture's side that evaluation keeps, from its centre, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        check_crop(self)
+        shares = ["color_jitter", "random_erasing"]
+        check_range(self, shares, at_least=0, at_most=1, prefix="augment.")
+        check_range(self, ["mixup", "cutmix"], at_least=0, below=float("inf"), prefix="augment.")
+        check_range(self, ["label_smoothing"], at_least=0, below=1, prefix="augment.")
+        check_range(self, ["crop_pct"], above=0, at_most=1, prefix="augment.")
+
+
+@dataclass
+class FinetuneConfig:
+    """Train a timm model on labelled images, from pretrained weights or from scratch.
+
+    The fields down to `seed` decide the result; those after it (RUNTIME_KEYS) may change when a run
+    is resumed.
+    """
+
+    data: str
+    """Labelled images: a folder with train/CLASS and val/CLASS, or one folder of classes together
+    with val_fraction."""
+
+    out: str
+    """Run folder to write: checkpoints, logs and the model for timm. An unfinished run that is
+    there is resumed."""
+
+    weights: str = "none"
+    """Pretrained weights: a converted folder, a run folder of pretraining (converted on the way) or
+    none, which trains from scratch."""
+
+    model: str | None = None
+    """Size of the ConvNeXt V2 (atto to huge) or the name of any timm model, such as resnet50. null
+    takes that of the weights, and atto from scratch."""
+
+    in_chans: int = 3
+    """Channels of the images: 1 reads them as grey, 3 as RGB; other counts need TIFF or .npy."""
+
+    img_size: int | list[int] = 224
+    """Side of the square crops in pixels, or '[HEIGHT,WIDTH]'."""
+
+    val_fraction: float = 0.0
+    """Share of one folder of classes kept for validation, chosen by a hash of the path. 0 expects
+    the folders train and val."""
+
+    freeze: Literal["none", "backbone"] = "none"
+    """backbone trains the head alone; none trains everything."""
+
+    epochs: int = 30
+    """Passes over the training images."""
+
+    batch_size: int = 32
+    """Images per step, over all processes and accumulated parts together."""
+
+    accumulate: int = 1
+    """Parts that a step is computed in, to save memory. Processes x accumulate divide
+    batch_size."""
+
+    optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
+
+    augment: FinetuneAugmentConfig = field(default_factory=FinetuneAugmentConfig)
+
+    drop_path: float = 0.1
+    """Largest share of samples for which a block is skipped; grows linearly with depth."""
+
+    head_init_scale: float = 0.001
+    """Factor on the initial weights of the head. 0.001 is the paper's."""
+
+    ema_decay: float | None = 0.998
+    """Decay a step of the averaged weights that are evaluated too, 0 to 1; starts lower and rises.
+    null keeps none. Longer training wants a longer memory: the paper takes 0.9999."""
+
+    seed: int = 0
+    """Decides the initial weights, the order and the augmentation."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps or auto, which takes a GPU where there is one."""
+
+    precision: Precision = "auto"
+    """fp32, bf16 (autocast; the weights stay float32) or auto, which takes bf16 where it is
+    faster."""
+
+    workers: Literal["auto"] | int = "auto"
+    """Processes that read images, per training process; 0 reads in the training process."""
+
+    resume: str = "auto"
+    """auto goes on from the newest good checkpoint in out; never wants an empty out; or the path of
+    a checkpoint."""
+
+    checkpoint_steps: int | None = None
+    """Save every so many steps. null saves by time only."""
+
+    checkpoint_minutes: float = 10.0
+    """Save every so many minutes: the most that a crash can cost. 0 saves by steps only."""
+
+    keep_checkpoints: int = 2
+    """Newest verified checkpoints to keep, at least 2, so that a damaged one loses no run."""
+
+    log_steps: int = 10
+    """Steps between two lines of metrics.jsonl."""
+
+    max_pixels: int = 179_000_000
+    """Largest picture that is decoded, in pixels; larger ones count as unreadable. Guards memory
+    against decompression bombs."""
+
+    max_bad: float = 0.05
+    """Stop once this share of all files has proved unreadable, between 0 and 1."""
+
+    def __post_init__(self) -> None:
+        check_range(self, ["in_chans", "epochs", "batch_size", "accumulate"], at_least=1)
+        check_range(self, ["val_fraction", "drop_path"], at_least=0, below=1)
+        check_range(self, ["head_init_scale", "seed"], at_least=0)
+        check_range(self, ["ema_decay"], above=0, below=1)
+        check_runtime(self)
+        height_width(self.img_size, multiple=1)
+        check_channels(self.augment, self.in_chans)
+
+
+RUNTIME_KEYS = frozenset(
+    {
+        "out",
+        "device",
+        "precision",
+        "workers",
+        "resume",
+        "checkpoint_steps",
+        "checkpoint_minutes",
+        "keep_checkpoints",
+        "log_steps",
+        "max_pixels",
+        "max_bad",
+    }
+)
+"""Keys of FinetuneConfig that do not change what is learnt, and may change on a resume."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Measure top-1, top-5 and each class on labelled images."""
+
+    source: str
+    """Run folder of fine-tuning (its best weights) or folder of weights. May be given as the first
+    argument."""
+
+    data: str
+    """Labelled images: a folder with one folder a split, or one folder of classes."""
+
+    split: str = "val"
+    """Folder inside data to measure on."""
+
+    json: bool = False
+    """Print one JSON object, top1 and top5 in percent, and nothing else."""
+
+    batch_size: int = 64
+    """Images at a time. Changes speed and memory only."""
+
+    img_size: int | list[int] | None = None
+    """Side of the crops in pixels, or '[HEIGHT,WIDTH]'. null takes what the model was trained
+    with."""
+
+    out: str | None = None
+    """File for the confusion matrix, .png or .csv. null writes none."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps or auto, which takes a GPU where there is one."""
+
+    workers: Literal["auto"] | int = "auto"
+    """Processes that read images; 0 reads in the main process."""
+
+    def __post_init__(self) -> None:
+        check_range(self, ["batch_size"], at_least=1)
+        check_range(self, ["workers"], at_least=0)
+        if self.img_size is not None:
+            height_width(self.img_size, multiple=1)
+
+
+@dataclass
+class PredictConfig:
+    """Write the best classes of each image to a CSV file."""
+
+    source: str
+    """Run folder of fine-tuning (its best weights) or folder of weights. May be given as the first
+    argument."""
+
+    images: str
+    """Folder of images, flat or nested, or a text file of paths; labels are not needed."""
+
+    out: str
+    """CSV file to write: path,label,score and then the next best classes."""
+
+    top: int = 5
+    """Classes per image, best first; fewer where the model knows fewer."""
+
+    batch_size: int = 64
+    """Images at a time. Changes speed and memory only."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps or auto, which takes a GPU where there is one."""
+
+    workers: Literal["auto"] | int = "auto"
+    """Processes that read images; 0 reads in the main process."""
+
+    def __post_init__(self) -> None:
+        check_range(self, ["top", "batch_size"], at_least=1)
+        check_range(self, ["workers"], at_least=0)

@@ -1,0 +1,184 @@
+"""Labelled folders: which pictures there are and what class each is of.
+
+A class is the first folder below a split; what lies deeper does not matter. Classes are sorted by
+name, and their order is that of the classifier's outputs.
+"""
+
+import logging
+import os
+import unicodedata
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fcmae.data.files import FileList, find_images
+from sparse.errors import InputError
+
+TRAIN, VAL = "train", "val"
+_LAYOUT = "train/CLASS/… and val/CLASS/…"
+_NAMED = 5
+
+Labels = npt.NDArray[np.int64]
+
+_log = logging.getLogger(__name__)
+
+
+class Split(NamedTuple):
+    """Pictures of one split. `prefix` goes before their names in messages."""
+
+    files: FileList
+    prefix: str
+
+
+class LabelledData(NamedTuple):
+    """What there is to train and to validate on, and the classes in order."""
+
+    train: Split
+    val: Split
+    names: tuple[str, ...]
+
+
+def find_labelled(data: str, val_fraction: float, exclude: str | None = None) -> LabelledData:
+    """Find the pictures to train and to validate on.
+
+    Args:
+        data: a folder with train/CLASS and val/CLASS. With `val_fraction`, a folder of classes, or
+            one with train/CLASS alone, whose pictures are divided by a hash of their paths.
+        exclude: a folder that is not searched, such as the run's own.
+
+    Raises:
+        InputError: a split or its pictures are missing, or its classes can't be learnt.
+    """
+    root = Path(data).expanduser()
+    if not root.is_dir():
+        raise InputError(f"data {data!r} is no folder: give one with {_LAYOUT}")
+    train, val = root / TRAIN, root / VAL
+    if val_fraction:
+        if val.is_dir():
+            raise InputError(
+                f"val_fraction {val_fraction} divides one folder of classes, but {data!r} has its "
+                "own val: leave val_fraction at 0"
+            )
+        prefix, folder = (f"{TRAIN}/", train) if train.is_dir() else ("", root)
+        files, names = find_classes(folder, exclude)
+        _check_several(folder, names)
+        kept, held = split_by_hash(files, labels_of(files, names), val_fraction)
+        return LabelledData(
+            Split(files.select(kept), prefix), Split(files.select(held), prefix), names
+        )
+    for split in (train, val):
+        if not split.is_dir():
+            raise InputError(
+                f"data {data!r} has no folder {split.name!r}: give {_LAYOUT}, or one folder of "
+                "classes with --val_fraction 0.2"
+            )
+    files, names = find_classes(train, exclude)
+    _check_several(train, names)
+    val_files, val_names = find_classes(val, exclude)
+    check_known(val, val_names, names, "train")
+    missing = sorted(set(names) - set(val_names))
+    if missing:
+        _log.warning("not in val, so never measured: %s", _some(missing))
+    return LabelledData(Split(files, f"{TRAIN}/"), Split(val_files, f"{VAL}/"), names)
+
+
+def find_classes(folder: Path, exclude: str | None = None) -> tuple[FileList, tuple[str, ...]]:
+    """Return the pictures below the class folders of `folder`, and the classes' names, sorted.
+
+    Raises:
+        InputError: no class folder, one without pictures, or names that can't be told apart.
+    """
+    names = _class_names(folder, exclude)
+    if not names:
+        raise InputError(f"{folder} has no folders: expected one a class, as in {_LAYOUT}")
+    files = find_images(str(folder), exclude)
+    inside = [index for index in range(len(files)) if b"/" in files.relative(index)]
+    if len(inside) < len(files):
+        stray = len(files) - len(inside)
+        _log.warning("%d pictures lie in %s outside any class and are left out", stray, folder)
+        files = files.select(inside)
+    counts = np.bincount(labels_of(files, names), minlength=len(names))
+    empty = [name for name, count in zip(names, counts, strict=True) if not count]
+    if empty:
+        raise InputError(
+            f"{folder} has classes without pictures: {_some(empty)}; remove or fill them"
+        )
+    return files, names
+
+
+def labels_of(files: FileList, names: Sequence[str]) -> Labels:
+    """Return each file's class (N,), as its position in `names`.
+
+    Raises:
+        InputError: a file is of no class in `names`.
+    """
+    positions = {os.fsencode(name): position for position, name in enumerate(names)}
+    folders = (files.relative(index).split(b"/", 1)[0] for index in range(len(files)))
+    try:
+        return np.fromiter((positions[folder] for folder in folders), np.int64, len(files))
+    except KeyError as error:
+        raise InputError(f"{os.fsdecode(error.args[0])!r} is not among the classes") from None
+
+
+def split_by_hash(files: FileList, labels: Labels, fraction: float) -> tuple[Labels, Labels]:
+    """Return the positions to train on and those to validate on, both ascending.
+
+    Of each class, the share `fraction` whose paths have the smallest hashes is held back: at least
+    one picture where there are two, and never all of them.
+    """
+    hashes = np.fromiter(map(files.path_hash, range(len(files))), np.uint64, len(files))
+    held = np.zeros(len(files), np.bool_)
+    for members in np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1]):
+        count = min(max(round(len(members) * fraction), 1), len(members) - 1)
+        held[members[np.argsort(hashes[members], kind="stable")[:count]]] = True
+    if not held.any():
+        raise InputError(
+            f"val_fraction {fraction} leaves nothing to validate on: every class has one picture"
+        )
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def check_known(folder: Path, found: Sequence[str], known: Sequence[str], where: str) -> None:
+    """Raise InputError for classes in `folder` that `where` does not have."""
+    unknown = sorted(set(found) - set(known))
+    if unknown:
+        near = get_close_matches(unknown[0], known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise InputError(
+            f"{folder} has classes that {where} has not: {_some(unknown)}{hint}; known are "
+            f"{_some(known)}"
+        )
+
+
+def _class_names(folder: Path, exclude: str | None) -> tuple[str, ...]:
+    run = Path(exclude).resolve() if exclude else None
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    names = sorted(entry.name for entry in entries if entry.is_dir() and entry.resolve() != run)
+    alike: dict[str, str] = {}
+    for name in names:
+        if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
+            raise InputError(f"{folder} has the class {name!r}: rename it to printable UTF-8")
+        other = alike.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            raise InputError(
+                f"{folder} has the classes {other!r} and {name!r}, which look alike: merge them or "
+                "rename one"
+            )
+    return tuple(names)
+
+
+def _check_several(folder: Path, names: Sequence[str]) -> None:
+    if len(names) < 2:
+        raise InputError(
+            f"{folder} has one class, {names[0]!r}: there is nothing to tell apart; give a folder "
+            "a class, at least two"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:_NAMED]))
+    return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown

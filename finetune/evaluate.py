@@ -1,0 +1,204 @@
+"""`fcmae evaluate`: how well a classifier does on labelled images, in all and for each class."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from fcmae.atomic import atomic_write
+from fcmae.console import show_logs
+from fcmae.distributed import resolve_device
+from fcmae.settings import height_width, read_yaml
+from finetune.classifier import Classifier, load_classifier
+from finetune.config import EvaluateConfig
+from finetune.data import VAL, Split, check_known, find_classes, find_labelled, labels_of
+from sparse.errors import InputError, RunError
+
+TOP = 5
+SHOWN_BAD = 20
+
+Counts = npt.NDArray[np.int64]
+
+_log = logging.getLogger(__name__)
+
+
+def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
+    """Measure a classifier, and print a table, or with `config.json` one JSON object.
+
+    Args:
+        show: False prints nothing.
+
+    Returns:
+        `top1` and `top5` in percent of the `n` pictures (top5 is the share among the best
+        `top5_of`, fewer than five where there are fewer classes); `balanced`, the mean over the
+        classes; `per_class`, {name: {top1, n}}; `unreadable`, the pictures left out; `split` and
+        `weights`, what was measured.
+
+    Raises:
+        InputError: the weights, the data or `out` is wrong.
+        RunError: no picture could be read.
+    """
+    show_logs()
+    if config.out is not None:
+        _check_out(Path(config.out))
+    size = None if config.img_size is None else height_width(config.img_size, multiple=1)
+    classifier = load_classifier(config.source, resolve_device(config.device), size)
+    split = find_split(config, classifier)
+    confusion, top5, bad = measure(classifier, split, config)
+    result = summarise(confusion, top5, classifier.names)
+    result |= {
+        "unreadable": len(bad),
+        "split": split.prefix.rstrip("/") or ".",
+        "weights": str(classifier.folder),
+    }
+    for name, reason in bad[:SHOWN_BAD]:
+        _log.warning("left out, since it can't be read: %s: %s", name, reason)
+    if len(bad) > SHOWN_BAD:
+        _log.warning("and %d more", len(bad) - SHOWN_BAD)
+    if config.out is not None:
+        write_confusion(confusion, classifier.names, Path(config.out))
+    if show and config.json:
+        print(json.dumps(result))
+    elif show:
+        _print_table(result)
+    return result
+
+
+def find_split(config: EvaluateConfig, classifier: Classifier) -> Split:
+    """Find the pictures to measure on: data/SPLIT/CLASS, or data/CLASS.
+
+    A run that divided this data by `val_fraction` is measured on the part that it kept back.
+
+    Raises:
+        InputError: nothing there, or classes that the model does not know.
+    """
+    root = Path(config.data).expanduser()
+    if not root.is_dir():
+        raise InputError(f"data {config.data!r} is no folder: give one with {config.split}/CLASS/…")
+    folder = root / config.split
+    if folder.is_dir():
+        files, names = find_classes(folder)
+        check_known(folder, names, classifier.names, "the model")
+        return Split(files, f"{config.split}/")
+    asked = Path(config.source) / "config.yaml"
+    run = read_yaml(asked) if asked.is_file() else {}
+    same = os.path.abspath(str(run.get("data"))) == os.path.abspath(config.data)
+    if same and run.get("val_fraction") and config.split == VAL:
+        data = find_labelled(config.data, run["val_fraction"], exclude=config.source)
+        check_known(root, data.names, classifier.names, "the model")
+        _log.info("measuring on what val_fraction %s keeps back", run["val_fraction"])
+        return data.val
+    _log.info("%s has no folder %r: its folders are taken for classes", root, config.split)
+    files, names = find_classes(root)
+    check_known(root, names, classifier.names, "the model")
+    return Split(files, "")
+
+
+def measure(
+    classifier: Classifier, split: Split, config: EvaluateConfig
+) -> tuple[Counts, int, list[tuple[str, str]]]:
+    """Return the confusion matrix (true class, predicted class), the hits among the best five, and
+    (name, reason) of the pictures left out.
+
+    Raises:
+        RunError: no picture could be read.
+    """
+    classes = len(classifier.names)
+    confusion = np.zeros((classes, classes), np.int64)
+    top5, bad = 0, []
+    labels = labels_of(split.files, classifier.names)
+    for batch, scores in classifier.classify(
+        split.files, labels, config.batch_size, config.workers, split.prefix
+    ):
+        bad += batch.bad
+        best = scores.topk(min(TOP, classes)).indices
+        top5 += int((best == batch.labels[:, None]).sum())
+        np.add.at(confusion, (batch.labels.numpy(), best[:, 0].numpy()), 1)
+    if not confusion.sum():
+        raise RunError(f"none of the {len(bad)} pictures can be read ({': '.join(bad[0])})")
+    return confusion, top5, bad
+
+
+def summarise(confusion: Counts, top5: int, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return percentages of a confusion matrix (true class, predicted class)."""
+    counts, hits = confusion.sum(axis=1), confusion.diagonal()
+    total = int(counts.sum())
+    per_class = {
+        name: {"top1": 100 * int(hit) / int(count), "n": int(count)}
+        for name, hit, count in zip(names, hits, counts, strict=True)
+        if count
+    }
+    return {
+        "top1": 100 * int(hits.sum()) / total,
+        "top5": 100 * top5 / total,
+        "top5_of": min(TOP, len(names)),
+        "balanced": sum(entry["top1"] for entry in per_class.values()) / len(per_class),
+        "n": total,
+        "per_class": per_class,
+    }
+
+
+def write_confusion(confusion: Counts, names: tuple[str, ...], out: Path) -> None:
+    """Write the confusion matrix as a table (.csv) or a picture (.png), atomically."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out) as path:
+        if out.suffix == ".csv":
+            with path.open("w", encoding="utf-8", newline="") as file:
+                rows = csv.writer(file)
+                rows.writerow(["true \\ predicted", *names])
+                rows.writerows([name, *row] for name, row in zip(names, confusion, strict=True))
+        else:
+            _draw_confusion(confusion, names).savefig(path, format="png", dpi=150)
+    _log.info("confusion matrix: %s", out)
+
+
+def _draw_confusion(confusion: Counts, names: tuple[str, ...]) -> Any:
+    """Draw the share of each true class (row) that is taken for each class, in percent."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    share = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    side = min(4 + 0.35 * len(names), 24)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(picture, label="% of the true class")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if len(names) <= 60:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    if len(names) <= 20:
+        for (row, column), value in np.ndenumerate(share):
+            if confusion[row, column]:
+                color = "white" if value > 50 else "black"
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
+    return figure
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    table = Table(title=f"{result['weights']} on {result['split']}")
+    for name in ("class", "top-1 %", "images"):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    for name, entry in result["per_class"].items():
+        table.add_row(name, f"{entry['top1']:.1f}", str(entry["n"]))
+    table.add_section()
+    table.add_row("all: top-1", f"{result['top1']:.2f}", str(result["n"]))
+    table.add_row(f"all: top-{result['top5_of']}", f"{result['top5']:.2f}", str(result["n"]))
+    table.add_row("balanced", f"{result['balanced']:.2f}", "")
+    Console(highlight=False).print(table, markup=False)
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix not in (".png", ".csv") or out.is_dir():
+        raise InputError(f"out {str(out)!r} must be a file ending in .png or .csv")

@@ -1,0 +1,101 @@
+"""Parameter groups for fine-tuning: layer-wise learning rates, and who is spared weight decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from timm.models import ConvNeXt, group_parameters
+from torch import nn
+
+from finetune.config import FinetuneOptimConfig
+from sparse.errors import InputError
+
+BLOCKS_A_GROUP = 3
+
+
+def make_optimizer(
+    model: nn.Module, optim: FinetuneOptimConfig, layer_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW over what is trained; the loop sets a group's rate to the schedule's x `lr_scale`."""
+    groups = layer_groups(model, optim.weight_decay, layer_decay, optim.layer_group)
+    betas = (optim.betas[0], optim.betas[1])
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def layer_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float, layer_group: str
+) -> list[dict[str, Any]]:
+    """Optimizer groups, from the first layer to the head, each with `lr_scale`.
+
+    The head has 1, the layer before it `layer_decay`, the one before that its square, and so on.
+    Biases, norms, GRN and what the model itself names are not decayed.
+    """
+    depths = layer_depths(model, layer_group) if layer_decay != 1 else {}
+    timm_model: Any = model
+    patterns = timm_model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        depth = depths.get(name, 0)
+        spared = parameter.ndim <= 1 or name.endswith(".bias")
+        spared = spared or any(fnmatch(name, pattern) for pattern in patterns)
+        group = groups.setdefault(
+            (-depth, spared),
+            {
+                "params": [],
+                "weight_decay": 0.0 if spared else weight_decay,
+                "lr_scale": layer_decay**depth,
+            },
+        )
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def layer_depths(model: Any, layer_group: str) -> dict[str, int]:
+    """How many layers before the head each parameter is; 0 for the head itself.
+
+    A ConvNeXt's layers are its blocks, or with `group` groups of three blocks within a stage; a
+    downsampling belongs to the layer that it leads to. The stem belongs to the first block, but
+    comes before the first group. Of other models timm says what a layer is.
+    """
+    per_layer = BLOCKS_A_GROUP if layer_group == "group" else 1
+    names = [name for name, _ in model.named_parameters()]
+    if isinstance(model, ConvNeXt):
+        stages: Any = model.stages
+        blocks = [len(stage.blocks) for stage in stages]
+        layers = {name: convnext_layer(name, blocks, per_layer) for name in names}
+        last = 1 + sum(math.ceil(count / per_layer) for count in blocks)
+        return {name: last - layer for name, layer in layers.items()}
+    if not hasattr(model, "group_matcher"):
+        raise InputError(
+            f"timm does not say what the layers of {type(model).__name__} are: give "
+            "--optim.layer_decay 1"
+        )
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {name: math.ceil((last - layer) / per_layer) for name, layer in layers.items()}
+
+
+def convnext_layer(name: str, blocks: Sequence[int], per_layer: int) -> int:
+    """Number of the layer that a parameter of timm's ConvNeXt is in, counted from the stem.
+
+    Args:
+        blocks: how many there are in each stage.
+        per_layer: 1, or how many blocks make a group.
+
+    With groups of three, `blocks` (3, 3, 27, 3) makes twelve: stem 0, groups 1 to 12, head 13.
+    """
+    layers = [math.ceil(count / per_layer) for count in blocks]
+    part, *place = name.split(".")
+    if part == "stem":
+        return 0 if per_layer > 1 else 1
+    if part != "stages":
+        return 1 + sum(layers)
+    stage = int(place[0])
+    block = int(place[2]) if place[1] == "blocks" else 0
+    return 1 + sum(layers[:stage]) + block // per_layer

@@ -1,0 +1,189 @@
+"""Fine-tuning's settings: what a config leaves open, decided from the data, weights and machine."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from timm.data.mixup import Mixup
+from torch import nn
+
+from fcmae.checkpoint import Checkpoint
+from fcmae.convert import timm_config
+from fcmae.data.loader import measure_mean_std, steps_per_epoch
+from fcmae.data.statistics import MeanStd, imagenet_mean_std, resolve_mean_std
+from fcmae.distributed import World
+from fcmae.plan import Plan
+from fcmae.resources import autocast_dtype, resolve_precision, resolve_workers
+from fcmae.schedule import cosine_with_warmup, warmup_steps
+from fcmae.settings import to_dict
+from fcmae.weights import Preprocessing
+from finetune.config import FinetuneConfig
+from finetune.data import LabelledData, Split
+from finetune.model import Start, classifier_names
+from sparse.errors import InputError
+
+LAYER_DECAY = 0.75
+"""What `layer_decay: null` takes with pretrained weights."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The config with everything that was left open resolved."""
+
+    img_size: tuple[int, int]
+    mean: list[float]
+    std: list[float]
+    precision: str
+    workers: int
+    warmup: int
+    steps_per_epoch: int
+    learning_rate: float
+    layer_decay: float
+
+
+def resolve_settings(
+    config: FinetuneConfig,
+    img_size: tuple[int, int],
+    data: LabelledData,
+    origin: Start,
+    world: World,
+    start: Checkpoint | None,
+) -> Settings:
+    """Resolve a config; where a run goes on, mean and std are as it began."""
+    per_epoch = steps_per_epoch(len(data.train.files), config.batch_size)
+    mean, std = _mean_std(config, img_size, data.train, origin, start)
+    layer_decay = config.optim.layer_decay
+    if layer_decay is None:
+        layer_decay = 1.0 if config.weights == "none" else LAYER_DECAY
+    return Settings(
+        img_size=img_size,
+        mean=mean,
+        std=std,
+        precision=resolve_precision(config.precision, world.device),
+        workers=resolve_workers(config.workers),
+        warmup=warmup_steps(config.optim.warmup_epochs, per_epoch, per_epoch * config.epochs),
+        steps_per_epoch=per_epoch,
+        learning_rate=config.optim.base_lr * config.batch_size / 256,
+        layer_decay=layer_decay,
+    )
+
+
+def _mean_std(
+    config: FinetuneConfig,
+    img_size: tuple[int, int],
+    train: Split,
+    origin: Start,
+    start: Checkpoint | None,
+) -> MeanStd:
+    if start is not None:
+        return start.state["settings"]["mean"], start.state["settings"]["std"]
+
+    def of_weights() -> MeanStd:
+        images = origin.images
+        if images is None or len(images.mean) != config.in_chans:
+            return imagenet_mean_std(config.in_chans)
+        return list(images.mean), list(images.std)
+
+    def measure() -> MeanStd:
+        measured = measure_mean_std(train.files, img_size, config.in_chans, seed=config.seed)
+        _log.info("measured mean %s and std %s", *([round(v, 4) for v in m] for m in measured))
+        return measured
+
+    sources = {
+        "weights": of_weights,
+        "imagenet": lambda: imagenet_mean_std(config.in_chans),
+        "data": measure,
+    }
+    return resolve_mean_std(config.augment.mean, config.augment.std, sources)
+
+
+def make_mixup(config: FinetuneConfig, num_classes: int, world: World) -> Mixup | None:
+    """timm's mixup and cutmix, or None where both are off.
+
+    Raises:
+        InputError: a part of a batch is odd, so that its images don't make pairs.
+    """
+    augment = config.augment
+    if not augment.mixup and not augment.cutmix:
+        return None
+    part = config.batch_size // (config.accumulate * world.size)
+    if part % 2:
+        raise InputError(
+            f"batch_size {config.batch_size} makes parts of {part} images, but mixup and cutmix "
+            f"pair them: take {(part + 1) * config.accumulate * world.size}"
+        )
+    return Mixup(
+        augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing,
+        num_classes=num_classes,
+    )  # fmt: skip
+
+
+def make_plan(config: FinetuneConfig, settings: Settings) -> Plan:
+    """What the loop is to do."""
+    peak, warmup = settings.learning_rate, settings.warmup
+    total = settings.steps_per_epoch * config.epochs
+    return Plan(
+        steps_per_epoch=settings.steps_per_epoch,
+        epochs=config.epochs,
+        accumulate=config.accumulate,
+        learning_rate=lambda step: cosine_with_warmup(step, peak, warmup, total),
+        clip_grad=config.optim.clip_grad,
+        seed=config.seed,
+        log_steps=config.log_steps,
+        checkpoint_steps=config.checkpoint_steps,
+        checkpoint_minutes=config.checkpoint_minutes,
+        keep_checkpoints=config.keep_checkpoints,
+        max_bad=config.max_bad,
+        autocast=autocast_dtype(settings.precision),
+    )
+
+
+def settings_json(
+    config: FinetuneConfig,
+    settings: Settings,
+    name: str,
+    args: dict[str, Any],
+    label_names: tuple[str, ...],
+) -> dict[str, Any]:
+    """The resolved settings as checkpoints record them."""
+    return {
+        **to_dict(config),
+        "img_size": list(settings.img_size),
+        "mean": settings.mean,
+        "std": settings.std,
+        "model": name,
+        "model_args": args,
+        "label_names": list(label_names),
+        "layer_decay": settings.layer_decay,
+        "precision": settings.precision,
+        "workers": settings.workers,
+    }
+
+
+def exported_config(
+    config: FinetuneConfig,
+    settings: Settings,
+    name: str,
+    args: dict[str, Any],
+    model: nn.Module,
+    label_names: tuple[str, ...],
+) -> dict[str, Any]:
+    """The config.json of the model that the run exports."""
+    own: Any = model.pretrained_cfg
+    classifier = classifier_names(model)
+    features: Any = model.num_features
+    return timm_config(
+        name,
+        args,
+        int(features),
+        Preprocessing(settings.img_size, tuple(settings.mean), tuple(settings.std)),
+        label_names,
+        classifier[0] if len(classifier) == 1 else list(classifier),
+        own.get("first_conv"),
+        config.augment.crop_pct,
+        config.augment.interpolation,
+    )

@@ -1,0 +1,216 @@
+"""`fcmae finetune`: from labelled images and pretrained weights to a classifier."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from fcmae import rng
+from fcmae.checkpoint import Checkpoint
+from fcmae.console import show_logs
+from fcmae.data.loader import StepSampler, make_loader
+from fcmae.distributed import World, join_world, resolve_device
+from fcmae.loop import Loop
+from fcmae.resources import autocast_dtype, check_disk, checkpoint_bytes, disk_line
+from fcmae.run import RunFolder, find_start, stored_files
+from fcmae.settings import height_width
+from finetune.augment import EvalDataset, TrainDataset, batches_of, collate, recolouring
+from finetune.config import RUNTIME_KEYS, FinetuneConfig
+from finetune.data import LabelledData, Split, find_labelled, labels_of
+from finetune.model import Start, build_model, find_model, freeze_backbone, scale_classifier
+from finetune.optim import make_optimizer
+from finetune.settings import (
+    Settings,
+    exported_config,
+    make_mixup,
+    make_plan,
+    resolve_settings,
+    settings_json,
+)
+from finetune.task import BEST, FinetuneTask
+
+TRAIN_LIST, VAL_LIST = "files-train.bin", "files-val.bin"
+
+_log = logging.getLogger(__name__)
+
+
+def finetune(config: FinetuneConfig) -> int:
+    """Train a classifier, or go on with the run in `config.out`.
+
+    Returns:
+        0 when done, 130 after Ctrl-C and 143 after SIGTERM, both with the state saved.
+
+    Raises:
+        InputError: the config, the data, the weights or the folder is wrong; nothing was changed
+            then.
+        RunError: the run could not go on; the last checkpoint is good.
+    """
+    show_logs()
+    img_size = height_width(config.img_size, multiple=1)
+    recolouring(config.augment, img_size, [0.5])
+    with join_world(resolve_device(config.device)) as world:
+        start = find_start(config, "finetune", RUNTIME_KEYS)
+        origin = _find_model(config, start)
+        data = _find_data(config, start)
+        settings = resolve_settings(config, img_size, data, origin, world, start)
+        sampler = StepSampler(
+            len(data.train.files), config.batch_size, config.seed,
+            start.state["step"] if start else 0, settings.steps_per_epoch * config.epochs,
+            world.rank, world.size, config.accumulate,
+        )  # fmt: skip
+        mixup = make_mixup(config, len(data.names), world)
+        model, args = _build(config, origin, len(data.names), img_size)
+        model = model.to(world.device)
+        size = checkpoint_bytes(model, copies=1 + (config.ema_decay is not None))
+        check_disk(config, size)
+        world.barrier()  # nobody writes before everybody has checked
+        folder = RunFolder(config, "finetune", sampler.start_step) if world.is_main else None
+        try:
+            exported = exported_config(config, settings, origin.name, args, model, data.names)
+            validation = _validation(config, settings, data, world)
+            task = FinetuneTask(
+                model, make_optimizer(model, config.optim, settings.layer_decay),
+                config.freeze == "backbone", config.ema_decay, settings.mean, settings.std,
+                config.augment.label_smoothing, mixup, validation,
+                autocast_dtype(settings.precision), len(data.train.files) + len(data.val.files),
+                config.max_bad, exported, world, folder,
+            )  # fmt: skip
+            if folder is not None:
+                data.train.files.save(folder.path / TRAIN_LIST)
+                data.val.files.save(folder.path / VAL_LIST)
+            if folder is not None and start is None:
+                task.write_best(folder.path / BEST)  # takes away what a run never saved has left
+            loop = Loop(
+                task, make_plan(config, settings), config,
+                settings_json(config, settings, origin.name, args, data.names), world, folder,
+            )  # fmt: skip
+            if start is not None:
+                loop.restore(start)
+            if world.is_main:
+                _announce(config, settings, data, origin, model, size, world, loop.step)
+            code = loop.run(iter(_training(config, settings, data, sampler, world)))
+            if code == 0 and folder is not None:
+                _finish(task, folder.path)
+            return code
+        finally:
+            if folder is not None:
+                folder.close()
+
+
+def _find_data(config: FinetuneConfig, start: Checkpoint | None) -> LabelledData:
+    """The pictures and classes: as stored where a run goes on."""
+    found = find_labelled(config.data, config.val_fraction, exclude=config.out)
+    train = stored_files(found.train.files, start, TRAIN_LIST)
+    val = stored_files(found.val.files, start, VAL_LIST)
+    names = tuple(start.state["settings"]["label_names"]) if start else found.names
+    _log.info(
+        "found %d images of %d classes to train on, %d to validate on",
+        len(train), len(names), len(val),
+    )  # fmt: skip
+    if len(train) < config.batch_size:
+        _log.warning(
+            "%d images are fewer than batch_size %d: each step sees some of them more than once",
+            len(train), config.batch_size,
+        )  # fmt: skip
+    return LabelledData(Split(train, found.train.prefix), Split(val, found.val.prefix), names)
+
+
+def _find_model(config: FinetuneConfig, start: Checkpoint | None) -> Start:
+    """The model and its weights; a run that goes on needs the weights no more."""
+    if start is None:
+        return find_model(config.model, config.weights, config.in_chans)
+    settings = start.state["settings"]
+    return Start(settings["model"], settings["model_args"], origin=str(start.path))
+
+
+def _build(
+    config: FinetuneConfig, origin: Start, num_classes: int, img_size: tuple[int, int]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with its initial weights: a function of the seed, the same on every process."""
+    torch.manual_seed(rng.seed_for(config.seed, rng.FINETUNE, 0, 0))
+    model, args = build_model(origin, num_classes, config.in_chans, img_size, config.drop_path)
+    scale_classifier(model, config.head_init_scale)
+    if config.freeze == "backbone":
+        freeze_backbone(model)
+    return model, args
+
+
+def _training(
+    config: FinetuneConfig,
+    settings: Settings,
+    data: LabelledData,
+    sampler: StepSampler,
+    world: World,
+) -> DataLoader[Any]:
+    train = data.train
+    dataset = TrainDataset(
+        train.files, labels_of(train.files, data.names), settings.img_size, config.in_chans,
+        config.augment, settings.mean, settings.std, config.seed, config.max_pixels, train.prefix,
+    )  # fmt: skip
+    pin = world.device.type == "cuda"
+    return make_loader(dataset, sampler, settings.workers, pin, collate)
+
+
+def _validation(
+    config: FinetuneConfig, settings: Settings, data: LabelledData, world: World
+) -> DataLoader[Any]:
+    val = data.val
+    dataset = EvalDataset(
+        val.files, labels_of(val.files, data.names), settings.img_size, config.in_chans,
+        config.augment.crop_pct, config.augment.interpolation, config.max_pixels, val.prefix,
+    )  # fmt: skip
+    part = config.batch_size // (config.accumulate * world.size)
+    batches = batches_of(len(val.files), part, world.rank, world.size)
+    pin = world.device.type == "cuda"
+    return make_loader(dataset, batches, settings.workers, pin, collate)
+
+
+def _announce(
+    config: FinetuneConfig,
+    settings: Settings,
+    data: LabelledData,
+    origin: Start,
+    model: nn.Module,
+    size: int,
+    world: World,
+    step: int,
+) -> None:
+    """Say what the run will do."""
+    everything = sum(p.numel() for p in model.parameters()) / 1e6
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    share = "" if config.freeze == "none" else f", of which the head is trained ({trained:.3g} M)"
+    total = settings.steps_per_epoch * config.epochs
+    lines = [
+        f"{origin.name} from {origin.origin}: {everything:.1f} M weights{share}, on "
+        f"{world.device}, {settings.precision}, {torch.get_num_threads()} threads, "
+        f"{settings.workers} workers, {world.size} process{'es' if world.size > 1 else ''}",
+        f"{total} steps of {config.batch_size} images of {settings.img_size[0]}×"
+        f"{settings.img_size[1]}: {config.epochs} epochs over {len(data.train.files)}; learning "
+        f"rate {settings.learning_rate:.3g} after {settings.warmup} steps, layer decay "
+        f"{settings.layer_decay:g}",
+        disk_line(config, size),
+    ]
+    recoloured = config.augment.color_jitter or config.augment.randaugment
+    if recoloured and config.in_chans not in (1, 3):
+        lines.append("randaugment and color_jitter need 1 or 3 channels and are not used")
+    if step == total:
+        lines.append("the run is finished: nothing is left to do")
+    elif step:
+        lines.append(f"going on from step {step}")
+    for line in lines:
+        _log.info("%s", line)
+
+
+def _finish(task: FinetuneTask, out: Path) -> None:
+    task.write_best(out / "exported")
+    best = task.best_score
+    if best is not None:
+        _log.info(
+            "best after epoch %d: top-1 %.1f %%, top-5 %.1f %%; the model for timm is in %s",
+            best["epoch"], best["top1"], best["top5"], out / "exported",
+        )  # fmt: skip
