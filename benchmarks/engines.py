@@ -1,0 +1,140 @@
+"""The engines side by side, with timm's dense model and MinkowskiEngine's own layers.
+
+    .venv/bin/python benchmarks/engines.py [--rounds 5] [--threads 2]
+
+`stock` is the encoder as one would write it with MinkowskiEngine's own layers, its channelwise
+convolution included. Medians of interleaved rounds in one process; forward and backward, float32.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from fcmae.bench import TIMM, encoder_step, example, gemm_gflops, time_in_turns, timm_step
+from sparse.engines.minkowski import load_minkowski, why_unavailable
+from sparse.sizes import SIZES
+
+IMG_SIZE = (224, 224)
+MASK_RATIO = 0.6
+CASES = (("atto", 16), ("tiny", 8))
+VISIBLE_MACS = {"atto": 0.55e9, "tiny": 4.47e9}
+"""Multiply-adds of one 224 px image, nothing hidden (arXiv 2301.00808, Table 2 and timm)."""
+
+
+class StockBlock(nn.Module):
+    """A ConvNeXt V2 block out of MinkowskiEngine's layers; GRN over the whole batch."""
+
+    def __init__(self, me: Any, dim: int) -> None:
+        super().__init__()
+        self.me = me
+        self.conv_dw = me.MinkowskiChannelwiseConvolution(
+            dim, kernel_size=7, bias=True, dimension=2
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.fc1 = me.MinkowskiLinear(dim, 4 * dim)
+        self.act = me.MinkowskiGELU()
+        self.weight = nn.Parameter(torch.zeros(4 * dim))
+        self.bias = nn.Parameter(torch.zeros(4 * dim))
+        self.fc2 = me.MinkowskiLinear(4 * dim, dim)
+
+    def forward(self, x: Any) -> Any:
+        y = self.conv_dw(x)
+        y = self.act(self.fc1(self._with(y, self.norm(y.F))))
+        norm = torch.linalg.vector_norm(y.F, dim=0, keepdim=True)
+        scaled = y.F * (norm / (norm.mean(-1, keepdim=True) + 1e-6))
+        return x + self.fc2(self._with(y, self.weight * scaled + self.bias + y.F))
+
+    def _with(self, x: Any, features: Tensor) -> Any:
+        return self.me.SparseTensor(
+            features, coordinate_map_key=x.coordinate_map_key,
+            coordinate_manager=x.coordinate_manager,
+        )  # fmt: skip
+
+
+class StockEncoder(nn.Module):
+    """Stem on the dense image, then blocks and strided convolutions on MinkowskiEngine tensors."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self.me: Any = load_minkowski()
+        size = SIZES[model]
+        self.stem = nn.Conv2d(3, size.dims[0], 4, stride=4)
+        self.stem_norm = nn.LayerNorm(size.dims[0], eps=1e-6)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in size.dims[:-1])
+        self.strided = nn.ModuleList(
+            self.me.MinkowskiConvolution(a, b, kernel_size=2, stride=2, bias=True, dimension=2)
+            for a, b in zip(size.dims[:-1], size.dims[1:], strict=True)
+        )
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(StockBlock(self.me, dim) for _ in range(depth)))
+            for depth, dim in zip(size.depths, size.dims, strict=True)
+        )
+
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        visible = (~mask).repeat_interleave(8, 1).repeat_interleave(8, 2)
+        rows = self.stem_norm(self.stem(images).permute(0, 2, 3, 1)[visible])
+        x = self.me.SparseTensor(rows, coordinates=visible.nonzero().int().contiguous())
+        for i, stage in enumerate(self.stages):
+            if i:
+                features = self.norms[i - 1](x.F)
+                x = self.strided[i - 1](
+                    self.me.SparseTensor(
+                        features, coordinate_map_key=x.coordinate_map_key,
+                        coordinate_manager=x.coordinate_manager,
+                    )
+                )  # fmt: skip
+            x = stage(x)
+        return x.F
+
+
+def stock_step(model: str, images: Tensor, mask: Tensor) -> Any:
+    encoder = StockEncoder(model)
+    threads = torch.get_num_threads()
+
+    def step() -> None:
+        encoder(images, mask).square().mean().backward()
+        encoder.zero_grad(set_to_none=True)
+        torch.set_num_threads(threads)  # its coordinate manager sets it
+
+    return step
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    cpu = torch.device("cpu")
+    console = Console(highlight=False)
+    peak = gemm_gflops(cpu)
+    console.print(f"torch {torch.__version__}, {options.threads} threads, GEMM {peak:.0f} GFLOP/s")
+    for model, batch in CASES:
+        images, mask = example(batch, IMG_SIZE, MASK_RATIO, cpu)
+        steps: dict[str, Any] = {TIMM: timm_step(model, images)}
+        for engine in ("dense", "patch", "minkowski"):
+            if engine != "minkowski" or why_unavailable() is None:
+                steps[engine] = encoder_step(model, engine, images, mask)
+        if model == "atto" and why_unavailable() is None:
+            steps["stock MinkowskiEngine"] = stock_step(model, images, mask)
+        seconds = time_in_turns(steps, options.rounds, cpu)
+        table = Table(title=f"{model}, batch {batch}, 224 px, 60 % hidden")
+        for heading in ("", "images/s", "÷ dense", "share of GEMM peak"):
+            table.add_column(heading, justify="right" if heading else "left")
+        for name, value in seconds.items():
+            sites = 1.0 if name in (TIMM, "dense") else 19 / 49
+            share = 6 * VISIBLE_MACS[model] * sites * batch / value / 1e9 / peak
+            table.add_row(
+                name, f"{batch / value:.1f}", f"{seconds['dense'] / value:.2f}", f"{share:.0%}"
+            )
+        console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

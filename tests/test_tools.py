@@ -1,0 +1,148 @@
+"""doctor, bench, reconstruct, and a model for every shipped config."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from fcmae import FCMAE
+from fcmae.bench import bench, visible_share
+from fcmae.config import DecoderConfig, PretrainConfig
+from fcmae.doctor import doctor, parity
+from fcmae.options import load_config
+from fcmae.pictures import COLUMNS, grid, reconstruct_batch
+from fcmae.pretrain import pretrain
+from fcmae.reconstruct import reconstruct
+from fcmae.tool_config import BenchConfig, DoctorConfig, ReconstructConfig
+from finetune.config import FinetuneConfig
+from sparse import available_engines
+from sparse.errors import InputError
+from sparse.sizes import resolve_size
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    config = PretrainConfig(
+        data=str(pictures), out=str(out), depths=[1, 1, 1, 1], dims=[8, 16, 24, 32], img_size=96,
+        epochs=1, batch_size=8, decoder=DecoderConfig(dim=16), workers=0,
+    )  # fmt: skip
+    assert pretrain(config) == 0
+    return out
+
+
+def test_reconstruct_draws_a_row_a_picture(run, pictures, tmp_path):
+    out = tmp_path / "deep" / "picture.png"
+    loss = reconstruct(ReconstructConfig(str(run), str(pictures), str(out), count=3))
+    assert 0.5 < loss < 1.5
+    with Image.open(out) as picture:
+        assert picture.size == (4 * 100 - 4, 18 + 3 * 100 - 4)
+        pixels = np.asarray(picture).astype(int)
+    masked = pixels[18:114, 100:196]
+    hidden = (masked == 128).all(2) | (masked == 127).all(2)
+    assert hidden.sum() == 6 * 32 * 32  # 3 of 9 patches are visible
+    original, pasted = pixels[18:114, :96], pixels[18:114, 300:396]
+    assert np.array_equal(original[~hidden], pasted[~hidden])
+    again = tmp_path / "again.png"
+    reconstruct(ReconstructConfig(str(run), str(pictures), str(again), count=3))
+    assert again.read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"run": "nowhere"}, "nowhere"),
+        ({"out": "picture.jpg"}, "must be a PNG"),
+        ({"images": "nowhere"}, "nowhere"),
+    ],
+)
+def test_reconstruct_refuses(run, pictures, tmp_path, change, message):
+    config = {"run": str(run), "images": str(pictures), "out": str(tmp_path / "p.png"), **change}
+    with pytest.raises(InputError, match=message):
+        reconstruct(ReconstructConfig(**config))
+
+
+def test_a_perfect_prediction_is_the_picture(monkeypatch):
+    """Normalised patches come back in real pixel values."""
+    model = FCMAE.from_size("atto", depths=[1, 1, 1, 1], engine="dense", decoder_dim=8)
+    images = torch.rand(2, 3, 64, 64)
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    scale, shift = torch.tensor(std).view(1, 3, 1, 1), torch.tensor(mean).view(1, 3, 1, 1)
+    normalised = (images - shift) / scale
+
+    def perfect(features, mask):
+        from fcmae.loss import patch_statistics, patchify
+
+        patches = patchify(normalised)
+        middle, deviation = patch_statistics(patches)
+        return (patches - middle) / deviation
+
+    monkeypatch.setattr(model.decoder, "forward", perfect)
+    mask = torch.tensor([[[True, False], [False, True]]] * 2)
+    columns, loss = reconstruct_batch(model, normalised, mask, mean, std)
+    assert len(columns) == len(COLUMNS)
+    assert loss == pytest.approx(0, abs=1e-6)
+    original, masked, reconstruction, pasted = columns
+    for column in (original, reconstruction, pasted):
+        torch.testing.assert_close(column, images)
+    assert (masked[:, :, :32, :32] == 0.5).all()
+    assert torch.equal(masked[:, :, :32, 32:], original[:, :, :32, 32:])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_any_number_of_channels_is_shown(channels):
+    assert grid([torch.rand(2, channels, 32, 64)] * 4).shape == (18 + 2 * 36 - 4, 4 * 68 - 4, 3)
+
+
+def test_doctor_finds_the_engines_agree(capsys):
+    assert doctor(DoctorConfig()) == 0
+    shown = capsys.readouterr().out
+    assert "DISAGREES" not in shown
+    assert all(engine in shown for engine in available_engines())
+
+
+def test_doctor_notices_an_engine_that_disagrees(monkeypatch):
+    from sparse.engines.windows import Windows
+
+    right = Windows.weight_gradient
+    monkeypatch.setattr(Windows, "weight_gradient", lambda *a: 1.001 * right(*a))
+    images, mask = torch.randn(2, 3, 64, 64), torch.tensor([[[True, False], [False, True]]] * 2)
+    assert parity("patch", images, mask) > 5e-4
+
+
+def test_bench_prints_one_json_object(capsys):
+    result = bench(BenchConfig(json=True, batch_size=2, img_size=64, rounds=1))
+    assert json.loads(capsys.readouterr().out) == result
+    rows = result["models"]["atto"]
+    assert set(rows) == {*available_engines(), "timm, unmasked"}
+    assert rows["dense"]["times_dense"] == 1
+    for row in rows.values():
+        assert row["images_per_s"] > 0
+        assert row["peak_mb"] > 0
+    assert result["settings"]["visible_share"] == visible_share((64, 64), 0.6) == 0.25
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=str)
+def test_every_config_makes_its_model(path, tmp_path):
+    text = path.read_text() + "\ndata: photos\nout: run\n"
+    (tmp_path / "c.yaml").write_text(text)
+    with torch.device("meta"):
+        if path.parent.name == "pretrain":
+            config = load_config(PretrainConfig, tmp_path / "c.yaml")
+            size = resolve_size(config.model, config.depths, config.dims)
+            model = FCMAE.from_size(
+                config.model, config.depths, config.dims, in_chans=config.in_chans, engine="patch",
+                decoder_dim=config.decoder.dim, decoder_depth=config.decoder.depth,
+            )  # fmt: skip
+            assert model.encoder.dims == size.dims
+        else:
+            tuned = load_config(FinetuneConfig, tmp_path / "c.yaml")
+            size = resolve_size(tuned.model or "atto")
+            net = timm.create_model(f"convnextv2_{size.name}", drop_path_rate=tuned.drop_path)
+            assert net.num_features == size.dims[-1]
