@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PRETRAIN = ["--img_size", "96", "--epochs", "30", "--picture_epochs", "10"]
-FINETUNE = ["--model", "atto", "--img_size", "96", "--epochs", "6"]
+PRETRAIN = ["--img_size", "96", "--epochs", "20", "--picture_epochs", "5"]
+FINETUNE = ["--model", "atto", "--img_size", "96", "--epochs", "5"]
 PICTURES = 8
 
 
@@ -79,10 +79,11 @@ def run(paths: Paths) -> dict[str, float]:
 
 
 def choose_pictures(paths: Paths) -> None:
-    """Copy one validation image of each of some classes, so that the picture shows variety."""
+    """Copy a validation image of each of some classes, the one with most detail (most bytes)."""
     paths.pictures.mkdir(exist_ok=True)
     for folder in sorted((paths.samples / "val").iterdir())[:PICTURES]:
-        shutil.copyfile(min(folder.glob("*.jpg")), paths.pictures / f"{folder.name}.jpg")
+        detailed = max(sorted(folder.glob("*.jpg")), key=lambda path: path.stat().st_size)
+        shutil.copyfile(detailed, paths.pictures / f"{folder.name}.jpg")
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:

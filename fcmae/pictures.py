@@ -31,9 +31,9 @@ def reconstruct_batch(
         mean, std: undo the normalisation, per channel.
 
     Returns:
-        Four tensors (B, C, H, W) on the CPU with pixels from 0 to 1, in the order of `COLUMNS`: in
-        the reconstruction every patch is predicted, in the pasted picture only the hidden ones; and
-        the loss. With patch-normalised targets a prediction is given back its patch's own mean and
+        Four tensors (B, C, H, W) on the CPU with pixels from 0 to 1, in the order of `COLUMNS`, and
+        the loss. The reconstruction shows the hidden patches: for visible ones nothing is learned,
+        and what the decoder gives there is noise. With patch-normalised targets a prediction is given back its patch's own mean and
         deviation, so contrast and tone of hidden patches are the original's, not predicted.
     """
     was_training = model.training
@@ -46,8 +46,9 @@ def reconstruct_batch(
     predicted = to_pixels(out.pred, images_BCHW, model.norm_pix_loss).cpu() * scale + shift
     hidden = mask_BHW.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)[:, None]
     masked = torch.where(hidden, GREY, original)
+    reconstruction = torch.where(hidden, predicted, GREY)
     pasted = torch.where(hidden, predicted, original)
-    columns = [column.clamp(0, 1) for column in (original, masked, predicted, pasted)]
+    columns = [column.clamp(0, 1) for column in (original, masked, reconstruction, pasted)]
     return columns, float(out.loss)
 
 

@@ -11,6 +11,7 @@ import collections
 import collections.abc
 import importlib
 import importlib.util
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from sparse.engines.patch import PatchEngine
 from sparse.errors import InputError
 from sparse.sizes import PATCH, STRIDES
 
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 INSTALL = "python -m sparse.install_minkowski"
 
 
@@ -39,6 +41,10 @@ def load_minkowski() -> ModuleType:
     """
     # 0.5.4 still imports `Sequence` from `collections`, and appends its own folder to sys.path.
     path = list(sys.path)
+    # Its OpenBLAS, which reads this when it is loaded, would fight with torch's threads for the
+    # cores; the strided convolutions that it computes are a small part of the work.
+    threads = os.environ.get(BLAS_THREADS)
+    os.environ.setdefault(BLAS_THREADS, "1")
     shim = not hasattr(collections, "Sequence")
     if shim:
         collections.Sequence = collections.abc.Sequence  # type: ignore[attr-defined]
@@ -51,6 +57,8 @@ def load_minkowski() -> ModuleType:
         if shim:
             del collections.Sequence  # type: ignore[attr-defined]
         sys.path[:] = path
+        if threads is None:
+            del os.environ[BLAS_THREADS]
 
 
 def why_unavailable() -> str | None:
