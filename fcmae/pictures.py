@@ -33,8 +33,9 @@ def reconstruct_batch(
     Returns:
         Four tensors (B, C, H, W) on the CPU with pixels from 0 to 1, in the order of `COLUMNS`, and
         the loss. The reconstruction shows the hidden patches: for visible ones nothing is learned,
-        and what the decoder gives there is noise. With patch-normalised targets a prediction is given back its patch's own mean and
-        deviation, so contrast and tone of hidden patches are the original's, not predicted.
+        and what the decoder gives there is noise. With patch-normalised targets a prediction is
+        given back its patch's own mean and deviation, so contrast and tone of hidden patches are
+        the original's, not predicted.
     """
     was_training = model.training
     model.eval()
