@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fcmae.atomic import sync
 from sparse.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -77,11 +78,11 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) 
         manifest = {file.name: _describe(file) for file in files}
         (partial / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1), encoding="utf-8")
         for file in [*files, partial / MANIFEST, partial]:
-            _sync(file)
+            sync(file)
         if target.exists():  # a damaged one of the same step: the automatic resume passed over it
             _discard(target)
         partial.rename(target)
-        _sync(folder)
+        sync(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -239,11 +240,3 @@ def _discard(path: Path) -> None:
     doomed = path.with_name(f".discarded-{path.name}-{os.getpid()}")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

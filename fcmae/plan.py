@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 
+from fcmae.schedule import cosine_with_warmup, warmup_steps
+
+BASE_BATCH = 256
+"""Batch that learning rates are given for."""
+
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps there are and what happens at which."""
+    """How many steps there are and what happens at which.
+
+    The learning rate rises to `peak` in `warmup` steps and falls to zero by a cosine.
+    """
 
     steps_per_epoch: int
     epochs: int
     accumulate: int
-    learning_rate: Callable[[int], float]
+    peak: float
+    warmup: int
     clip_grad: float | None
     seed: int
     log_steps: int
@@ -32,6 +40,29 @@ class Plan:
     @property
     def total_steps(self) -> int:
         return self.steps_per_epoch * self.epochs
+
+    def learning_rate(self, step: int) -> float:
+        return cosine_with_warmup(step, self.peak, self.warmup, self.total_steps)
+
+
+def make_plan(config: Any, steps_per_epoch: int, autocast: torch.dtype | None) -> Plan:
+    """The plan of a config of pretraining or fine-tuning."""
+    total = steps_per_epoch * config.epochs
+    return Plan(
+        steps_per_epoch=steps_per_epoch,
+        epochs=config.epochs,
+        accumulate=config.accumulate,
+        peak=config.optim.base_lr * config.batch_size / BASE_BATCH,
+        warmup=warmup_steps(config.optim.warmup_epochs, steps_per_epoch, total),
+        clip_grad=config.optim.clip_grad,
+        seed=config.seed,
+        log_steps=config.log_steps,
+        checkpoint_steps=config.checkpoint_steps,
+        checkpoint_minutes=config.checkpoint_minutes,
+        keep_checkpoints=config.keep_checkpoints,
+        max_bad=config.max_bad,
+        autocast=autocast,
+    )
 
 
 class Signals:

@@ -30,7 +30,7 @@ from fcmae.distributed import World, join_world, resolve_device
 from fcmae.loop import Loop
 from fcmae.mask import check_mask_ratio, grid_of, keep_count
 from fcmae.model import FCMAE
-from fcmae.plan import Plan
+from fcmae.plan import Plan, make_plan
 from fcmae.resources import (
     autocast_dtype,
     check_disk,
@@ -40,7 +40,7 @@ from fcmae.resources import (
     resolve_workers,
 )
 from fcmae.run import RunFolder, find_start, stored_files
-from fcmae.schedule import cosine_with_warmup, decay_groups, warmup_steps
+from fcmae.schedule import decay_groups
 from fcmae.settings import height_width, to_dict
 from fcmae.task import PICTURES_SHOWN, PretrainTask, Settings
 from fcmae.weights import adapt_in_chans, load_weights
@@ -73,9 +73,11 @@ def pretrain(config: PretrainConfig) -> int:
         start = find_start(config, "pretrain", RUNTIME_KEYS)
         files, train, held = _find_files(config, start)
         settings = _resolve(config, img_size, train, world, start)
+        per_epoch = steps_per_epoch(len(train), config.batch_size)
+        plan = make_plan(config, per_epoch, autocast_dtype(settings.precision))
         sampler = StepSampler(
             len(train), config.batch_size, config.seed, start.state["step"] if start else 0,
-            settings.total_steps, world.rank, world.size, config.accumulate,
+            plan.total_steps, world.rank, world.size, config.accumulate,
         )  # fmt: skip
         model = _build(config, world).to(device)
         check_disk(config, checkpoint_bytes(model))
@@ -89,12 +91,11 @@ def pretrain(config: PretrainConfig) -> int:
                 model, _optimizer(config, model), settings, holdout, len(files),
                 config.picture_epochs, config.epochs, folder,
             )  # fmt: skip
-            loop = Loop(task, _plan(config, settings, len(train), device), config,
-                        _as_json(config, settings, model), world, folder)  # fmt: skip
+            loop = Loop(task, plan, config, _as_json(config, settings, model), world, folder)
             if start is not None:
                 loop.restore(start)
             if world.is_main:
-                _announce(config, settings, model, len(train), len(held), world, loop.step)
+                _announce(config, settings, plan, model, len(train), len(held), world, loop.step)
             dataset = PretrainDataset(
                 train, img_size, config.in_chans, config.mask_ratio, config.augment.crop_scale,
                 config.augment.crop_ratio, config.augment.hflip, config.augment.vflip, config.seed,
@@ -136,8 +137,6 @@ def _resolve(
     world: World,
     start: Checkpoint | None,
 ) -> Settings:
-    per_epoch = steps_per_epoch(len(train), config.batch_size)
-    total = per_epoch * config.epochs
     mean, std = _mean_std(config, img_size, train, start)
     return Settings(
         img_size=img_size,
@@ -145,9 +144,6 @@ def _resolve(
         std=std,
         precision=resolve_precision(config.precision, world.device),
         workers=resolve_workers(config.workers),
-        warmup=warmup_steps(config.optim.warmup_epochs, per_epoch, total),
-        total_steps=total,
-        learning_rate=config.optim.base_lr * config.batch_size / 256,
     )
 
 
@@ -206,24 +202,6 @@ def _optimizer(config: PretrainConfig, model: FCMAE) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
-def _plan(config: PretrainConfig, settings: Settings, images: int, device: torch.device) -> Plan:
-    peak, warmup, total = settings.learning_rate, settings.warmup, settings.total_steps
-    return Plan(
-        steps_per_epoch=steps_per_epoch(images, config.batch_size),
-        epochs=config.epochs,
-        accumulate=config.accumulate,
-        learning_rate=lambda step: cosine_with_warmup(step, peak, warmup, total),
-        clip_grad=config.optim.clip_grad,
-        seed=config.seed,
-        log_steps=config.log_steps,
-        checkpoint_steps=config.checkpoint_steps,
-        checkpoint_minutes=config.checkpoint_minutes,
-        keep_checkpoints=config.keep_checkpoints,
-        max_bad=config.max_bad,
-        autocast=autocast_dtype(settings.precision),
-    )
-
-
 def _load_holdout(
     config: PretrainConfig, settings: Settings, held: FileList, device: torch.device,
     folder: RunFolder | None,
@@ -258,8 +236,8 @@ def _as_json(config: PretrainConfig, settings: Settings, model: FCMAE) -> dict[s
 
 
 def _announce(
-    config: PretrainConfig, settings: Settings, model: FCMAE, images: int, held: int, world: World,
-    step: int,
+    config: PretrainConfig, settings: Settings, plan: Plan, model: FCMAE, images: int, held: int,
+    world: World, step: int,
 ) -> None:  # fmt: skip
     """Say what the run will do."""
     h, w = grid_of(settings.img_size)
@@ -271,15 +249,15 @@ def _announce(
         f"{settings.workers} workers, {world.size} process{'es' if world.size > 1 else ''}",
         f"images {settings.img_size[0]}×{settings.img_size[1]}: {visible} of {h * w} patches "
         "visible, the others to reconstruct",
-        f"{settings.total_steps} steps of {config.batch_size} images: {config.epochs} epochs over "
-        f"{images}; learning rate {settings.learning_rate:.3g} after {settings.warmup} steps",
+        f"{plan.total_steps} steps of {config.batch_size} images: {config.epochs} epochs over "
+        f"{images}; learning rate {plan.peak:.3g} after {plan.warmup} steps",
         disk_line(config, checkpoint_bytes(model)),
     ]
     if config.norm_pix_loss:
         lines.append("a loss of 1.0 means that only each patch's mean is predicted")
     if not held:
         lines.append("no images are held out (under 500 in all): no held-out loss, no pictures")
-    if step == settings.total_steps:
+    if step == plan.total_steps:
         lines.append("the run is finished: nothing is left to do")
     elif step:
         lines.append(f"going on from step {step}")

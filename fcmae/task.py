@@ -27,9 +27,6 @@ class Settings:
     std: list[float]
     precision: str
     workers: int
-    warmup: int
-    total_steps: int
-    learning_rate: float
 
 
 class PretrainTask:

@@ -14,9 +14,7 @@ from fcmae.convert import timm_config
 from fcmae.data.loader import measure_mean_std, steps_per_epoch
 from fcmae.data.statistics import MeanStd, imagenet_mean_std, resolve_mean_std
 from fcmae.distributed import World
-from fcmae.plan import Plan
-from fcmae.resources import autocast_dtype, resolve_precision, resolve_workers
-from fcmae.schedule import cosine_with_warmup, warmup_steps
+from fcmae.resources import resolve_precision, resolve_workers
 from fcmae.settings import to_dict
 from fcmae.weights import Preprocessing
 from finetune.config import FinetuneConfig
@@ -39,9 +37,7 @@ class Settings:
     std: list[float]
     precision: str
     workers: int
-    warmup: int
     steps_per_epoch: int
-    learning_rate: float
     layer_decay: float
 
 
@@ -65,9 +61,7 @@ def resolve_settings(
         std=std,
         precision=resolve_precision(config.precision, world.device),
         workers=resolve_workers(config.workers),
-        warmup=warmup_steps(config.optim.warmup_epochs, per_epoch, per_epoch * config.epochs),
         steps_per_epoch=per_epoch,
-        learning_rate=config.optim.base_lr * config.batch_size / 256,
         layer_decay=layer_decay,
     )
 
@@ -120,26 +114,6 @@ def make_mixup(config: FinetuneConfig, num_classes: int, world: World) -> Mixup 
         augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing,
         num_classes=num_classes,
     )  # fmt: skip
-
-
-def make_plan(config: FinetuneConfig, settings: Settings) -> Plan:
-    """What the loop is to do."""
-    peak, warmup = settings.learning_rate, settings.warmup
-    total = settings.steps_per_epoch * config.epochs
-    return Plan(
-        steps_per_epoch=settings.steps_per_epoch,
-        epochs=config.epochs,
-        accumulate=config.accumulate,
-        learning_rate=lambda step: cosine_with_warmup(step, peak, warmup, total),
-        clip_grad=config.optim.clip_grad,
-        seed=config.seed,
-        log_steps=config.log_steps,
-        checkpoint_steps=config.checkpoint_steps,
-        checkpoint_minutes=config.checkpoint_minutes,
-        keep_checkpoints=config.keep_checkpoints,
-        max_bad=config.max_bad,
-        autocast=autocast_dtype(settings.precision),
-    )
 
 
 def settings_json(

@@ -16,6 +16,7 @@ from fcmae.console import show_logs
 from fcmae.data.loader import StepSampler, make_loader
 from fcmae.distributed import World, join_world, resolve_device
 from fcmae.loop import Loop
+from fcmae.plan import Plan, make_plan
 from fcmae.resources import autocast_dtype, check_disk, checkpoint_bytes, disk_line
 from fcmae.run import RunFolder, find_start, stored_files
 from fcmae.settings import height_width
@@ -28,7 +29,6 @@ from finetune.settings import (
     Settings,
     exported_config,
     make_mixup,
-    make_plan,
     resolve_settings,
     settings_json,
 )
@@ -58,9 +58,10 @@ def finetune(config: FinetuneConfig) -> int:
         origin = _find_model(config, start)
         data = _find_data(config, start)
         settings = resolve_settings(config, img_size, data, origin, world, start)
+        plan = make_plan(config, settings.steps_per_epoch, autocast_dtype(settings.precision))
         sampler = StepSampler(
             len(data.train.files), config.batch_size, config.seed,
-            start.state["step"] if start else 0, settings.steps_per_epoch * config.epochs,
+            start.state["step"] if start else 0, plan.total_steps,
             world.rank, world.size, config.accumulate,
         )  # fmt: skip
         mixup = make_mixup(config, len(data.names), world)
@@ -86,13 +87,13 @@ def finetune(config: FinetuneConfig) -> int:
             if folder is not None and start is None:
                 task.write_best(folder.path / BEST)  # takes away what a run never saved has left
             loop = Loop(
-                task, make_plan(config, settings), config,
+                task, plan, config,
                 settings_json(config, settings, origin.name, args, data.names), world, folder,
             )  # fmt: skip
             if start is not None:
                 loop.restore(start)
             if world.is_main:
-                _announce(config, settings, data, origin, model, size, world, loop.step)
+                _announce(config, settings, plan, data, origin, model, size, world, loop.step)
             code = loop.run(iter(_training(config, settings, data, sampler, world)))
             if code == 0 and folder is not None:
                 _finish(task, folder.path)
@@ -173,6 +174,7 @@ def _validation(
 def _announce(
     config: FinetuneConfig,
     settings: Settings,
+    plan: Plan,
     data: LabelledData,
     origin: Start,
     model: nn.Module,
@@ -184,21 +186,20 @@ def _announce(
     everything = sum(p.numel() for p in model.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     share = "" if config.freeze == "none" else f", of which the head is trained ({trained:.3g} M)"
-    total = settings.steps_per_epoch * config.epochs
     lines = [
         f"{origin.name} from {origin.origin}: {everything:.1f} M weights{share}, on "
         f"{world.device}, {settings.precision}, {torch.get_num_threads()} threads, "
         f"{settings.workers} workers, {world.size} process{'es' if world.size > 1 else ''}",
-        f"{total} steps of {config.batch_size} images of {settings.img_size[0]}×"
+        f"{plan.total_steps} steps of {config.batch_size} images of {settings.img_size[0]}×"
         f"{settings.img_size[1]}: {config.epochs} epochs over {len(data.train.files)}; learning "
-        f"rate {settings.learning_rate:.3g} after {settings.warmup} steps, layer decay "
+        f"rate {plan.peak:.3g} after {plan.warmup} steps, layer decay "
         f"{settings.layer_decay:g}",
         disk_line(config, size),
     ]
     recoloured = config.augment.color_jitter or config.augment.randaugment
     if recoloured and config.in_chans not in (1, 3):
         lines.append("randaugment and color_jitter need 1 or 3 channels and are not used")
-    if step == total:
+    if step == plan.total_steps:
         lines.append("the run is finished: nothing is left to do")
     elif step:
         lines.append(f"going on from step {step}")

@@ -98,7 +98,7 @@ def test_a_failing_save_leaves_the_previous_one_and_no_half(tmp_path, monkeypatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fcmae.checkpoint._sync", full)
+    monkeypatch.setattr("fcmae.checkpoint.sync", full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, 2, example(), keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
