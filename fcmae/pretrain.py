@@ -20,6 +20,7 @@ from fcmae.data.loader import (
     HoldoutSet,
     PretrainDataset,
     StepSampler,
+    check_parts,
     make_loader,
     measure_mean_std,
     normalise,
@@ -46,6 +47,7 @@ from fcmae.task import PICTURES_SHOWN, PretrainTask, Settings
 from fcmae.weights import adapt_in_chans, load_weights
 from sparse import SparseConvNeXtV2, get_engine
 from sparse.convert import encoder_part, infer_architecture
+from sparse.engines import Engine
 from sparse.errors import InputError
 from sparse.sizes import resolve_size
 
@@ -69,7 +71,9 @@ def pretrain(config: PretrainConfig) -> int:
     check_mask_ratio(config.mask_ratio, grid_of(img_size))
     resolve_size(config.model, config.depths, config.dims)
     device = resolve_device(config.device)
+    engine = get_engine(config.engine, device.type)
     with join_world(device) as world:
+        check_parts(config.batch_size, world.size, config.accumulate)
         start = find_start(config, "pretrain", RUNTIME_KEYS)
         files, train, held = _find_files(config, start)
         settings = _resolve(config, img_size, train, world, start)
@@ -79,7 +83,7 @@ def pretrain(config: PretrainConfig) -> int:
             len(train), config.batch_size, config.seed, start.state["step"] if start else 0,
             plan.total_steps, world.rank, world.size, config.accumulate,
         )  # fmt: skip
-        model = _build(config, world).to(device)
+        model = _build(config, engine).to(device)
         check_disk(config, checkpoint_bytes(model))
         world.barrier()  # nobody writes before everybody has checked
         folder = RunFolder(config, "pretrain", sampler.start_step) if world.is_main else None
@@ -143,7 +147,7 @@ def _resolve(
         mean=mean,
         std=std,
         precision=resolve_precision(config.precision, world.device),
-        workers=resolve_workers(config.workers),
+        workers=resolve_workers(config.workers, world.device),
     )
 
 
@@ -162,14 +166,14 @@ def _mean_std(
     return resolve_mean_std(config.augment.mean, config.augment.std, sources)
 
 
-def _build(config: PretrainConfig, world: World) -> FCMAE:
+def _build(config: PretrainConfig, engine: Engine) -> FCMAE:
     """The model with its initial weights: a function of the seed, the same on every process."""
     torch.manual_seed(rng.seed_for(config.seed, rng.MODEL, 0, 0))
     encoder = SparseConvNeXtV2.from_size(
         config.model, config.depths, config.dims, in_chans=config.in_chans, engine="dense",
         drop_path=config.drop_path, use_grn=config.use_grn, layer_scale=config.layer_scale,
     )  # fmt: skip
-    encoder.engine = get_engine(config.engine, world.device.type)
+    encoder.engine = engine
     if config.init_from is not None:
         _init_encoder(encoder, config.init_from)
     return FCMAE(

@@ -26,12 +26,17 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
     return torch.bfloat16 if precision == "bf16" else None
 
 
-def resolve_workers(workers: str | int) -> int:
-    """`auto` → one process per core of this machine and training process, at most 8."""
+def resolve_workers(workers: str | int, device: torch.device) -> int:
+    """`auto` → one process per core of this machine and training process, at most 8.
+
+    A quarter of that where the CPU computes as well: readers are faster than the model there, and
+    take its cores.
+    """
     if workers != "auto":
         return int(workers)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(MOST_WORKERS, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    share = (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(MOST_WORKERS, share if device.type != "cpu" else share // 4))
 
 
 def checkpoint_bytes(model: nn.Module, copies: int = 0) -> int:

@@ -60,7 +60,8 @@ class Classifier:
         )  # fmt: skip
         batches = batches_of(len(files), batch_size)
         pin = self.device.type == "cuda"
-        for batch in make_loader(dataset, batches, resolve_workers(workers), pin, collate):
+        processes = resolve_workers(workers, self.device)
+        for batch in make_loader(dataset, batches, processes, pin, collate):
             if not len(batch):
                 yield batch, torch.empty(0, len(self.names))
                 continue

@@ -60,7 +60,7 @@ def resolve_settings(
         mean=mean,
         std=std,
         precision=resolve_precision(config.precision, world.device),
-        workers=resolve_workers(config.workers),
+        workers=resolve_workers(config.workers, world.device),
         steps_per_epoch=per_epoch,
         layer_decay=layer_decay,
     )

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from fcmae import rng
 from fcmae.checkpoint import Checkpoint
 from fcmae.console import show_logs
-from fcmae.data.loader import StepSampler, make_loader
+from fcmae.data.loader import StepSampler, check_parts, make_loader
 from fcmae.distributed import World, join_world, resolve_device
 from fcmae.loop import Loop
 from fcmae.plan import Plan, make_plan
@@ -54,6 +54,7 @@ def finetune(config: FinetuneConfig) -> int:
     img_size = height_width(config.img_size, multiple=1)
     recolouring(config.augment, img_size, [0.5])
     with join_world(resolve_device(config.device)) as world:
+        check_parts(config.batch_size, world.size, config.accumulate)
         start = find_start(config, "finetune", RUNTIME_KEYS)
         origin = _find_model(config, start)
         data = _find_data(config, start)

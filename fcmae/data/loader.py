@@ -20,7 +20,7 @@ from fcmae.data.batch import Batch, Sample, collate, normalise
 from fcmae.data.decode import BadImage, Pixels, read_picture
 from fcmae.data.files import FileList
 from fcmae.data.holdout import HoldoutSet, measure_mean_std
-from fcmae.data.order import Key, StepSampler, epoch_order, steps_per_epoch
+from fcmae.data.order import Key, StepSampler, check_parts, epoch_order, steps_per_epoch
 from fcmae.mask import grid_of, random_mask
 from sparse.errors import RunError
 
@@ -30,6 +30,7 @@ __all__ = [
     "PretrainDataset",
     "Sample",
     "StepSampler",
+    "check_parts",
     "collate",
     "epoch_order",
     "make_loader",

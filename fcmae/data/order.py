@@ -27,6 +27,21 @@ def epoch_order(seed: int, epoch: int, n: int, batch_size: int) -> npt.NDArray[n
     return np.resize(rng.permutation(seed, epoch, n), steps_per_epoch(n, batch_size) * batch_size)
 
 
+def check_parts(batch_size: int, world_size: int, accumulate: int) -> None:
+    """Make sure that a global batch falls into equal parts.
+
+    Raises:
+        InputError: processes x accumulate do not divide it; names the nearest that work.
+    """
+    parts = world_size * accumulate
+    if batch_size % parts:
+        raise InputError(
+            f"batch_size {batch_size} is not divisible by processes {world_size} x accumulate "
+            f"{accumulate}: the nearest are {max(batch_size // parts, 1) * parts} and "
+            f"{(batch_size // parts + 1) * parts}"
+        )
+
+
 class StepSampler(Sampler[list[Key]]):
     """The micro-batches of one process, from `start_step` up to but without `total_steps`.
 
@@ -46,13 +61,7 @@ class StepSampler(Sampler[list[Key]]):
         world_size: int = 1,
         accumulate: int = 1,
     ) -> None:
-        parts = world_size * accumulate
-        if batch_size % parts:
-            raise InputError(
-                f"batch_size {batch_size} is not divisible by processes {world_size} x accumulate "
-                f"{accumulate}: the nearest are {max(batch_size // parts, 1) * parts} and "
-                f"{(batch_size // parts + 1) * parts}"
-            )
+        check_parts(batch_size, world_size, accumulate)
         self.n = n
         self.batch_size = batch_size
         self.seed = seed
