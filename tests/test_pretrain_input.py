@@ -7,9 +7,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from fcmae.config import OptimConfig, PretrainConfig
 from fcmae.pretrain import pretrain
+from sparse import available_engines
 from sparse.errors import InputError, RunError
 from tests.cli import metrics
 from tests.conftest import write_pictures
@@ -148,3 +150,18 @@ def test_init_from_a_timm_file(pictures, tmp_path):
     torch.testing.assert_close(loaded.state_dict()[block], source.state_dict()[block])
     with pytest.raises(InputError, match="init_from"):
         pretrain(config(pictures, tmp_path / "other", init_from=str(tmp_path / "w.pth")))
+
+
+@pytest.mark.parametrize("engine", ["dense", "patch", "minkowski"])
+def test_bf16_autocast_keeps_float32_weights(pictures, tmp_path, engine):
+    if engine not in available_engines():
+        pytest.skip("MinkowskiEngine is not installed")
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        assert pretrain(config(pictures, out, engine=engine, precision=precision)) == 0
+        losses[precision] = [loss for _, loss in metrics(out)]
+        saved = load_file(max((out / "checkpoints").iterdir()) / "model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.01)
+    assert losses["bf16"] != losses["fp32"]
