@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from fcmae.convert import timm_variant
@@ -184,6 +185,21 @@ def classifier_names(model: Any) -> tuple[str, ...]:
 def head_parts(model: nn.Module) -> frozenset[str]:
     """Top modules that hold the classifier, with the norm before it where it is in there."""
     return frozenset(name.split(".")[0] for name in classifier_names(model))
+
+
+def init_fan_in(model: nn.Module) -> None:
+    """Give a ConvNeXt's layers but the classifier normal weights of deviation 1/√fan_in.
+
+    With the paper's 0.02 every residual branch starts at a fiftieth of its input: the network is a
+    linear one at first, and a few hundred steps hardly get it away from there. Other models keep
+    their own initial weights.
+    """
+    if not isinstance(model, ConvNeXt):
+        return
+    classifier = classifier_names(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and name not in classifier:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
 
 
 def scale_classifier(model: nn.Module, scale: float) -> None:

@@ -23,7 +23,14 @@ from fcmae.settings import height_width
 from finetune.augment import EvalDataset, TrainDataset, batches_of, collate, recolouring
 from finetune.config import RUNTIME_KEYS, FinetuneConfig
 from finetune.data import LabelledData, Split, find_labelled, labels_of
-from finetune.model import Start, build_model, find_model, freeze_backbone, scale_classifier
+from finetune.model import (
+    Start,
+    build_model,
+    find_model,
+    freeze_backbone,
+    init_fan_in,
+    scale_classifier,
+)
 from finetune.optim import make_optimizer
 from finetune.settings import (
     Settings,
@@ -136,6 +143,8 @@ def _build(
     """The model with its initial weights: a function of the seed, the same on every process."""
     torch.manual_seed(rng.seed_for(config.seed, rng.FINETUNE, 0, 0))
     model, args = build_model(origin, num_classes, config.in_chans, img_size, config.drop_path)
+    if config.weights == "none" and config.init == "fan_in":
+        init_fan_in(model)
     scale_classifier(model, config.head_init_scale)
     if config.freeze == "backbone":
         freeze_backbone(model)

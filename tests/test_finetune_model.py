@@ -14,6 +14,7 @@ from finetune.model import (
     build_model,
     find_model,
     freeze_backbone,
+    init_fan_in,
     load_backbone,
     scale_classifier,
     set_training,
@@ -149,3 +150,22 @@ def test_scaling_the_classifier() -> None:
     before = model.head.weight.detach().clone()
     scale_classifier(model, 0.001)
     torch.testing.assert_close(model.head.weight.detach(), before * 0.001)
+
+
+def test_fan_in_keeps_the_variance_and_the_model_keeps_its_classifier() -> None:
+    """A ConvNeXt from scratch: every layer's deviation is 1/√fan_in; other models stay as built."""
+    torch.manual_seed(0)
+    net: Any = timm.create_model("convnextv2_atto", num_classes=10)
+    head = net.get_classifier().weight.clone()
+    init_fan_in(net)
+    for name, fan_in in {
+        "stem.0": 48, "stages.2.downsample.1": 320, "stages.3.blocks.0.conv_dw": 49,
+        "stages.3.blocks.1.mlp.fc1": 320, "stages.3.blocks.1.mlp.fc2": 1280,
+    }.items():  # fmt: skip
+        weight = net.get_submodule(name).weight
+        assert weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.05), name
+    assert torch.equal(net.get_classifier().weight, head)
+    other = timm.create_model("resnet10t", num_classes=10)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    init_fan_in(other)
+    assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
