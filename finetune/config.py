@@ -165,9 +165,10 @@ class FinetuneConfig:
     layer to layer, and learns in hundreds of steps; model leaves timm's weights of deviation 0.02
     (the paper's), which want thousands."""
 
-    head_init_scale: float = 1.0
-    """Factor on the initial weights of the head. The paper's 0.001 starts near even chances, and
-    costs a hundred steps, which short trainings don't have."""
+    head_init_scale: float | None = None
+    """Factor on the initial weights of the head. null takes the paper's 0.001 with pretrained
+    weights, which it spares the head's first errors, and 1 from scratch, where 0.001 costs a
+    hundred steps."""
 
     ema_decay: float | None = 0.998
     """Decay a step of the averaged weights that are evaluated too, 0 to 1; starts lower and rises.

@@ -25,6 +25,9 @@ from sparse.errors import InputError
 LAYER_DECAY = 0.75
 """What `layer_decay: null` takes with pretrained weights."""
 
+HEAD_SCALE = 0.001
+"""What `head_init_scale: null` takes with pretrained weights (P Tables 9 to 11)."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -114,6 +117,13 @@ def make_mixup(config: FinetuneConfig, num_classes: int, world: World) -> Mixup 
         augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing,
         num_classes=num_classes,
     )  # fmt: skip
+
+
+def head_scale(config: FinetuneConfig) -> float:
+    """The factor on the head's initial weights."""
+    if config.head_init_scale is not None:
+        return config.head_init_scale
+    return 1.0 if config.weights == "none" else HEAD_SCALE
 
 
 def settings_json(

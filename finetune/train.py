@@ -35,6 +35,7 @@ from finetune.optim import make_optimizer
 from finetune.settings import (
     Settings,
     exported_config,
+    head_scale,
     make_mixup,
     resolve_settings,
     settings_json,
@@ -145,7 +146,7 @@ def _build(
     model, args = build_model(origin, num_classes, config.in_chans, img_size, config.drop_path)
     if config.weights == "none" and config.init == "fan_in":
         init_fan_in(model)
-    scale_classifier(model, config.head_init_scale)
+    scale_classifier(model, head_scale(config))
     if config.freeze == "backbone":
         freeze_backbone(model)
     return model, args
