@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fcmae.convert import export_folder
+from finetune.config import FinetuneConfig
 from finetune.model import (
     Start,
     build_model,
@@ -20,6 +21,7 @@ from finetune.model import (
     set_training,
     timm_name,
 )
+from finetune.settings import head_scale
 from sparse import SparseConvNeXtV2
 from sparse.convert import infer_architecture
 from sparse.errors import InputError
@@ -169,3 +171,13 @@ def test_fan_in_keeps_the_variance_and_the_model_keeps_its_classifier() -> None:
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     init_fan_in(other)
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("weights", "asked", "scale"), [("none", None, 1.0), ("w", None, 0.001), ("none", 0.5, 0.5)]
+)
+def test_the_head_starts_small_on_pretrained_weights_only(
+    weights: str, asked: float | None, scale: float
+) -> None:
+    config = FinetuneConfig("data", "out", weights=weights, head_init_scale=asked)
+    assert head_scale(config) == scale
