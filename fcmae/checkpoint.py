@@ -179,16 +179,25 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     Raises:
         InputError: names or shapes differ; prints both sides of the first difference.
     """
-    own = model.state_dict()
-    for name in sorted(own.keys() | tensors.keys()):
-        here = tuple(own[name].shape) if name in own else "nothing"
-        there = tuple(tensors[name].shape) if name in tensors else "nothing"
-        if here != there:
-            raise InputError(
-                f"the checkpoint is of another architecture: {name} is {there} there and {here} in "
-                "this model: use the --model, --in_chans and decoder settings it was made with"
-            )
+    difference = first_difference(tensors, model.state_dict())
+    if difference is not None:
+        name, there, here = difference
+        raise InputError(
+            f"the checkpoint is of another architecture: {name} is {there} there and {here} in "
+            "this model: use the --model, --in_chans and decoder settings it was made with"
+        )
     model.load_state_dict(tensors)
+
+
+def first_difference(
+    there: Mapping[str, Tensor], here: Mapping[str, Tensor]
+) -> tuple[str, str, str] | None:
+    """First name by which two state dicts differ, with the shape or "nothing" on either side."""
+    for name in sorted(there.keys() | here.keys()):
+        sides = [str(tuple(s[name].shape)) if name in s else "nothing" for s in (there, here)]
+        if sides[0] != sides[1]:
+            return name, sides[0], sides[1]
+    return None
 
 
 def optimizer_tensors(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fcmae.checkpoint import first_difference
 from fcmae.convert import default_preprocessing
 from fcmae.data.batch import normalise
 from fcmae.data.files import FileList
@@ -110,15 +111,13 @@ def load_classifier(
 
 
 def _load_all(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    own = model.state_dict()
-    for name in sorted(own.keys() | state.keys()):
-        there = tuple(state[name].shape) if name in state else "nothing"
-        here = tuple(own[name].shape) if name in own else "nothing"
-        if there != here:
-            raise InputError(
-                f"{folder}: {name} is {there} in {WEIGHTS_FILE} and {here} in the model that "
-                f"{CONFIG_FILE} describes: take both from one export, and leave img_size out"
-            )
+    difference = first_difference(state, model.state_dict())
+    if difference is not None:
+        name, there, here = difference
+        raise InputError(
+            f"{folder}: {name} is {there} in {WEIGHTS_FILE} and {here} in the model that "
+            f"{CONFIG_FILE} describes: take both from one export, and leave img_size out"
+        )
     model.load_state_dict(state)
 
 

@@ -13,6 +13,7 @@ import torch
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
+from fcmae.checkpoint import first_difference
 from fcmae.convert import timm_variant
 from fcmae.weights import (
     CONFIG_FILE,
@@ -161,14 +162,13 @@ def load_backbone(model: nn.Module, state: Mapping[str, Tensor], origin: str) ->
     own = model.state_dict()
     given = {name: tensor for name, tensor in state.items() if not name.startswith(heads)}
     expected = {name: tensor for name, tensor in own.items() if not name.startswith(heads)}
-    for name in sorted(given.keys() | expected.keys()):
-        there = tuple(given[name].shape) if name in given else "nothing"
-        here = tuple(expected[name].shape) if name in expected else "nothing"
-        if there != here:
-            raise InputError(
-                f"{origin}: {name} is {there} there and {here} in this model: give weights of the "
-                "same --model, --in_chans and --img_size"
-            )
+    difference = first_difference(given, expected)
+    if difference is not None:
+        name, there, here = difference
+        raise InputError(
+            f"{origin}: {name} is {there} there and {here} in this model: give weights of the "
+            "same --model, --in_chans and --img_size"
+        )
     model.load_state_dict(own | given)
     fresh = sorted(own.keys() - given.keys())
     _log.info("weights from %s; left at their initial values: %s", origin, ", ".join(fresh))
