@@ -135,6 +135,11 @@ class PretrainConfig:
     drop_path: float = 0.0
     """Largest share of samples for which a block is skipped; grows linearly with depth."""
 
+    init: Literal["fan_in", "paper"] = "fan_in"
+    """Deviation of the random initial weights. fan_in takes 1/sqrt(fan_in), which keeps the
+    signal's variance from layer to layer and learns in hundreds of steps; paper takes 0.02
+    everywhere, which wants thousands."""
+
     init_from: str | None = None
     """Start the encoder from these weights instead of random ones: a converted folder, an official
     release or a timm file."""

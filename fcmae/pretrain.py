@@ -47,6 +47,7 @@ from fcmae.task import PICTURES_SHOWN, PretrainTask, Settings
 from fcmae.weights import adapt_in_chans, load_weights
 from sparse import SparseConvNeXtV2, get_engine
 from sparse.convert import encoder_part, infer_architecture
+from sparse.encoder import init_fan_in
 from sparse.engines import Engine
 from sparse.errors import InputError
 from sparse.sizes import resolve_size
@@ -83,7 +84,7 @@ def pretrain(config: PretrainConfig) -> int:
             len(train), config.batch_size, config.seed, start.state["step"] if start else 0,
             plan.total_steps, world.rank, world.size, config.accumulate,
         )  # fmt: skip
-        model = _build(config, engine).to(device)
+        model = build_model(config, engine).to(device)
         check_disk(config, checkpoint_bytes(model))
         world.barrier()  # nobody writes before everybody has checked
         folder = RunFolder(config, "pretrain", sampler.start_step) if world.is_main else None
@@ -166,7 +167,7 @@ def _mean_std(
     return resolve_mean_std(config.augment.mean, config.augment.std, sources)
 
 
-def _build(config: PretrainConfig, engine: Engine) -> FCMAE:
+def build_model(config: PretrainConfig, engine: Engine) -> FCMAE:
     """The model with its initial weights: a function of the seed, the same on every process."""
     torch.manual_seed(rng.seed_for(config.seed, rng.MODEL, 0, 0))
     encoder = SparseConvNeXtV2.from_size(
@@ -174,11 +175,15 @@ def _build(config: PretrainConfig, engine: Engine) -> FCMAE:
         drop_path=config.drop_path, use_grn=config.use_grn, layer_scale=config.layer_scale,
     )  # fmt: skip
     encoder.engine = engine
-    if config.init_from is not None:
-        _init_encoder(encoder, config.init_from)
-    return FCMAE(
+    model = FCMAE(
         encoder, config.decoder.dim, config.decoder.depth, config.mask_ratio, config.norm_pix_loss
     )
+    if config.init == "fan_in":
+        # The small weights of the prediction stay: it starts at each patch's mean, a loss of 1.
+        init_fan_in(model, spare=[model.decoder.pred])
+    if config.init_from is not None:
+        _init_encoder(encoder, config.init_from)
+    return model
 
 
 def _init_encoder(encoder: SparseConvNeXtV2, source: str) -> None:

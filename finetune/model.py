@@ -25,6 +25,7 @@ from fcmae.weights import (
     read_state,
 )
 from sparse.convert import encoder_part, to_timm
+from sparse.encoder import init_fan_in
 from sparse.errors import InputError
 from sparse.sizes import SIZES
 
@@ -187,19 +188,13 @@ def head_parts(model: nn.Module) -> frozenset[str]:
     return frozenset(name.split(".")[0] for name in classifier_names(model))
 
 
-def init_fan_in(model: nn.Module) -> None:
-    """Give a ConvNeXt's layers but the classifier normal weights of deviation 1/√fan_in.
+def init_convnext(model: nn.Module) -> None:
+    """Give a ConvNeXt's layers but the classifier weights of deviation 1/√fan_in.
 
-    With the paper's 0.02 every residual branch starts at a fiftieth of its input: the network is a
-    linear one at first, and a few hundred steps hardly get it away from there. Other models keep
-    their own initial weights.
+    Other models keep their own initial weights.
     """
-    if not isinstance(model, ConvNeXt):
-        return
-    classifier = classifier_names(model)
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear) and name not in classifier:
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+    if isinstance(model, ConvNeXt):
+        init_fan_in(model, spare=[model.get_submodule(name) for name in classifier_names(model)])
 
 
 def scale_classifier(model: nn.Module, scale: float) -> None:

@@ -28,7 +28,7 @@ from finetune.model import (
     build_model,
     find_model,
     freeze_backbone,
-    init_fan_in,
+    init_convnext,
     scale_classifier,
 )
 from finetune.optim import make_optimizer
@@ -145,7 +145,7 @@ def _build(
     torch.manual_seed(rng.seed_for(config.seed, rng.FINETUNE, 0, 0))
     model, args = build_model(origin, num_classes, config.in_chans, img_size, config.drop_path)
     if config.weights == "none" and config.init == "fan_in":
-        init_fan_in(model)
+        init_convnext(model)
     scale_classifier(model, head_scale(config))
     if config.freeze == "backbone":
         freeze_backbone(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -149,3 +149,14 @@ def init_weights(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         assert module.bias is not None
         nn.init.zeros_(module.bias)
+
+
+def init_fan_in(model: nn.Module, spare: Collection[nn.Module] = ()) -> None:
+    """Give all convolutions and linear layers but some normal weights of deviation 1/√fan_in.
+
+    With the paper's 0.02 every residual branch starts at a fiftieth of its input: the network is
+    a linear one at first, and some hundred steps hardly get it away from there.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer not in spare:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")

@@ -15,7 +15,7 @@ from finetune.model import (
     build_model,
     find_model,
     freeze_backbone,
-    init_fan_in,
+    init_convnext,
     load_backbone,
     scale_classifier,
     set_training,
@@ -159,7 +159,7 @@ def test_fan_in_keeps_the_variance_and_the_model_keeps_its_classifier() -> None:
     torch.manual_seed(0)
     net: Any = timm.create_model("convnextv2_atto", num_classes=10)
     head = net.get_classifier().weight.clone()
-    init_fan_in(net)
+    init_convnext(net)
     for name, fan_in in {
         "stem.0": 48, "stages.2.downsample.1": 320, "stages.3.blocks.0.conv_dw": 49,
         "stages.3.blocks.1.mlp.fc1": 320, "stages.3.blocks.1.mlp.fc2": 1280,
@@ -169,7 +169,7 @@ def test_fan_in_keeps_the_variance_and_the_model_keeps_its_classifier() -> None:
     assert torch.equal(net.get_classifier().weight, head)
     other = timm.create_model("resnet10t", num_classes=10)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    init_fan_in(other)
+    init_convnext(other)
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
 
 

@@ -7,6 +7,7 @@ ones: `python -m tests.test_golden`.
 import json
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -19,27 +20,35 @@ from tests.conftest import write_pictures
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
 
-def trajectory(engine: str, folder: Path) -> list[float]:
+def trajectory(engine: str, init: Literal["fan_in", "paper"], folder: Path) -> list[float]:
     data = write_pictures(folder / "pictures", 24)
     config = PretrainConfig(
         data=str(data), out=str(folder / "run"), depths=[1, 1, 2, 1], dims=[8, 16, 24, 32],
         img_size=[64, 96], epochs=8, batch_size=8, decoder=DecoderConfig(dim=16),
-        optim=OptimConfig(base_lr=0.3), augment=AugmentConfig(vflip=True), drop_path=0.1,
+        init=init, optim=OptimConfig(base_lr=0.3), augment=AugmentConfig(vflip=True), drop_path=0.1,
         engine=engine, workers=0, log_steps=1,
     )  # fmt: skip
     assert pretrain(config) == 0
     return [loss for _, loss in metrics(folder / "run")]
 
 
+@pytest.mark.parametrize("init", ["fan_in", "paper"])
 @pytest.mark.parametrize("engine", ["dense", "patch", "minkowski"])
-def test_losses_are_the_golden_ones(engine, tmp_path):
+def test_losses_are_the_golden_ones(engine, init, tmp_path):
     if engine == "minkowski" and why_unavailable() is not None:
         pytest.skip(str(why_unavailable()))
-    golden = json.loads(GOLDEN.read_text())
+    golden = json.loads(GOLDEN.read_text())[init]
     assert sum(golden[-6:]) < sum(golden[:6])
-    assert trajectory(engine, tmp_path) == pytest.approx(golden, rel=2e-4)
+    assert trajectory(engine, init, tmp_path) == pytest.approx(golden, rel=2e-4)
+
+
+def write_golden() -> None:
+    losses: dict[str, list[float]] = {}
+    for init in ("fan_in", "paper"):
+        with tempfile.TemporaryDirectory() as folder:
+            losses[init] = trajectory("dense", init, Path(folder))
+    GOLDEN.write_text(json.dumps(losses, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        GOLDEN.write_text(json.dumps(trajectory("dense", Path(folder)), indent=1) + "\n")
+    write_golden()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fcmae import FCMAE
+from fcmae.config import PretrainConfig
 from fcmae.loss import (
     patch_statistics,
     patchify,
@@ -11,6 +12,8 @@ from fcmae.loss import (
     to_pixels,
     unpatchify,
 )
+from fcmae.pretrain import build_model
+from sparse import get_engine
 from sparse.errors import InputError
 
 SMALL = {"depths": [1, 1, 1, 1], "engine": "patch", "decoder_dim": 32}
@@ -116,3 +119,20 @@ def test_official_widths():
     assert shapes["mask_token"] == (1, 512, 1, 1)
     assert shapes["pred.weight"] == (3072, 512, 1, 1)
     assert {name.split(".")[1] for name in shapes if name.startswith("blocks")} == {"0"}
+
+
+@pytest.mark.parametrize("init", ["fan_in", "paper"])
+def test_initial_weights(init):
+    """fan_in keeps the signal's variance, but the prediction starts small; paper's are all 0.02."""
+    model = build_model(PretrainConfig(data="-", out="-", init=init), get_engine("patch"))
+    fan_ins = {
+        "encoder.stem.0": 48, "encoder.stages.2.downsample.1": 320,
+        "encoder.stages.3.blocks.0.conv_dw": 49, "encoder.stages.3.blocks.1.mlp.fc2": 1280,
+        "decoder.proj": 320, "decoder.blocks.0.mlp.fc1": 512,
+    }  # fmt: skip
+    for name, fan_in in fan_ins.items():
+        layer = model.get_submodule(name)
+        deviation = fan_in**-0.5 if init == "fan_in" else 0.02
+        assert layer.weight.std().item() == pytest.approx(deviation, rel=0.05), name
+        assert not layer.bias.any(), name
+    assert model.decoder.pred.weight.std().item() == pytest.approx(0.02, rel=0.05)
