@@ -25,48 +25,79 @@ class GlobalResponseNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
 
-class _GeluGRN(torch.autograd.Function):
-    """GRN(GELU(h)) that saves only h and the channel norms.
+class _GeluGRNLinear(torch.autograd.Function):
+    """fc2(GRN(GELU(h))) that saves only h and the channel norms.
 
-    With a = GELU(h), G the L2 norm of each channel over the visible sites of one image, and
-    n = G / (mean over channels of G + eps):  out = a · (1 + weight · n) + bias.
+    With a = GELU(h), G the L2 norm of each channel over the visible sites of one image,
+    n = G / (mean over channels of G + eps) and s = 1 + weight · n:
+
+        out = (a · s + bias) Wᵀ + b = a (W · s)ᵀ + (W bias + b)
+
+    Where an image has more rows than the layer has outputs it is less work to scale W, once per
+    image, than the rows; and the gradients of W and s are then both read off Σ grad ⊗ a, which is
+    taken per image.
     """
 
     @staticmethod
-    def forward(ctx, h_NC, weight, bias, images, visible_N1):  # type: ignore[no-untyped-def]
-        a = F.gelu(h_NC)
-        if visible_N1 is not None:
-            a.mul_(visible_N1)
-        a = images.split(a)
-        norm_BC = _channel_norm(a, images)
-        scale_BC = 1 + weight * _relative(norm_BC)
-        ctx.save_for_backward(h_NC, weight, norm_BC, visible_N1)
+    def forward(ctx, h_NK, weight_K, bias_K, w_OK, b_O, images, visible_N1):  # type: ignore[no-untyped-def]
+        a_NK = _gelu(h_NK, visible_N1)
+        norm_BK = _channel_norm(images.split(a_NK), images)
+        s_BK = (1 + weight_K * _relative(norm_BK)).to(a_NK.dtype)
+        ctx.save_for_backward(h_NK, weight_K, bias_K, w_OK, norm_BK, visible_N1)
         ctx.images = images
-        out = torch.addcmul(bias.to(a.dtype), a, images.expand(scale_BC.to(a.dtype)))
-        return out.view_as(h_NC)
+        shift_O = torch.mv(w_OK, bias_K.to(w_OK.dtype)) + b_O
+        if _scale_weight(images, w_OK):
+            ws_BOK = w_OK * s_BK[:, None]
+            out = torch.baddbmm(shift_O.to(a_NK.dtype), images.split(a_NK), ws_BOK.mT)
+            return out.flatten(0, 1)
+        images.split(a_NK).mul_(images.expand(s_BK))
+        return torch.addmm(shift_O.to(a_NK.dtype), a_NK, w_OK.t())
 
     @staticmethod
-    def backward(ctx, grad_NC):  # type: ignore[no-untyped-def]
-        h_NC, weight, norm_BC, visible_N1 = ctx.saved_tensors
+    def backward(ctx, grad_NO):  # type: ignore[no-untyped-def]
+        h_NK, weight_K, bias_K, w_OK, norm_BK, visible_N1 = ctx.saved_tensors
         images: ImageRows = ctx.images
-        a = F.gelu(h_NC)
-        if visible_N1 is not None:
-            a.mul_(visible_N1)
-        a, grad = images.split(a), images.split(grad_NC)
-        dscale_BC = images.sum(a * grad).to(norm_BC.dtype)
-        mean_B1 = norm_BC.mean(1, keepdim=True) + GRN_EPS
-        drel_BC = dscale_BC * weight
-        dnorm_BC = drel_BC / mean_B1 - (drel_BC * norm_BC).mean(1, keepdim=True) / mean_B1**2
+        relative_BK = _relative(norm_BK)
+        s_BK = (1 + weight_K * relative_BK).to(h_NK.dtype)
+        a_NK = _gelu(h_NK, visible_N1)
+        a = images.split(a_NK)
+        db_O = grad_NO.sum(0)
+        if _scale_weight(images, w_OK):
+            grad = images.split(grad_NO)
+            cross_BOK = torch.bmm(grad.mT, a)
+            ds_BK = (cross_BOK * w_OK).sum(1, dtype=norm_BK.dtype)
+            dw_OK = (cross_BOK * s_BK[:, None]).sum(0)
+            da = torch.bmm(grad, w_OK * s_BK[:, None])
+        else:
+            da = images.split(grad_NO @ w_OK)
+            ds_BK = images.sum(a * da).to(norm_BK.dtype)
+            s = images.expand(s_BK)
+            dw_OK = grad_NO.t() @ (a * s).view_as(a_NK)
+            da.mul_(s)
+        dw_OK.addr_(db_O, bias_K.to(db_O.dtype))
+
+        dn_BK = ds_BK * weight_K
+        mean_B1 = norm_BK.mean(1, keepdim=True) + GRN_EPS
+        dnorm_BK = dn_BK / mean_B1 - (dn_BK * norm_BK).mean(1, keepdim=True) / mean_B1**2
         # A channel that is zero everywhere has norm 0; its gradient is defined as 0.
-        pull_BC = torch.where(norm_BC > 0, dnorm_BC / norm_BC, 0.0)
-        scale_BC = 1 + weight * _relative(norm_BC)
-        da = a.mul_(images.expand(pull_BC.to(a.dtype)))
-        da.addcmul_(grad, images.expand(scale_BC.to(a.dtype)))
+        pull_BK = torch.where(norm_BK > 0, dnorm_BK / norm_BK, 0.0)
+        da.addcmul_(a, images.expand(pull_BK.to(a.dtype)))
+        da_NK = da.view_as(h_NK)
         if visible_N1 is not None:
-            da.view_as(h_NC).mul_(visible_N1)
-        dh_NC = torch.ops.aten.gelu_backward(da.view_as(h_NC), h_NC)
-        dweight = (dscale_BC * _relative(norm_BC)).sum(0).to(weight.dtype)
-        return dh_NC, dweight, grad_NC.sum(0), None, None
+            da_NK.mul_(visible_N1)
+        dh_NK = torch.ops.aten.gelu_backward(da_NK, h_NK)
+        dweight_K = (ds_BK * relative_BK).sum(0).to(weight_K.dtype)
+        dbias_K = torch.mv(w_OK.t(), db_O).to(bias_K.dtype)
+        return dh_NK, dweight_K, dbias_K, dw_OK, db_O, None, None
+
+
+def _gelu(h_NK: Tensor, visible_N1: Tensor | None) -> Tensor:
+    a_NK = F.gelu(h_NK)
+    return a_NK if visible_N1 is None else a_NK.mul_(visible_N1)
+
+
+def _scale_weight(images: ImageRows, w_OK: Tensor) -> bool:
+    return images.uniform and images.per_image > len(w_OK)
 
 
 def _channel_norm(a: Tensor, images: ImageRows) -> Tensor:
@@ -79,9 +110,18 @@ def _relative(norm_BC: Tensor) -> Tensor:
     return norm_BC / (norm_BC.mean(1, keepdim=True) + GRN_EPS)
 
 
-def gelu_grn(h_NC: Tensor, grn: GlobalResponseNorm, sites: Sites) -> Tensor:
-    """GELU, then global response normalisation with statistics per image over visible sites."""
-    return _GeluGRN.apply(h_NC, grn.weight, grn.bias, sites.images, sites.visible_N1)
+def gelu_grn_linear(
+    h_NK: Tensor, grn: GlobalResponseNorm, linear: nn.Linear, sites: Sites
+) -> Tensor:
+    """GELU, GRN with statistics per image over visible sites, linear layer: (N, K) → (N, O)."""
+    weight, bias = weight_and_bias(linear)
+    if torch.is_autocast_enabled(h_NK.device.type):
+        dtype = torch.get_autocast_dtype(h_NK.device.type)
+        h_NK, weight, bias = h_NK.to(dtype), weight.to(dtype), bias.to(dtype)
+    with torch.autocast(h_NK.device.type, enabled=False):
+        return _GeluGRNLinear.apply(
+            h_NK, grn.weight, grn.bias, weight, bias, sites.images, sites.visible_N1
+        )
 
 
 class SparseMlp(nn.Module):
@@ -94,9 +134,10 @@ class SparseMlp(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x_NC: Tensor, sites: Sites) -> Tensor:
-        h_NC = self.fc1(x_NC)
-        h_NC = F.gelu(h_NC) if self.grn is None else gelu_grn(h_NC, self.grn, sites)
-        return self.fc2(h_NC)
+        h_NK = self.fc1(x_NC)
+        if self.grn is None:
+            return self.fc2(F.gelu(h_NK))
+        return gelu_grn_linear(h_NK, self.grn, self.fc2, sites)
 
 
 class SparseBlock(nn.Module):
@@ -131,11 +172,11 @@ class SparseBlock(nn.Module):
         return x_NC + hide(sites, y_NC)
 
 
-def weight_and_bias(conv: nn.Module) -> tuple[Tensor, Tensor]:
-    """Parameters of a convolution that has a bias, as all of ours have."""
-    assert isinstance(conv, nn.Conv2d)
-    assert conv.bias is not None
-    return conv.weight, conv.bias
+def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Parameters of a layer that has a bias, as all of ours have."""
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    assert layer.bias is not None
+    return layer.weight, layer.bias
 
 
 def drop_images(y_NC: Tensor, rate: float, images: ImageRows) -> Tensor:

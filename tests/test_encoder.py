@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from sparse import SparseConvNeXtV2
 from sparse.convert import to_timm
 from sparse.engines.base import ImageRows
-from sparse.layers import _GeluGRN, drop_images
+from sparse.layers import _GeluGRNLinear, drop_images
 from sparse.sizes import SIZES
 from tests.test_engines import FAST_ENGINES, random_encoder
 
@@ -47,32 +47,35 @@ def grn_by_the_formula(h, weight, bias):
     return weight * (a * (norm / (norm.mean() + 1e-6))) + bias + a
 
 
+@pytest.mark.parametrize("outputs", [3, 7])  # fewer and more than an image has rows
 @pytest.mark.parametrize("counts", [(5, 5), (3, 7), (0, 10)])
-def test_gelu_grn_is_the_formula_image_by_image(counts):
+def test_gelu_grn_linear_is_the_formula_image_by_image(counts, outputs):
     torch.manual_seed(0)
-    h = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    shapes = [(10, 6), (6,), (6,), (outputs, 6), (outputs,)]
+    h, *parameters = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    weight, bias, w, b = parameters
     images = ImageRows(torch.tensor(counts), torch.device("cpu"))
-    found = _GeluGRN.apply(h, weight, bias, images, None)
-    expected = torch.cat([grn_by_the_formula(p, weight, bias) for p in h.split(counts)])
+    found = _GeluGRNLinear.apply(h, *parameters, images, None)
+    normed = torch.cat([grn_by_the_formula(p, weight, bias) for p in h.split(counts)])
+    expected = torch.nn.functional.linear(normed, w, b)
     torch.testing.assert_close(found, expected)
     upstream = torch.randn_like(found)
     for got, want in zip(
-        torch.autograd.grad(found, (h, weight, bias), upstream),
-        torch.autograd.grad(expected, (h, weight, bias), upstream),
+        torch.autograd.grad(found, (h, *parameters), upstream),
+        torch.autograd.grad(expected, (h, *parameters), upstream),
         strict=True,
     ):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("outputs", [3, 5])
 @pytest.mark.parametrize("visible", [None, torch.tensor([[1.0], [1], [0], [1]] * 2).double()])
-def test_gelu_grn_gradcheck(visible):
+def test_gelu_grn_linear_gradcheck(visible, outputs):
     torch.manual_seed(0)
-    h = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
-    parameters = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    shapes = [(8, 4), (4,), (4,), (outputs, 4), (outputs,)]
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     images = ImageRows(torch.tensor([4, 4]), torch.device("cpu"))
-    assert gradcheck(lambda h, p: _GeluGRN.apply(h, p[0], p[1], images, visible), (h, parameters))
+    assert gradcheck(lambda *args: _GeluGRNLinear.apply(*args, images, visible), inputs)
 
 
 def test_gradient_at_a_channel_of_zeros_is_finite():
@@ -80,7 +83,8 @@ def test_gradient_at_a_channel_of_zeros_is_finite():
     h[:, 1] = 0
     h.requires_grad_()
     images = ImageRows(torch.tensor([6]), torch.device("cpu"))
-    _GeluGRN.apply(h, torch.ones(3), torch.zeros(3), images, None).sum().backward()
+    grn = torch.ones(3), torch.zeros(3)
+    _GeluGRNLinear.apply(h, *grn, torch.eye(3), torch.zeros(3), images, None).sum().backward()
     assert h.grad is not None
     assert h.grad.isfinite().all()
 
