@@ -136,9 +136,9 @@ class PretrainConfig:
     """Largest share of samples for which a block is skipped; grows linearly with depth."""
 
     init: Literal["fan_in", "paper"] = "fan_in"
-    """Deviation of the random initial weights. fan_in takes 1/sqrt(fan_in), which keeps the
-    signal's variance from layer to layer and learns in hundreds of steps; paper takes 0.02
-    everywhere, which wants thousands."""
+    """Deviation of the encoder's random initial weights. fan_in takes 1/sqrt(fan_in), which keeps
+    the signal's variance from layer to layer and learns in hundreds of steps; paper takes 0.02,
+    which wants thousands. The decoder starts with 0.02."""
 
     init_from: str | None = None
     """Start the encoder from these weights instead of random ones: a converted folder, an official

@@ -175,15 +175,13 @@ def build_model(config: PretrainConfig, engine: Engine) -> FCMAE:
         drop_path=config.drop_path, use_grn=config.use_grn, layer_scale=config.layer_scale,
     )  # fmt: skip
     encoder.engine = engine
-    model = FCMAE(
-        encoder, config.decoder.dim, config.decoder.depth, config.mask_ratio, config.norm_pix_loss
-    )
     if config.init == "fan_in":
-        # The small weights of the prediction stay: it starts at each patch's mean, a loss of 1.
-        init_fan_in(model, spare=[model.decoder.pred])
+        init_fan_in(encoder)
     if config.init_from is not None:
         _init_encoder(encoder, config.init_from)
-    return model
+    return FCMAE(
+        encoder, config.decoder.dim, config.decoder.depth, config.mask_ratio, config.norm_pix_loss
+    )
 
 
 def _init_encoder(encoder: SparseConvNeXtV2, source: str) -> None:
