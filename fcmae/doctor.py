@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fcmae.bench import encoder_step, example, time_in_turns
+from fcmae.measure import example, make_step, time_in_turns
 from fcmae.tool_config import DoctorConfig
 from sparse import SparseConvNeXtV2
 from sparse.engines import ENGINES
@@ -48,7 +48,7 @@ def doctor(config: DoctorConfig) -> int:
     reason = why_unavailable()
     usable = [name for name in ENGINES if name != "minkowski" or reason is None]
     images, mask = example(BATCH, IMG_SIZE, 0.6, torch.device("cpu"))
-    steps = {name: encoder_step("atto", name, images, mask) for name in usable}
+    steps = {name: make_step(name, "atto", images, mask) for name in usable}
     seconds = time_in_turns(steps, 5, torch.device("cpu"))
     for name in ENGINES:
         if name not in usable:

@@ -13,6 +13,7 @@ from fcmae import FCMAE
 from fcmae.bench import bench, visible_share
 from fcmae.config import DecoderConfig, PretrainConfig
 from fcmae.doctor import doctor, parity
+from fcmae.measure import macs
 from fcmae.options import load_config
 from fcmae.pictures import COLUMNS, grid, reconstruct_batch
 from fcmae.pretrain import pretrain
@@ -122,12 +123,20 @@ def test_bench_prints_one_json_object(capsys):
     result = bench(BenchConfig(json=True, batch_size=2, img_size=64, rounds=1))
     assert json.loads(capsys.readouterr().out) == result
     rows = result["models"]["atto"]
-    assert set(rows) == {*available_engines(), "timm, unmasked"}
+    others = {"timm, unmasked", "patch, bf16", "patch, whole step"}
+    assert set(rows) == {*available_engines(), *others}
     assert rows["dense"]["times_dense"] == 1
+    ratio = rows["patch"]["images_per_s"] / rows["dense"]["images_per_s"]
+    assert result["ratios"]["atto"]["patch ÷ dense"] == ratio
     for row in rows.values():
         assert row["images_per_s"] > 0
         assert row["peak_mb"] > 0
     assert result["settings"]["visible_share"] == visible_share((64, 64), 0.6) == 0.25
+
+
+@pytest.mark.parametrize(("model", "published"), [("atto", 0.55e9), ("tiny", 4.47e9)])
+def test_macs_are_the_published_ones(model, published):
+    assert macs(model, (224, 224)) == pytest.approx(published, rel=0.01)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=str)

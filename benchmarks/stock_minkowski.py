@@ -1,9 +1,9 @@
-"""The engines side by side, with timm's dense model and MinkowskiEngine's own layers.
+"""Our engines beside the encoder as one would write it with MinkowskiEngine's own layers.
 
-    .venv/bin/python benchmarks/engines.py [--rounds 5] [--threads 2]
+    .venv/bin/python benchmarks/stock_minkowski.py [--model atto] [--batch_size 16] [--rounds 5]
 
-`stock` is the encoder as one would write it with MinkowskiEngine's own layers, its channelwise
-convolution included. Medians of interleaved rounds in one process; forward and backward, float32.
+`fcmae bench` compares our engines among themselves and with timm. Medians of interleaved rounds in
+one process; forward and backward, float32.
 """
 
 import argparse
@@ -15,15 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fcmae.bench import TIMM, encoder_step, example, gemm_gflops, time_in_turns, timm_step
+from fcmae.measure import example, make_step, time_in_turns
 from sparse.engines.minkowski import load_minkowski, why_unavailable
 from sparse.sizes import SIZES
 
 IMG_SIZE = (224, 224)
 MASK_RATIO = 0.6
-CASES = (("atto", 16), ("tiny", 8))
-VISIBLE_MACS = {"atto": 0.55e9, "tiny": 4.47e9}
-"""Multiply-adds of one 224 px image, nothing hidden (arXiv 2301.00808, Table 2 and timm)."""
 
 
 class StockBlock(nn.Module):
@@ -106,33 +103,26 @@ def stock_step(model: str, images: Tensor, mask: Tensor) -> Any:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", default="atto", choices=list(SIZES))
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    if why_unavailable() is not None:
+        parser.error(str(why_unavailable()))
     cpu = torch.device("cpu")
+    images, mask = example(options.batch_size, IMG_SIZE, MASK_RATIO, cpu)
+    steps = {name: make_step(name, options.model, images, mask) for name in ("patch", "minkowski")}
+    steps["stock MinkowskiEngine"] = stock_step(options.model, images, mask)
+    seconds = time_in_turns(steps, options.rounds, cpu)
+    table = Table(title=f"{options.model}, batch {options.batch_size}, 224 px, 60 % hidden")
+    for heading in ("", "images/s", "÷ stock"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, value in seconds.items():
+        ratio = seconds["stock MinkowskiEngine"] / value
+        table.add_row(name, f"{options.batch_size / value:.1f}", f"{ratio:.2f}")
     console = Console(highlight=False)
-    peak = gemm_gflops(cpu)
-    console.print(f"torch {torch.__version__}, {options.threads} threads, GEMM {peak:.0f} GFLOP/s")
-    for model, batch in CASES:
-        images, mask = example(batch, IMG_SIZE, MASK_RATIO, cpu)
-        steps: dict[str, Any] = {TIMM: timm_step(model, images)}
-        for engine in ("dense", "patch", "minkowski"):
-            if engine != "minkowski" or why_unavailable() is None:
-                steps[engine] = encoder_step(model, engine, images, mask)
-        if model == "atto" and why_unavailable() is None:
-            steps["stock MinkowskiEngine"] = stock_step(model, images, mask)
-        seconds = time_in_turns(steps, options.rounds, cpu)
-        table = Table(title=f"{model}, batch {batch}, 224 px, 60 % hidden")
-        for heading in ("", "images/s", "÷ dense", "share of GEMM peak"):
-            table.add_column(heading, justify="right" if heading else "left")
-        for name, value in seconds.items():
-            sites = 1.0 if name in (TIMM, "dense") else 19 / 49
-            share = 6 * VISIBLE_MACS[model] * sites * batch / value / 1e9 / peak
-            table.add_row(
-                name, f"{batch / value:.1f}", f"{seconds['dense'] / value:.2f}", f"{share:.0%}"
-            )
-        console.print(table)
+    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    console.print(table)
     return 0
 
 
