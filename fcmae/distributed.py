@@ -68,6 +68,22 @@ class World:
             dist.barrier(group=self.control)
 
 
+class OnHost:
+    """Values on their way from a device to the host, which waits for them only when it reads."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=True)
+        self._arrived: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [float(value) for value in self._values]
+
+
 def resolve_device(name: str) -> torch.device:
     """`auto` → this process's GPU where there is one, else the CPU.
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,62 +26,15 @@ from fcmae.checkpoint import (
     save_checkpoint,
 )
 from fcmae.console import StepProgress
-from fcmae.distributed import World
+from fcmae.distributed import OnHost, World
 from fcmae.plan import Clock, Plan, Signals
 from fcmae.run import RunFolder, asked_settings, check_bad_share, names_of, versions
+from fcmae.task import Interrupted, Task
 from sparse.errors import RunError
 
 MOST_SAVE_FAILURES = 3
 
 _log = logging.getLogger(__name__)
-
-
-class Task(Protocol):
-    """What the loop trains.
-
-    Attributes:
-        model: the weights, saved as `model`.
-        optimizer: AdamW; each group's rate is the schedule's times its `lr_scale`, if any.
-        files: number of files indexed, of which too many may turn out unreadable.
-    """
-
-    optimizer: torch.optim.Optimizer
-    files: int
-
-    @property
-    def model(self) -> nn.Module: ...
-
-    def loss(self, forward: nn.Module, batch: Any) -> Tensor:
-        """Mean loss of one part of a batch; `forward` is the model, maybe wrapped for processes."""
-        ...
-
-    def after_step(self, step: int) -> None:
-        """Called after each update, with the number of completed steps."""
-        ...
-
-    def end_epoch(self, epoch: int, step: int, stop: Callable[[], bool]) -> dict[str, float]:
-        """Evaluate after epoch `epoch` (from 1) and return what to log.
-
-        May raise `Interrupted` when `stop()` turns true: the epoch's end is then repeated when the
-        run goes on.
-        """
-        ...
-
-    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Further tensors to save, by file."""
-        ...
-
-    def extra_state(self) -> dict[str, Any]:
-        """Further JSON to save."""
-        ...
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Take back what `extra_tensors` and `extra_state` gave."""
-        ...
-
-
-class Interrupted(Exception):
-    """An evaluation was cut short because the run has to stop."""
 
 
 class Loop:
@@ -109,6 +62,7 @@ class Loop:
         self.step = 0
         self.epoch_end_due = False
         self._save_failures, self._bad_seen = 0, set[str]()
+        self._unchecked: OnHost | None = None
         self.forward: nn.Module = task.model
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
@@ -152,14 +106,17 @@ class Loop:
         with Signals() as signals, progress:
             clock = Clock(self.step)
             while self.step < plan.total_steps or self.epoch_end_due:
+                bad: list[tuple[str, str]] = []
                 if not self.epoch_end_due:
-                    self._train_step(batches, progress, clock)
+                    bad = self._train_step(batches, progress, clock)
                     self.epoch_end_due = self.step % plan.steps_per_epoch == 0
                 if self.epoch_end_due and not self._stop_wanted(signals):
                     self._end_epoch(signals)
                     clock.skip()
                 due = plan.checkpoint_minutes and clock.since_save() > 60 * plan.checkpoint_minutes
-                stop, save = self.world.agree([signals.received, int(bool(due))])
+                stop, save, found = self.world.agree([signals.received, int(bool(due)), len(bad)])
+                if found:
+                    self._record_bad(bad)
                 by_step = plan.checkpoint_steps and self.step % plan.checkpoint_steps == 0
                 finished = self.step == plan.total_steps and not self.epoch_end_due
                 if save or by_step or stop or finished:
@@ -172,8 +129,10 @@ class Loop:
                     return 130 if stop == signal.SIGINT else 143
         return 0
 
-    def _train_step(self, batches: Iterator[Any], progress: StepProgress, clock: Clock) -> None:
-        """One update: accumulate, reduce, gate, apply, record."""
+    def _train_step(
+        self, batches: Iterator[Any], progress: StepProgress, clock: Clock
+    ) -> list[tuple[str, str]]:
+        """One update: accumulate, reduce, gate, apply. Returns what was unreadable and is new."""
         plan, optimizer = self.plan, self.task.optimizer
         rate = plan.learning_rate(self.step)
         for group in optimizer.param_groups:
@@ -195,19 +154,21 @@ class Loop:
 
         norm = self._gradient_norm()
         total = self.world.sum(torch.stack([total, (~torch.isfinite(total + norm)).float()]))
-        loss_mean, broken = total[0] / self.world.size, total[1]
+        loss, broken = total[0] / self.world.size, total[1]
+        self._check_finite()  # of the step before, while a GPU is busy with this one
         optimizer.found_inf = broken  # type: ignore[attr-defined]  # fused AdamW then skips itself
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        self._record_bad(bad)
-        self._check_finite(broken, loss_mean, norm)
         self.step += 1
+        self._unchecked = OnHost(torch.stack([broken, loss, norm]))
         self.task.after_step(self.step)
 
         clock.count(images * self.world.size)
         progress.advance(self.step)
         if self.step % plan.log_steps == 0 or self.step in (1, plan.total_steps):
-            self._log(progress, clock, float(loss_mean), rate, float(norm))
+            self._check_finite()
+            self._log(progress, clock, float(loss), rate, float(norm))
+        return [entry for entry in bad if entry[0] not in self._bad_seen]
 
     def _sync_gradients(self, last: bool) -> AbstractContextManager[None]:
         """Let gradients travel between processes only with the last part of a batch."""
@@ -228,15 +189,19 @@ class Loop:
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
 
-    def _check_finite(self, broken: Tensor, loss: Tensor, norm: Tensor) -> None:
-        if broken.item() == 0:
+    def _check_finite(self) -> None:
+        """Stop if the newest step that was not checked yet had a loss or gradient not finite."""
+        if self._unchecked is None:
             return
-        raise RunError(
-            f"the loss or its gradient is not finite at step {self.step + 1} (loss "
-            f"{loss.item():g}, gradient norm {norm.item():g}); the update was not applied and the "
-            "last checkpoint is good: repeat in a new --out with a lower --optim.base_lr, with "
-            "--optim.clip_grad 1.0 or with --precision fp32"
-        )
+        broken, loss, norm = self._unchecked.read()
+        self._unchecked = None
+        if broken:
+            raise RunError(
+                f"the loss or its gradient is not finite at step {self.step} (loss {loss:g}, "
+                f"gradient norm {norm:g}); the update was not applied and the last checkpoint is "
+                "good: repeat in a new --out with a lower --optim.base_lr, with "
+                "--optim.clip_grad 1.0 or with --precision fp32"
+            )
 
     def _log(
         self, progress: StepProgress, clock: Clock, loss: float, rate: float, norm: float
@@ -250,6 +215,7 @@ class Loop:
             self.folder.log(self.step, {"epoch": epoch, **shown, "grad_norm": norm})
 
     def _end_epoch(self, signals: Signals) -> None:
+        self._check_finite()
         epoch = self.step // self.plan.steps_per_epoch
         try:
             metrics = self.task.end_epoch(epoch, self.step, lambda: self._stop_wanted(signals))
@@ -264,10 +230,7 @@ class Loop:
     def _stop_wanted(self, signals: Signals) -> bool:
         return self.world.agree([signals.received])[0] != 0
 
-    def _record_bad(self, bad: list[tuple[str, str]]) -> None:
-        new = [entry for entry in bad if entry[0] not in self._bad_seen]
-        if not self.world.agree([len(new)])[0]:
-            return
+    def _record_bad(self, new: list[tuple[str, str]]) -> None:
         everywhere = [entry for entries in self.world.gather(new) for entry in entries]
         self._bad_seen.update(path for path, _ in everywhere)
         distinct = self.folder.record_bad(everywhere) if self.folder is not None else 0
@@ -279,6 +242,7 @@ class Loop:
         Raises:
             RunError: saving failed for the third time, or failed where it `must` not.
         """
+        self._check_finite()
         failed = 0
         if self.folder is not None:
             try:

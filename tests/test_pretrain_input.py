@@ -1,6 +1,7 @@
 """What a user can get wrong when pretraining: one line, exit 2, nothing written."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -95,15 +96,22 @@ def test_a_folder_smaller_than_the_batch_cycles(tmp_path, caplog):
     assert "3 images are fewer than batch_size 8" in caplog.text
 
 
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(pictures, tmp_path):
+@pytest.mark.parametrize(("save", "log"), [(1, 1), (1, 50), (3, 50)])
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
+    pictures, tmp_path, save, log
+):
+    """Also where nothing was to be logged or saved at that step."""
     wild = config(
-        pictures, tmp_path, epochs=40, checkpoint_steps=1, optim=OptimConfig(base_lr=1e30)
-    )
+        pictures, tmp_path, epochs=40, checkpoint_steps=save, log_steps=log,
+        optim=OptimConfig(base_lr=1e30),
+    )  # fmt: skip
     with pytest.raises(RunError, match="not finite at step") as error:
         pretrain(wild)
     step = int(str(error.value).split("at step ")[1].split()[0])
-    newest = max((tmp_path / "checkpoints").iterdir())
-    assert newest.name == f"step-{step - 1:08d}"
+    good = (step - 1) // save * save
+    saved = [path.name for path in (tmp_path / "checkpoints").glob("step-*")]
+    assert max(saved, default=None) == (f"step-{good:08d}" if good else None)
+    assert all(map(math.isfinite, (loss for _, loss in metrics(tmp_path))))
 
 
 def test_held_out_images_give_a_loss_and_pictures(tmp_path):
