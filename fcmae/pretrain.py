@@ -104,7 +104,7 @@ def pretrain(config: PretrainConfig) -> int:
             dataset = PretrainDataset(
                 train, img_size, config.in_chans, config.mask_ratio, config.augment.crop_scale,
                 config.augment.crop_ratio, config.augment.hflip, config.augment.vflip, config.seed,
-                config.max_pixels,
+                config.max_pixels, config.augment.fast_decode,
             )  # fmt: skip
             batches = make_loader(dataset, sampler, settings.workers, device.type == "cuda")
             code = loop.run(iter(batches))

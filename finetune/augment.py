@@ -160,7 +160,7 @@ class TrainDataset(Dataset[Sample]):
         )
         across, down = flips(self.seed, epoch, index, augment.hflip, augment.vflip)
         image = picture.resized(
-            box, self.img_size, across, down, interpolation=augment.interpolation
+            box, self.img_size, across, down, augment.fast_decode, augment.interpolation
         )
         recolour = self._recolour if image.dtype == np.uint8 else None
         draw = rng.uniform(self.seed, rng.AUGMENT, epoch, index, _ERASE)[0]

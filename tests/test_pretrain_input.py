@@ -173,3 +173,20 @@ def test_bf16_autocast_keeps_float32_weights(pictures, tmp_path, engine):
         assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.01)
     assert losses["bf16"] != losses["fp32"]
+
+
+def test_fast_decode_moves_pixels_a_little(tmp_path):
+    """On pictures much larger than the crop; the loss follows."""
+    for i in range(8):
+        noise = np.random.default_rng(i).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize((600, 600), Image.Resampling.BICUBIC)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        image.save(tmp_path / "data" / f"{i}.jpg")
+    losses = []
+    for fast in (False, True):
+        run = config(tmp_path / "data", tmp_path / str(fast))
+        run.augment.fast_decode = fast
+        assert pretrain(run) == 0
+        losses.append(metrics(tmp_path / str(fast))[0][1])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
