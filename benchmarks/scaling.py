@@ -9,6 +9,7 @@ process each.
 import argparse
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,9 +50,12 @@ class Point:
 
 
 def measure(model: str, side: int, batch: int, rounds: int) -> list[Point]:
-    images, mask = example(batch, (side, side), MASK_RATIO, torch.device("cpu"))
-    steps = {name: make_step(name, model, images, mask) for name in available_engines()}
-    seconds = time_in_turns(steps, rounds, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    images, mask = example(batch, (side, side), MASK_RATIO, cpu)
+    steps = {
+        name: partial(make_step(name, model, cpu), images, mask) for name in available_engines()
+    }
+    seconds = time_in_turns(steps, rounds, cpu)
     points = []
     for name, value in seconds.items():
         memory = peak_memory(name, model, batch, (side, side), MASK_RATIO)

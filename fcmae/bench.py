@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from fcmae.distributed import resolve_device
 from fcmae.mask import check_mask_ratio, grid_of, keep_count
 from fcmae.measure import (
     BF16,
+    GEMM_FLOPS,
     TIMM,
     WHOLE,
     example,
-    gemm_gflops,
+    gemm_step,
     gpu_peak,
     macs,
     make_step,
@@ -59,7 +61,6 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             "processor": _processor(),
             "device": str(device),
             "threads": torch.get_num_threads(),
-            "gemm_gflops": round(gemm_gflops(device)),
             **versions(),
         },
         "settings": {
@@ -71,9 +72,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         },
         "models": {},
     }
-    peak = result["machine"]["gemm_gflops"]
     for model in config.models:
-        result["models"][model] = measure(model, config, img_size, device, peak)
+        result["models"][model] = measure(model, config, img_size, device)
     result["ratios"] = {model: _ratios(rows) for model, rows in result["models"].items()}
     print(json.dumps(result)) if config.json else _show(result)
     return result
@@ -86,17 +86,18 @@ def visible_share(img_size: tuple[int, int], mask_ratio: float) -> float:
 
 
 def measure(
-    model: str, config: BenchConfig, img_size: tuple[int, int], device: torch.device, peak: float
+    model: str, config: BenchConfig, img_size: tuple[int, int], device: torch.device
 ) -> dict[str, Any]:
-    """Images/s, share of the `peak` GFLOP/s of a matrix product and peak memory of each step."""
+    """Images/s, arithmetic as a share of a matrix product's, and peak memory of each step."""
     names = [name for name in ENGINES if name != "minkowski" or device.type == "cpu"]
     if why_unavailable() is not None and "minkowski" in names:
         names.remove("minkowski")
     names += [TIMM, f"patch{BF16}", f"patch{WHOLE}"]
     batch = config.batch_size
     images, mask = example(batch, img_size, config.mask_ratio, device)
-    steps = {name: make_step(name, model, images, mask) for name in names}
-    seconds = time_in_turns(steps, config.rounds, device)
+    steps = {name: partial(make_step(name, model, device), images, mask) for name in names}
+    seconds = time_in_turns({**steps, "gemm": gemm_step(device)}, config.rounds, device)
+    peak = GEMM_FLOPS / seconds["gemm"]
     visible = visible_share(img_size, config.mask_ratio)
     rows = {}
     for name in names:
@@ -105,7 +106,7 @@ def measure(
         rows[name] = {
             "images_per_s": batch / seconds[name],
             "times_dense": seconds["dense"] / seconds[name],
-            "gemm_share": None if name.endswith(WHOLE) else flops / seconds[name] / 1e9 / peak,
+            "gemm_share": None if name.endswith(WHOLE) else flops / seconds[name] / peak,
             "peak_mb": peak_memory(name, model, batch, img_size, config.mask_ratio)
             if device.type == "cpu"
             else gpu_peak(steps[name], device),
@@ -136,7 +137,7 @@ def _show(result: dict[str, Any]) -> None:
     machine, settings = result["machine"], result["settings"]
     console.print(
         f"{machine['processor']}, {machine['threads']} threads, {machine['device']}, torch "
-        f"{machine['torch']}; GEMM {machine['gemm_gflops']} GFLOP/s",
+        f"{machine['torch']}",
         highlight=False,
     )
     for model, rows in result["models"].items():

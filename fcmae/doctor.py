@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def doctor(config: DoctorConfig) -> int:
     reason = why_unavailable()
     usable = [name for name in ENGINES if name != "minkowski" or reason is None]
     images, mask = example(BATCH, IMG_SIZE, 0.6, torch.device("cpu"))
-    steps = {name: make_step(name, "atto", images, mask) for name in usable}
+    steps = {name: partial(make_step(name, "atto", images.device), images, mask) for name in usable}
     seconds = time_in_turns(steps, 5, torch.device("cpu"))
     for name in ENGINES:
         if name not in usable:

@@ -6,6 +6,7 @@ speed drifts moves all of them alike. Memory is measured in a process each.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -30,8 +31,10 @@ TIMM = "timm, unmasked"
 BF16 = ", bf16"
 WHOLE = ", whole step"
 GEMM_SIDE = 2048
+GEMM_FLOPS = 2 * GEMM_SIDE**3
 
 Step = Callable[[], object]
+ImageStep = Callable[[Tensor, Tensor], None]
 
 
 def example(
@@ -45,8 +48,8 @@ def example(
     return images, (rank >= keep_count(h * w, mask_ratio)).view(batch, h, w)
 
 
-def make_step(name: str, model: str, images: Tensor, mask: Tensor) -> Step:
-    """Forward and backward pass of an encoder.
+def make_step(name: str, model: str, device: torch.device) -> ImageStep:
+    """Forward and backward pass of a model, on images (B, 3, H, W) and a mask (B, H/32, W/32).
 
     Args:
         name: an engine's, by itself, followed by `BF16` for autocast, or followed by `WHOLE` for a
@@ -54,13 +57,13 @@ def make_step(name: str, model: str, images: Tensor, mask: Tensor) -> Step:
             dense model of the size, which knows no mask and is the honest yardstick of `dense`.
     """
     if name == TIMM:
-        return _timm_step(model, images)
+        return _timm_step(model, device)
     if name.endswith(WHOLE):
-        return _whole_step(model, name.removesuffix(WHOLE), images, mask)
-    encoder = SparseConvNeXtV2.from_size(model, engine=name.removesuffix(BF16)).to(images.device)
+        return _whole_step(model, name.removesuffix(WHOLE), device)
+    encoder = SparseConvNeXtV2.from_size(model, engine=name.removesuffix(BF16)).to(device)
 
-    def step() -> None:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=name.endswith(BF16)):
+    def step(images: Tensor, mask: Tensor) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=name.endswith(BF16)):
             features = encoder(images, mask)
         features.float().square().mean().backward()
         encoder.zero_grad(set_to_none=True)
@@ -68,11 +71,11 @@ def make_step(name: str, model: str, images: Tensor, mask: Tensor) -> Step:
     return step
 
 
-def _whole_step(model: str, engine: str, images: Tensor, mask: Tensor) -> Step:
-    fcmae = FCMAE.from_size(model, engine=engine).to(images.device)
+def _whole_step(model: str, engine: str, device: torch.device) -> ImageStep:
+    fcmae = FCMAE.from_size(model, engine=engine).to(device)
     optimizer = torch.optim.AdamW(decay_groups(fcmae.named_parameters(), 0.05), fused=True)
 
-    def step() -> None:
+    def step(images: Tensor, mask: Tensor) -> None:
         fcmae(images, mask).loss.backward()
         nn.utils.get_total_norm([p.grad for p in fcmae.parameters() if p.grad is not None])
         optimizer.step()
@@ -81,15 +84,21 @@ def _whole_step(model: str, engine: str, images: Tensor, mask: Tensor) -> Step:
     return step
 
 
-def _timm_step(model: str, images: Tensor) -> Step:
+def _timm_step(model: str, device: torch.device) -> ImageStep:
     size = resolve_size(model)
-    net: Any = timm.create_model(f"convnextv2_{size.name}", num_classes=0).to(images.device)
+    net: Any = timm.create_model(f"convnextv2_{size.name}", num_classes=0).to(device)
 
-    def step() -> None:
+    def step(images: Tensor, _: Tensor) -> None:
         net.forward_features(images).square().mean().backward()
         net.zero_grad(set_to_none=True)
 
     return step
+
+
+def gemm_step(device: torch.device) -> Step:
+    """A float32 product of square matrices, `GEMM_FLOPS` operations: the device at its best."""
+    a = torch.randn(GEMM_SIDE, GEMM_SIDE, device=device)
+    return lambda: a @ a
 
 
 def macs(model: str, img_size: tuple[int, int]) -> float:
@@ -103,7 +112,7 @@ def macs(model: str, img_size: tuple[int, int]) -> float:
     return float(total)
 
 
-def time_in_turns(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, float]:
+def time_in_turns(steps: Mapping[str, Step], rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each step over rounds in which all take a turn, after one warm-up each."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(rounds + 1):
@@ -140,16 +149,16 @@ def _peak_of_one_step(
     name: str, model: str, batch: int, img_size: list[int], mask_ratio: float
 ) -> float:
     device = torch.device("cpu")
-    size = (img_size[0], img_size[1])
-    images, mask = example(batch, size, mask_ratio, device)
-    small, small_mask = example(1, (2 * PATCH, 2 * PATCH), 0.5, device)
-    for warm_up in (True, False):  # the first step loads kernels and makes thread pools
-        x, m = (small, small_mask) if warm_up else (images, mask)
-        step = make_step(name, model, x, m)
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")  # sets the high-water mark to what is in use now
-        before = _status("VmRSS")
-        step()
+    step = make_step(name, model, device)
+    # The first step loads kernels, makes thread pools and the optimizer's state; what it freed is
+    # given back, so that the next one's memory is all counted.
+    step(*example(1, (2 * PATCH, 2 * PATCH), 0.5, device))
+    images, mask = example(batch, (img_size[0], img_size[1]), mask_ratio, device)
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # sets the high-water mark to what is in use now
+    before = _status("VmRSS")
+    step(images, mask)
     return (_status("VmHWM") - before) / 1024
 
 
@@ -167,19 +176,6 @@ def gpu_peak(step: Step, device: torch.device) -> float:
     before = torch.cuda.memory_allocated(device)
     step()
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-
-
-def gemm_gflops(device: torch.device) -> float:
-    """The device's float32 matrix product speed in 10⁹ operations a second: best of five."""
-    a = torch.randn(GEMM_SIDE, GEMM_SIDE, device=device)
-    best = float("inf")
-    for _ in range(5):
-        _wait(device)
-        began = time.perf_counter()
-        a @ a
-        _wait(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * GEMM_SIDE**3 / best / 1e9
 
 
 if __name__ == "__main__":
