@@ -177,8 +177,8 @@ class PretrainConfig:
     """cpu, cuda, cuda:1, mps or auto, which takes a GPU where there is one."""
 
     precision: Precision = "auto"
-    """fp32, bf16 (autocast; the weights stay float32) or auto, which takes bf16 where it is
-    faster."""
+    """fp32, bf16 (autocast; the weights stay float32) or auto, which takes bf16 on GPUs that have
+    it. CPUs with AVX512-BF16 or AMX are faster with it too, `fcmae bench` says by how much."""
 
     workers: Literal["auto"] | int = "auto"
     """Processes that read images, per training process; 0 reads in the training process."""

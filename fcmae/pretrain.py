@@ -36,6 +36,7 @@ from fcmae.resources import (
     autocast_dtype,
     check_disk,
     checkpoint_bytes,
+    cpu_multiplies_bf16,
     disk_line,
     resolve_precision,
     resolve_workers,
@@ -260,6 +261,8 @@ def _announce(
         f"{images}; learning rate {plan.peak:.3g} after {plan.warmup} steps",
         disk_line(config, checkpoint_bytes(model)),
     ]
+    if settings.precision == "fp32" and world.device.type == "cpu" and cpu_multiplies_bf16():
+        lines.append("this CPU multiplies bfloat16: --precision bf16 is faster, see `fcmae bench`")
     if config.norm_pix_loss:
         lines.append("a loss of 1.0 means that only each patch's mean is predicted")
     if not held:
