@@ -190,3 +190,11 @@ def test_fast_decode_moves_pixels_a_little(tmp_path):
         losses.append(metrics(tmp_path / str(fast))[0][1])
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_cpu_that_multiplies_bf16_is_pointed_out(pictures, tmp_path, caplog, monkeypatch, able):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": able}, raising=False)
+    assert pretrain(config(pictures, tmp_path)) == 0
+    assert ("--precision bf16 is faster" in caplog.text) == able
