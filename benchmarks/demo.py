@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PRETRAIN = ["--img_size", "96", "--epochs", "24", "--picture_epochs", "8"]
+PRETRAIN = ["--img_size", "96", "--epochs", "20", "--picture_epochs", "10"]
 FINETUNE = ["--model", "atto", "--img_size", "96", "--epochs", "5"]
 PICTURES = 8
 

@@ -1,0 +1,110 @@
+"""A step of our fine-tuning beside a plain timm loop with the same recipe.
+
+    .venv/bin/python benchmarks/finetune_step.py [--model convnextv2_atto] [--rounds 15]
+
+AdamW with layer decay, label smoothing 0.1, drop path 0.1, averaged weights; batches in memory.
+Ours goes through `Loop`, with its gradient norm, gate, votes and records. Both take turns; medians.
+"""
+
+import argparse
+import contextlib
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import timm
+import torch
+from rich.console import Console
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fcmae.data.batch import normalise
+from fcmae.data.statistics import imagenet_mean_std
+from fcmae.distributed import World
+from fcmae.loop import Loop
+from fcmae.plan import make_plan
+from finetune.augment import LabelledBatch
+from finetune.config import FinetuneConfig
+from finetune.optim import make_optimizer
+from finetune.task import FinetuneTask
+
+CLASSES = 10
+LAYER_DECAY = 0.75
+MEAN, STD = imagenet_mean_std(3)
+CPU = torch.device("cpu")
+
+
+class Done(Exception):
+    """All rounds have been timed."""
+
+
+def plain_step(model: nn.Module, config: FinetuneConfig) -> Callable[[Tensor, Tensor], None]:
+    """What one would write around a timm model."""
+    optimizer = make_optimizer(model, config.optim, LAYER_DECAY)
+    ema = ModelEmaV3(model, decay=config.ema_decay or 0.0, foreach=True)
+    criterion = nn.CrossEntropyLoss(label_smoothing=config.augment.label_smoothing)
+    model.train()
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        criterion(model(normalise(images, MEAN, STD, CPU)), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(model)
+
+    return step
+
+
+def make_loop(model: nn.Module, config: FinetuneConfig, steps: int) -> Loop:
+    """Our loop, without a run folder and with nothing to validate on."""
+    world = World(0, 1, CPU)
+    nothing: DataLoader[tuple[Tensor, ...]] = DataLoader(TensorDataset(torch.empty(0)))
+    task = FinetuneTask(
+        model, make_optimizer(model, config.optim, LAYER_DECAY), False, config.ema_decay, MEAN,
+        STD, config.augment.label_smoothing, None, nothing, None, 1, config.max_bad, {}, world,
+        None,
+    )  # fmt: skip
+    return Loop(task, make_plan(config, steps, None), config, {}, world, None)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", default="convnextv2_atto")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    config = FinetuneConfig(data="-", out="-", batch_size=options.batch_size)
+    ours = timm.create_model(options.model, num_classes=CLASSES, drop_path_rate=config.drop_path)
+    theirs = plain_step(copy.deepcopy(ours), config)
+    shape = (options.batch_size, 3, options.img_size, options.img_size)
+    images = torch.randint(256, shape, dtype=torch.uint8)
+    labels = torch.randint(CLASSES, shape[:1])
+    seconds: dict[str, list[float]] = {"plain": [], "ours": []}
+
+    def batches() -> Iterator[LabelledBatch]:
+        """Our loop asks for a batch when it is through with the last: then it is their turn."""
+        asked = 0.0
+        for round_number in range(options.rounds + 2):  # the first of each warms up
+            if round_number:
+                seconds["ours"].append(time.perf_counter() - asked)
+            began = time.perf_counter()
+            theirs(images, labels)
+            seconds["plain"].append(time.perf_counter() - began)
+            asked = time.perf_counter()
+            yield LabelledBatch(images, labels, labels, [])
+        raise Done
+
+    with contextlib.suppress(Done):
+        make_loop(ours, config, options.rounds + 3).run(batches())
+    plain, own = (statistics.median(values[1:]) for values in seconds.values())
+    console = Console(highlight=False)
+    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.model}")
+    console.print(f"plain timm loop {plain:.3f} s, ours {own:.3f} s: {own / plain:.3f} of it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
