@@ -35,7 +35,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         root = Path(name)
-        make_files(root / "", options.files)
+        make_files(root, options.files)
         before, began = resident_bytes(), time.perf_counter()
         files = find_images(name)
         took = time.perf_counter() - began
