@@ -180,6 +180,14 @@ class PretrainConfig:
     """fp32, bf16 (autocast; the weights stay float32) or auto, which takes bf16 on GPUs that have
     it. CPUs with AVX512-BF16 or AMX are faster with it too, `fcmae bench` says by how much."""
 
+    recompute: bool = False
+    """Compute the widest layer of every block again in the backward pass instead of keeping it: the
+    same numbers, for less memory and somewhat more time."""
+
+    compile: bool = False
+    """Compile the encoder with torch.compile: minutes at the start of a run for faster steps. Needs
+    a C++ compiler, and another engine than minkowski."""
+
     workers: Literal["auto"] | int = "auto"
     """Processes that read images, per training process; 0 reads in the training process."""
 
@@ -225,6 +233,8 @@ RUNTIME_KEYS = frozenset(
         "engine",
         "device",
         "precision",
+        "recompute",
+        "compile",
         "workers",
         "resume",
         "checkpoint_steps",

@@ -174,12 +174,15 @@ def build_model(config: PretrainConfig, engine: Engine) -> FCMAE:
     encoder = SparseConvNeXtV2.from_size(
         config.model, config.depths, config.dims, in_chans=config.in_chans, engine="dense",
         drop_path=config.drop_path, use_grn=config.use_grn, layer_scale=config.layer_scale,
+        recompute=config.recompute,
     )  # fmt: skip
     encoder.engine = engine
     if config.init == "fan_in":
         init_fan_in(encoder)
     if config.init_from is not None:
         _init_encoder(encoder, config.init_from)
+    if config.compile:
+        encoder.compile_encode()
     return FCMAE(
         encoder, config.decoder.dim, config.decoder.depth, config.mask_ratio, config.norm_pix_loss
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Collection, Sequence
 
 import torch
@@ -50,6 +52,8 @@ class SparseConvNeXtV2(nn.Module):
         drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
         use_grn: global response normalisation (V2); False for V1 blocks.
         layer_scale: initial LayerScale (V1); None for none.
+        recompute: compute each MLP's hidden layer again in the backward pass instead of keeping
+            it: the same numbers, for less memory and somewhat more time. V2 blocks only.
 
     Raises:
         InputError: the engine is unknown or can't run here.
@@ -64,6 +68,7 @@ class SparseConvNeXtV2(nn.Module):
         drop_path: float = 0.0,
         use_grn: bool = True,
         layer_scale: float | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.engine: Engine = get_engine(engine)
@@ -77,7 +82,9 @@ class SparseConvNeXtV2(nn.Module):
         stages = []
         dim_in = None
         for depth, dim in zip(depths, dims, strict=True):
-            blocks = [SparseBlock(dim, next(rates), use_grn, layer_scale) for _ in range(depth)]
+            blocks = [
+                SparseBlock(dim, next(rates), use_grn, layer_scale, recompute) for _ in range(depth)
+            ]
             stages.append(SparseStage(dim_in, dim, blocks))
             dim_in = dim
         self.stages = nn.ModuleList(stages)
@@ -114,7 +121,29 @@ class SparseConvNeXtV2(nn.Module):
             InputError: shapes that don't go together.
         """
         self._check(images_BCHW, mask_BHW)
-        sites = self.engine.sites(mask_BHW.cpu(), images_BCHW.device)
+        return self.encode(images_BCHW, self.engine.sites(mask_BHW.cpu(), images_BCHW.device))
+
+    def compile_encode(self) -> None:
+        """Have `torch.compile` make one graph, without breaks, of all but the index tables.
+
+        Raises:
+            InputError: the engine calls into MinkowskiEngine, or there is no C++ compiler.
+        """
+        if self.engine.name == "minkowski":
+            raise InputError(
+                "compile can't take MinkowskiEngine's operators: use engine 'patch', which gives "
+                "the same numbers"
+            )
+        compilers = [os.environ.get("CXX", "g++"), "clang++"]
+        if not any(map(shutil.which, compilers)):
+            raise InputError(
+                f"compile needs a C++ compiler, and none of {compilers} is installed: install one "
+                "(Debian: g++) or leave compile false"
+            )
+        self.encode = torch.compile(self.encode, fullgraph=True)  # type: ignore[method-assign]
+
+    def encode(self, images_BCHW: Tensor, sites: Sequence[Sites]) -> Tensor:
+        """Encode with the sites laid out: rows in, rows on, and the full map at the end."""
         x_NC = self._stem(images_BCHW, sites[0])
         for stage, finer, here in zip(self.stages, [None, *sites], sites, strict=False):
             x_NC = stage(x_NC, finer, here)

@@ -25,84 +25,132 @@ class GlobalResponseNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
 
-class _GeluGRNLinear(torch.autograd.Function):
-    """fc2(GRN(GELU(h))) that saves only h and the channel norms.
+class _GrnMlp(torch.autograd.Function):
+    """fc2(GRN(GELU(fc1(LayerNorm(x))))), some images at a time.
+
+    A piece of the 4C-wide tensors stays in the processor's cache from one operation to the next,
+    and none but fc1's output h exists for the whole batch; with `recompute` not even that one.
 
     With a = GELU(h), G the L2 norm of each channel over the visible sites of one image,
     n = G / (mean over channels of G + eps) and s = 1 + weight · n:
 
-        out = (a · s + bias) Wᵀ + b = (a · s) Wᵀ + (W bias + b)
+        out = (a · s + bias) W2ᵀ + b2 = (a · s) W2ᵀ + (W2 bias + b2)
     """
 
     @staticmethod
-    def forward(ctx, h_NK, weight_K, bias_K, w_OK, b_O, images, visible_N1):  # type: ignore[no-untyped-def]
-        a_NK = _gelu(h_NK, visible_N1)
-        norm_BK = _channel_norm(images.split(a_NK), images)
-        s_BK = (1 + weight_K * _relative(norm_BK)).to(a_NK.dtype)
-        ctx.save_for_backward(h_NK, weight_K, bias_K, w_OK, norm_BK, visible_N1)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x_NC, norm_w_C, norm_b_C, w1_KC, b1_K, grn_w_K, grn_b_K, w2_CK, b2_C,
+        images, visible_N1, recompute,
+    ):  # fmt: skip
+        width = len(w1_KC)
+        out_NC = torch.empty_like(x_NC)
+        h_NK = None if recompute else x_NC.new_empty(len(x_NC), width)
+        norm_BK = x_NC.new_empty(images.batch, width, dtype=_wide(x_NC.dtype))
+        shift_C = torch.mv(w2_CK, grn_b_K.to(w2_CK.dtype)) + b2_C
+        for rows, some in images.pieces(width * x_NC.element_size()):
+            y_NC = F.layer_norm(x_NC[rows], x_NC.shape[1:], norm_w_C, norm_b_C, LAYER_NORM_EPS)
+            h = torch.addmm(b1_K, y_NC, w1_KC.t(), out=None if h_NK is None else h_NK[rows])
+            a_NK = _gelu(h, visible_N1, rows)
+            a = images.split(a_NK)
+            # `vector_norm` is six times slower on the CPU.
+            norm_BK[some] = images.sum(a.to(norm_BK.dtype).square()).sqrt()
+            a.mul_(images.expand(_scale(norm_BK[some], grn_w_K).to(a.dtype)))
+            torch.addmm(shift_C, a_NK, w2_CK.t(), out=out_NC[rows])
+        ctx.save_for_backward(
+            x_NC, norm_w_C, norm_b_C, w1_KC, b1_K, grn_w_K, grn_b_K, w2_CK,
+            h_NK, norm_BK, visible_N1,
+        )  # fmt: skip
         ctx.images = images
-        shift_O = torch.mv(w_OK, bias_K.to(w_OK.dtype)) + b_O
-        images.split(a_NK).mul_(images.expand(s_BK))
-        return torch.addmm(shift_O.to(a_NK.dtype), a_NK, w_OK.t())
+        return out_NC
 
     @staticmethod
-    def backward(ctx, grad_NO):  # type: ignore[no-untyped-def]
-        h_NK, weight_K, bias_K, w_OK, norm_BK, visible_N1 = ctx.saved_tensors
+    def backward(ctx, grad_NC):  # type: ignore[no-untyped-def]
+        (
+            x_NC, norm_w_C, norm_b_C, w1_KC, b1_K, grn_w_K, grn_b_K, w2_CK,
+            h_NK, norm_BK, visible_N1,
+        ) = ctx.saved_tensors  # fmt: skip
         images: ImageRows = ctx.images
-        relative_BK = _relative(norm_BK)
-        s_BK = (1 + weight_K * relative_BK).to(h_NK.dtype)
-        a_NK = _gelu(h_NK, visible_N1)
-        a = images.split(a_NK)
-        da = images.split(grad_NO @ w_OK)
-        ds_BK = images.sum(a * da).to(norm_BK.dtype)
-        s = images.expand(s_BK)
-        db_O = grad_NO.sum(0)
-        dw_OK = grad_NO.t() @ (a * s).view_as(a_NK)
-        dw_OK.addr_(db_O, bias_K.to(db_O.dtype))
-        da.mul_(s)
+        dx_NC = torch.empty_like(x_NC)
+        ds_BK = torch.empty_like(norm_BK)
+        sums: list[Tensor] = []
+        for rows, some in images.pieces(len(w1_KC) * x_NC.element_size()):
+            x, grad = x_NC[rows], grad_NC[rows]
+            y_NC, mean, rstd = torch.ops.aten.native_layer_norm(
+                x, x.shape[1:], norm_w_C, norm_b_C, LAYER_NORM_EPS
+            )
+            h = torch.addmm(b1_K, y_NC, w1_KC.t()) if h_NK is None else h_NK[rows]
+            a_NK = _gelu(h, visible_N1, rows)
+            da_NK = grad @ w2_CK
+            a, da = images.split(a_NK), images.split(da_NK)
+            s = images.expand(_scale(norm_BK[some], grn_w_K).to(a.dtype))
+            ds_BK[some] = images.sum(a * da).to(norm_BK.dtype)
+            dw2_CK = grad.t() @ (a * s).view_as(a_NK)
+            pull_BK = _norm_gradient(ds_BK[some] * grn_w_K, norm_BK[some])
+            da.mul_(s).addcmul_(a, images.expand(pull_BK.to(a.dtype)))
+            if visible_N1 is not None:
+                da_NK.mul_(visible_N1[rows])
+            dh_NK = torch.ops.aten.gelu_backward(da_NK, h)
+            dx_NC[rows], dnorm_w_C, dnorm_b_C = torch.ops.aten.native_layer_norm_backward(
+                dh_NK @ w1_KC, x, x.shape[1:], mean, rstd, norm_w_C, norm_b_C, [True] * 3
+            )
+            parts = [dnorm_w_C, dnorm_b_C, dh_NK.t() @ y_NC, dh_NK.sum(0), dw2_CK]
+            # The first piece's parts are the totals of those that follow.
+            sums = [t.add_(p) for t, p in zip(sums, parts, strict=True)] if sums else parts
+        dnorm_w_C, dnorm_b_C, dw1_KC, db1_K, dw2_CK = sums
+        db2_C = grad_NC.sum(0)
+        dw2_CK.addr_(db2_C, grn_b_K.to(dw2_CK.dtype))
+        dgrn_w_K = (ds_BK * _relative(norm_BK)).sum(0).to(grn_w_K.dtype)
+        dgrn_b_K = torch.mv(w2_CK.t(), db2_C).to(grn_b_K.dtype)
+        return (
+            dx_NC, dnorm_w_C, dnorm_b_C, dw1_KC, db1_K, dgrn_w_K, dgrn_b_K, dw2_CK, db2_C,
+            None, None, None,
+        )  # fmt: skip
 
-        dn_BK = ds_BK * weight_K
-        mean_B1 = norm_BK.mean(1, keepdim=True) + GRN_EPS
-        dnorm_BK = dn_BK / mean_B1 - (dn_BK * norm_BK).mean(1, keepdim=True) / mean_B1**2
-        # A channel that is zero everywhere has norm 0; its gradient is defined as 0.
-        pull_BK = torch.where(norm_BK > 0, dnorm_BK / norm_BK, 0.0)
-        da.addcmul_(a, images.expand(pull_BK.to(a.dtype)))
-        da_NK = da.view_as(h_NK)
-        if visible_N1 is not None:
-            da_NK.mul_(visible_N1)
-        dh_NK = torch.ops.aten.gelu_backward(da_NK, h_NK)
-        dweight_K = (ds_BK * relative_BK).sum(0).to(weight_K.dtype)
-        dbias_K = torch.mv(w_OK.t(), db_O).to(bias_K.dtype)
-        return dh_NK, dweight_K, dbias_K, dw_OK, db_O, None, None
 
-
-def _gelu(h_NK: Tensor, visible_N1: Tensor | None) -> Tensor:
+def _gelu(h_NK: Tensor, visible_N1: Tensor | None, rows: slice) -> Tensor:
+    """GELU, zero at hidden sites."""
     a_NK = F.gelu(h_NK)
-    return a_NK if visible_N1 is None else a_NK.mul_(visible_N1)
+    return a_NK if visible_N1 is None else a_NK.mul_(visible_N1[rows])
 
 
-def _channel_norm(a: Tensor, images: ImageRows) -> Tensor:
-    """L2 norm of each channel over each image's rows, in float32 or wider → (B, C)."""
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    return images.sum(a.to(dtype).square()).sqrt()  # vector_norm is six times slower on the CPU
+def _scale(norm_BK: Tensor, weight_K: Tensor) -> Tensor:
+    return 1 + weight_K * _relative(norm_BK)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _norm_gradient(dn_BK: Tensor, norm_BK: Tensor) -> Tensor:
+    mean_B1 = norm_BK.mean(1, keepdim=True) + GRN_EPS
+    dnorm_BK = dn_BK / mean_B1 - (dn_BK * norm_BK).mean(1, keepdim=True) / mean_B1**2
+    # A channel that is zero everywhere has norm 0; its gradient is defined as 0.
+    return torch.where(norm_BK > 0, dnorm_BK / norm_BK, 0.0)
 
 
 def _relative(norm_BC: Tensor) -> Tensor:
     return norm_BC / (norm_BC.mean(1, keepdim=True) + GRN_EPS)
 
 
-def gelu_grn_linear(
-    h_NK: Tensor, grn: GlobalResponseNorm, linear: nn.Linear, sites: Sites
+def grn_mlp(
+    x_NC: Tensor, norm: nn.LayerNorm, mlp: SparseMlp, sites: Sites, recompute: bool = False
 ) -> Tensor:
-    """GELU, GRN with statistics per image over visible sites, linear layer: (N, K) → (N, O)."""
-    weight, bias = weight_and_bias(linear)
-    if torch.is_autocast_enabled(h_NK.device.type):
-        dtype = torch.get_autocast_dtype(h_NK.device.type)
-        h_NK, weight, bias = h_NK.to(dtype), weight.to(dtype), bias.to(dtype)
-    with torch.autocast(h_NK.device.type, enabled=False):
-        return _GeluGRNLinear.apply(
-            h_NK, grn.weight, grn.bias, weight, bias, sites.images, sites.visible_N1
-        )
+    """LayerNorm, then fc1, GELU, GRN with statistics per image over visible sites, fc2 → (N, C).
+
+    Args:
+        recompute: compute fc1 again in the backward pass, instead of keeping its output.
+    """
+    assert mlp.grn is not None
+    parameters = [*norm.parameters(), *weight_and_bias(mlp.fc1), *weight_and_bias(mlp.fc2)]
+    if torch.is_autocast_enabled(x_NC.device.type):
+        dtype = torch.get_autocast_dtype(x_NC.device.type)
+        x_NC, *parameters = (tensor.to(dtype) for tensor in (x_NC, *parameters))
+    norm_w_C, norm_b_C, w1_KC, b1_K, w2_CK, b2_C = parameters
+    with torch.autocast(x_NC.device.type, enabled=False):
+        return _GrnMlp.apply(
+            x_NC, norm_w_C, norm_b_C, w1_KC, b1_K, mlp.grn.weight, mlp.grn.bias, w2_CK, b2_C,
+            sites.images, sites.visible_N1, recompute,
+        )  # fmt: skip
 
 
 class SparseMlp(nn.Module):
@@ -114,12 +162,6 @@ class SparseMlp(nn.Module):
         self.grn = GlobalResponseNorm(4 * dim) if use_grn else None
         self.fc2 = nn.Linear(4 * dim, dim)
 
-    def forward(self, x_NC: Tensor, sites: Sites) -> Tensor:
-        h_NK = self.fc1(x_NC)
-        if self.grn is None:
-            return self.fc2(F.gelu(h_NK))
-        return gelu_grn_linear(h_NK, self.grn, self.fc2, sites)
-
 
 class SparseBlock(nn.Module):
     """A ConvNeXt V2 block (section 4.1, figure 5): depthwise 7×7, LayerNorm, MLP, residual.
@@ -129,10 +171,16 @@ class SparseBlock(nn.Module):
         drop_path: probability of dropping the branch, drawn once per image.
         use_grn: GRN in the MLP (V2).
         layer_scale: initial value of a learned per-channel scale of the branch (V1), None for none.
+        recompute: see `grn_mlp`.
     """
 
     def __init__(
-        self, dim: int, drop_path: float, use_grn: bool, layer_scale: float | None
+        self,
+        dim: int,
+        drop_path: float,
+        use_grn: bool,
+        layer_scale: float | None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.conv_dw = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
@@ -141,11 +189,14 @@ class SparseBlock(nn.Module):
         self.gamma = None
         if layer_scale is not None:
             self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
-        self.drop_path = drop_path
+        self.drop_path, self.recompute = drop_path, recompute
 
     def forward(self, x_NC: Tensor, sites: Sites) -> Tensor:
         y_NC = sites.depthwise(x_NC, *weight_and_bias(self.conv_dw))
-        y_NC = self.mlp(self.norm(y_NC), sites)
+        if self.mlp.grn is not None:
+            y_NC = grn_mlp(y_NC, self.norm, self.mlp, sites, self.recompute)
+        else:
+            y_NC = self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm(y_NC))))
         if self.gamma is not None:
             y_NC = y_NC * self.gamma
         if self.drop_path and self.training:

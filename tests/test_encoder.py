@@ -1,5 +1,7 @@
 """The encoder against timm, GRN against its formula, stochastic depth against its expectation."""
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -8,7 +10,7 @@ from torch.autograd import gradcheck
 from sparse import SparseConvNeXtV2
 from sparse.convert import to_timm
 from sparse.engines.base import ImageRows
-from sparse.layers import _GeluGRNLinear, drop_images
+from sparse.layers import SparseMlp, drop_images, grn_mlp
 from sparse.sizes import SIZES
 from tests.test_engines import FAST_ENGINES, random_encoder
 
@@ -40,51 +42,76 @@ def test_sizes_have_the_published_numbers_of_parameters(name):
     assert millions == pytest.approx(published[name], rel=0.01)
 
 
-def grn_by_the_formula(h, weight, bias):
-    """Equations 1-3 of the paper for one image (n, C), with plain differentiable operations."""
-    a = torch.nn.functional.gelu(h)
-    norm = torch.linalg.vector_norm(a, dim=0)
-    return weight * (a * (norm / (norm.mean() + 1e-6))) + bias + a
+def mlp_by_the_formula(x, norm, mlp):
+    """LayerNorm and equations 1-3 of the paper for one image (n, C), in plain operations."""
+    a = torch.nn.functional.gelu(mlp.fc1(norm(x)))
+    size = torch.linalg.vector_norm(a, dim=0)
+    grn = mlp.grn.weight * (a * (size / (size.mean() + 1e-6))) + mlp.grn.bias + a
+    return mlp.fc2(grn)
 
 
-@pytest.mark.parametrize("counts", [(5, 5), (3, 7), (0, 10)])
-def test_gelu_grn_linear_is_the_formula_image_by_image(counts):
+def random_mlp(dim):
     torch.manual_seed(0)
-    shapes = [(10, 6), (6,), (6,), (3, 6), (3,)]
-    h, *parameters = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
-    weight, bias, w, b = parameters
-    images = ImageRows(torch.tensor(counts), torch.device("cpu"))
-    found = _GeluGRNLinear.apply(h, *parameters, images, None)
-    normed = torch.cat([grn_by_the_formula(p, weight, bias) for p in h.split(counts)])
-    expected = torch.nn.functional.linear(normed, w, b)
+    norm, mlp = torch.nn.LayerNorm(dim, eps=1e-6), SparseMlp(dim, use_grn=True)
+    parameters = [*norm.parameters(), *mlp.parameters()]
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter)
+    return norm.double(), mlp.double(), parameters
+
+
+def sites_of(counts, visible=None):
+    return SimpleNamespace(
+        images=ImageRows(torch.tensor(counts), torch.device("cpu")), visible_N1=visible
+    )
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("piece", [1, 2**22])
+@pytest.mark.parametrize("counts", [(5, 5), (2, 2, 2, 2, 2), (3, 7), (0, 10)])
+def test_grn_mlp_is_the_formula_image_by_image(counts, piece, recompute, monkeypatch):
+    monkeypatch.setattr("sparse.engines.base.PIECE", piece)
+    norm, mlp, parameters = random_mlp(3)
+    x = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
+    found = grn_mlp(x, norm, mlp, sites_of(counts), recompute)
+    expected = torch.cat([mlp_by_the_formula(part, norm, mlp) for part in x.split(counts)])
     torch.testing.assert_close(found, expected)
     upstream = torch.randn_like(found)
     for got, want in zip(
-        torch.autograd.grad(found, (h, *parameters), upstream),
-        torch.autograd.grad(expected, (h, *parameters), upstream),
+        torch.autograd.grad(found, (x, *parameters), upstream),
+        torch.autograd.grad(expected, (x, *parameters), upstream),
         strict=True,
     ):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("piece", [1, 2**22])
 @pytest.mark.parametrize("visible", [None, torch.tensor([[1.0], [1], [0], [1]] * 2).double()])
-def test_gelu_grn_linear_gradcheck(visible):
-    torch.manual_seed(0)
-    shapes = [(8, 4), (4,), (4,), (3, 4), (3,)]
-    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    images = ImageRows(torch.tensor([4, 4]), torch.device("cpu"))
-    assert gradcheck(lambda *args: _GeluGRNLinear.apply(*args, images, visible), inputs)
+def test_grn_mlp_gradcheck(visible, piece, monkeypatch):
+    monkeypatch.setattr("sparse.engines.base.PIECE", piece)
+    norm, mlp, parameters = random_mlp(2)
+    x = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
+    sites = sites_of((4, 4), visible)
+    assert gradcheck(lambda x, *_: grn_mlp(x, norm, mlp, sites), (x, *parameters))
 
 
 def test_gradient_at_a_channel_of_zeros_is_finite():
-    h = torch.randn(6, 3)
-    h[:, 1] = 0
-    h.requires_grad_()
-    images = ImageRows(torch.tensor([6]), torch.device("cpu"))
-    grn = torch.ones(3), torch.zeros(3)
-    _GeluGRNLinear.apply(h, *grn, torch.eye(3), torch.zeros(3), images, None).sum().backward()
-    assert h.grad is not None
-    assert h.grad.isfinite().all()
+    norm, mlp, _ = random_mlp(3)
+    with torch.no_grad():
+        mlp.fc1.weight[1], mlp.fc1.bias[1] = 0, 0
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    grn_mlp(x, norm, mlp, sites_of((6,))).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+def test_recomputing_changes_no_bit():
+    images, mask = torch.randn(4, 3, 96, 96), torch.rand(4, 3, 3) < 0.6
+    results = []
+    for recompute in (False, True):
+        encoder = random_encoder("patch", 3, model="atto", recompute=recompute)
+        encoder(images, mask).square().sum().backward()
+        results.append([p.grad for p in encoder.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("counts", [(3, 3, 3, 3), (2, 4, 1, 5)])

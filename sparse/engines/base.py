@@ -7,7 +7,7 @@ stage at stride s has H = height/s by W = width/s of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse.engines.windows import Windows, windowed_depthwise
+
+PIECE = 4 * 2**20
+"""Bytes of a batch's widest rows that a CPU works on at a time: what its caches hold."""
 
 
 class ImageRows:
@@ -29,7 +32,7 @@ class ImageRows:
     """
 
     def __init__(self, counts_B: Tensor, device: torch.device) -> None:
-        self.batch = len(counts_B)
+        self.batch, self.device = len(counts_B), device
         self.uniform = bool((counts_B == counts_B[0]).all())
         self.per_image = int(counts_B[0])
         self.index: Tensor | None = None
@@ -37,9 +40,23 @@ class ImageRows:
             self.index = torch.repeat_interleave(counts_B).to(device, non_blocking=True)
 
     def split(self, x_NC: Tensor) -> Tensor:
-        """View rows as (B, n, C) where possible, else leave them (N, C)."""
-        shape = (self.batch, self.per_image, x_NC.shape[-1])
-        return x_NC.view(shape) if self.uniform else x_NC
+        """View rows, all or a piece, as (B, n, C) where possible, else leave them (N, C)."""
+        if not self.uniform:
+            return x_NC
+        images = len(x_NC) // self.per_image if self.per_image else self.batch
+        return x_NC.view(images, self.per_image, x_NC.shape[-1])
+
+    def pieces(self, row_bytes: int) -> Iterator[tuple[slice, slice]]:
+        """Rows and images to work on at a time: about `PIECE` bytes on a CPU, else all at once."""
+        size = self.batch
+        if self.uniform and self.per_image and self.device.type == "cpu":
+            size = max(1, PIECE // (self.per_image * row_bytes))
+        if size >= self.batch:
+            yield slice(None), slice(None)
+            return
+        for first in range(0, self.batch, size):
+            last = min(first + size, self.batch)
+            yield slice(first * self.per_image, last * self.per_image), slice(first, last)
 
     def sum(self, x: Tensor) -> Tensor:
         """Add up the rows of each image: a result of `split` → (B, C)."""

@@ -1,0 +1,74 @@
+"""What only a GPU can show: the same numbers there, no waiting in a step, memory, compilation."""
+
+import pytest
+import torch
+
+from fcmae import FCMAE
+from fcmae.measure import example, gpu_peak, make_step
+from fcmae.pretrain import pretrain
+from tests.cli import metrics
+from tests.test_engines import MASKS, make_mask, random_encoder
+from tests.test_pretrain_input import config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_patch_on_the_gpu_is_dense_on_the_cpu(kind):
+    mask = make_mask(kind, 2, 3, 2)
+    images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    found, expected = {}, {}
+    for engine, device, results in (("patch", GPU, found), ("dense", "cpu", expected)):
+        encoder = random_encoder(engine, 3, model="atto").to(device)
+        out = encoder(images.to(device), mask)
+        out.square().mean().backward()
+        results["out"] = out.detach().cpu()
+        results |= {name: p.grad.cpu() for name, p in encoder.named_parameters()}
+    for name, tensor in expected.items():
+        # TF32 is off by default; sums run in another order.
+        error = (found[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-6)
+        assert error < 1e-4, name
+
+
+def test_a_step_never_waits_for_the_gpu():
+    model = FCMAE.from_size("atto", engine="patch").to(GPU)
+    images, mask = example(4, (96, 96), 0.6, GPU)
+    model(images, mask).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(images, mask).loss
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
+
+
+def test_patch_takes_less_memory_than_dense():
+    images, mask = example(8, (224, 224), 0.6, GPU)
+    peaks = {}
+    for engine in ("patch", "dense"):
+        step = make_step(engine, "atto", GPU)
+        step(images, mask)
+        peaks[engine] = gpu_peak(lambda step=step: step(images, mask), GPU)
+    assert peaks["patch"] < 0.6 * peaks["dense"]
+
+
+@pytest.mark.slow
+def test_compiled_is_eager():
+    encoder = random_encoder("patch", 3, model="atto").to(GPU)
+    images, mask = example(4, (96, 96), 0.6, GPU)
+    eager = encoder(images, mask)
+    encoder.compile_encode()
+    torch.testing.assert_close(encoder(images, mask), eager, rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_in_bf16_learns(tmp_path, pictures):
+    settings = config(pictures, tmp_path / "run", device="cuda", precision="bf16", epochs=20)
+    assert pretrain(settings) == 0
+    losses = [loss for _, loss in metrics(tmp_path / "run")]
+    assert losses[-1] < losses[0]
