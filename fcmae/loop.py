@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,25 @@ from fcmae.checkpoint import (
 from fcmae.console import StepProgress
 from fcmae.distributed import OnHost, World
 from fcmae.plan import Clock, Plan, Signals
-from fcmae.run import RunFolder, asked_settings, check_bad_share, names_of, versions
+from fcmae.run import RunFolder, asked_settings, check_bad_share, check_skips, names_of, versions
 from fcmae.task import Interrupted, Task
 from sparse.errors import RunError
 
 MOST_SAVE_FAILURES = 3
 
 _log = logging.getLogger(__name__)
+
+
+class _Update(NamedTuple):
+    """An update of which the host does not know yet whether it was applied.
+
+    values: whether the loss or gradient was not finite, the loss, and the gradient's norm; read:
+    positions of the files that this process read for it.
+    """
+
+    step: int
+    values: OnHost
+    read: list[Tensor]
 
 
 class Loop:
@@ -44,6 +56,7 @@ class Loop:
         task, plan: what and how.
         config: recorded in each checkpoint, as asked.
         settings: the same with every `auto` resolved, and what was measured from the data.
+        name_of: from the position of a training file to its name.
         world: the processes.
         folder: where the main process records; None on the others.
     """
@@ -54,15 +67,16 @@ class Loop:
         plan: Plan,
         config: Any,
         settings: dict[str, Any],
+        name_of: Callable[[int], str],
         world: World,
         folder: RunFolder | None,
     ) -> None:
         self.task, self.plan, self.world, self.folder = task, plan, world, folder
-        self.config, self.settings = config, settings
-        self.step = 0
+        self.config, self.settings, self._name_of = config, settings, name_of
+        self.step = self.skipped = 0
         self.epoch_end_due = False
         self._save_failures, self._bad_seen = 0, set[str]()
-        self._unchecked: OnHost | None = None
+        self._unchecked: _Update | None = None
         self.forward: nn.Module = task.model
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
@@ -80,6 +94,7 @@ class Loop:
         self.task.restore(checkpoint)
         self.step = checkpoint.state["step"]
         self.epoch_end_due = checkpoint.state["epoch_end_due"]
+        self.skipped = checkpoint.state.get("skipped", 0)
         threads = checkpoint.state["threads"]
         if threads != torch.get_num_threads() and self.world.device.type == "cpu":
             _log.warning(
@@ -140,7 +155,8 @@ class Loop:
         torch.manual_seed(rng.seed_for(plan.seed, rng.DROP_PATH, self.step, self.world.rank))
 
         total = torch.zeros((), device=self.world.device)
-        images, bad = 0, []
+        bad: list[tuple[str, str]] = []
+        read: list[Tensor] = []
         for part in range(plan.accumulate):
             batch = next(batches)
             last = part == plan.accumulate - 1
@@ -149,7 +165,7 @@ class Loop:
             with self._sync_gradients(last):
                 loss.backward()
             total += loss.detach()
-            images += len(batch)
+            read.append(batch.indices)
             bad += batch.bad
 
         norm = self._gradient_norm()
@@ -160,13 +176,13 @@ class Loop:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self._unchecked = OnHost(torch.stack([broken, loss, norm]))
+        self._unchecked = _Update(self.step, OnHost(torch.stack([broken, loss, norm])), read)
         self.task.after_step(self.step)
 
-        clock.count(images * self.world.size)
+        clock.count(sum(map(len, read)) * self.world.size)
         progress.advance(self.step)
-        if self.step % plan.log_steps == 0 or self.step in (1, plan.total_steps):
-            self._check_finite()
+        due = self.step % plan.log_steps == 0 or self.step in (1, plan.total_steps)
+        if due and self._check_finite():
             self._log(progress, clock, float(loss), rate, float(norm))
         return [entry for entry in bad if entry[0] not in self._bad_seen]
 
@@ -189,19 +205,31 @@ class Loop:
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
 
-    def _check_finite(self) -> None:
-        """Stop if the newest step that was not checked yet had a loss or gradient not finite."""
+    def _check_finite(self) -> bool:
+        """Look at the newest update that was not looked at yet: was its loss or gradient finite?
+
+        Raises:
+            RunError: not so, and the run is to stop, or has skipped as many as it may.
+        """
         if self._unchecked is None:
-            return
-        broken, loss, norm = self._unchecked.read()
+            return True
+        step, values, read = self._unchecked
         self._unchecked = None
-        if broken:
-            raise RunError(
-                f"the loss or its gradient is not finite at step {self.step} (loss {loss:g}, "
-                f"gradient norm {norm:g}); the update was not applied and the last checkpoint is "
-                "good: repeat in a new --out with a lower --optim.base_lr, with "
-                "--optim.clip_grad 1.0 or with --precision fp32"
-            )
+        broken, loss, norm = values.read()
+        if not broken:
+            return True
+        self.skipped += 1
+        names = [self._name_of(index) for indices in read for index in indices.tolist()]
+        everywhere = [name for names in self.world.gather(names) for name in names]
+        if self.folder is not None:
+            self.folder.record_nonfinite(step, loss, norm, everywhere)
+        what = (
+            f"the loss or its gradient is not finite at step {step} (loss {loss:g}, gradient norm "
+            f"{norm:g}); the update was not applied"
+        )
+        check_skips(what, self.skipped, self.plan.nonfinite, self.plan.max_nonfinite)
+        _log.warning("%s: %d of at most %d", what, self.skipped, self.plan.max_nonfinite)
+        return False
 
     def _log(
         self, progress: StepProgress, clock: Clock, loss: float, rate: float, norm: float
@@ -273,6 +301,7 @@ class Loop:
             "command": self.folder.command if self.folder else None,
             "epoch": self.step // self.plan.steps_per_epoch,
             "epoch_end_due": self.epoch_end_due,
+            "skipped": self.skipped,
             "asked": asked_settings(self.config),
             "settings": self.settings,
             "processes": self.world.size,

@@ -35,6 +35,8 @@ class Plan:
     checkpoint_minutes: float
     keep_checkpoints: int
     max_bad: float
+    nonfinite: str
+    max_nonfinite: int
     autocast: torch.dtype | None
 
     @property
@@ -61,6 +63,8 @@ def make_plan(config: Any, steps_per_epoch: int, autocast: torch.dtype | None) -
         checkpoint_minutes=config.checkpoint_minutes,
         keep_checkpoints=config.keep_checkpoints,
         max_bad=config.max_bad,
+        nonfinite=config.nonfinite,
+        max_nonfinite=config.max_nonfinite,
         autocast=autocast,
     )
 

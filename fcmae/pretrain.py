@@ -97,7 +97,9 @@ def pretrain(config: PretrainConfig) -> int:
                 model, _optimizer(config, model), settings, holdout, len(files),
                 config.picture_epochs, config.epochs, folder,
             )  # fmt: skip
-            loop = Loop(task, plan, config, _as_json(config, settings, model), world, folder)
+            loop = Loop(
+                task, plan, config, _as_json(config, settings, model), train.name, world, folder
+            )
             if start is not None:
                 loop.restore(start)
             if world.is_main:

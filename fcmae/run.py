@@ -23,6 +23,8 @@ from fcmae.data.files import FileList
 from fcmae.settings import differences, save_yaml, to_dict
 from sparse.errors import InputError, RunError
 
+NONFINITE = "nonfinite.jsonl"
+
 _log = logging.getLogger(__name__)
 
 
@@ -134,7 +136,7 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock = _take_lock(self.path)
         if start_step == 0:
-            for name in ("metrics.jsonl", "train.log", "bad_images.jsonl"):
+            for name in ("metrics.jsonl", "train.log", "bad_images.jsonl", NONFINITE):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path / "tb", ignore_errors=True)
         save_yaml(config, self.path / "config.yaml")
@@ -170,6 +172,12 @@ class RunFolder:
                     _log.warning("skipped an unreadable picture: %s: %s", path, reason)
             self._bad.update(new)
         return len(self._bad)
+
+    def record_nonfinite(self, step: int, loss: float, norm: float, names: list[str]) -> None:
+        """Note an update that was not applied, with the files of its batch."""
+        entry = {"step": step, "loss": f"{loss:g}", "grad_norm": f"{norm:g}", "paths": names}
+        with (self.path / NONFINITE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def sync(self) -> None:
         """Make sure that what was logged is on the disk before a checkpoint refers to it."""
@@ -211,6 +219,28 @@ def check_bad_share(distinct_bad: int, total: int, most: float) -> None:
             f"{distinct_bad} of {total} pictures could not be read, more than max_bad = "
             f"{most:.0%}: see bad_images.jsonl in the run folder, mend the data or raise --max_bad"
         )
+
+
+def check_skips(what: str, skipped: int, nonfinite: str, most: int) -> None:
+    """Stop a run whose loss is not finite, unless it may go on without that update.
+
+    Args:
+        what: says what happened, at which step.
+        skipped: updates not applied so far, this one included.
+
+    Raises:
+        RunError: `nonfinite` is not `skip`, or more than `most` were skipped.
+    """
+    if nonfinite == "skip" and skipped <= most:
+        return
+    cure = "go on with --nonfinite skip, which leaves such updates out"
+    if nonfinite == "skip":
+        cure = f"--max_nonfinite {most} were skipped already"
+    raise RunError(
+        f"{what} and the last checkpoint is good; {NONFINITE} lists its pictures: {cure}, or "
+        "repeat in a new --out with a lower --optim.base_lr, with --optim.clip_grad 1.0 or with "
+        "--precision fp32"
+    )
 
 
 def _take_lock(folder: Path) -> TextIO:

@@ -113,7 +113,7 @@ def check_channels(augment: Any, in_chans: int) -> None:
 def check_runtime(config: Any) -> None:
     """Check the settings that do not change results, which every training command has."""
     check_range(config, ["checkpoint_steps", "log_steps", "max_pixels"], at_least=1)
-    check_range(config, ["checkpoint_minutes", "workers"], at_least=0)
+    check_range(config, ["checkpoint_minutes", "workers", "max_nonfinite"], at_least=0)
     check_range(config, ["keep_checkpoints"], at_least=2)
 
 

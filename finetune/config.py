@@ -214,6 +214,13 @@ class FinetuneConfig:
     max_bad: float = 0.05
     """Stop once this share of all files has proved unreadable, between 0 and 1."""
 
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do about a batch whose loss or gradient is not finite. Its update is never applied,
+    and its files are listed in nonfinite.jsonl; skip goes on with the next batch."""
+
+    max_nonfinite: int = 10
+    """Updates that nonfinite skip may leave out in a run before it stops after all."""
+
     def __post_init__(self) -> None:
         check_range(self, ["in_chans", "epochs", "batch_size", "accumulate"], at_least=1)
         check_range(self, ["val_fraction", "drop_path"], at_least=0, below=1)
@@ -237,6 +244,8 @@ RUNTIME_KEYS = frozenset(
         "log_steps",
         "max_pixels",
         "max_bad",
+        "nonfinite",
+        "max_nonfinite",
     }
 )
 """Keys of FinetuneConfig that do not change what is learnt, and may change on a resume."""

@@ -97,7 +97,8 @@ def finetune(config: FinetuneConfig) -> int:
                 task.write_best(folder.path / BEST)  # takes away what a run never saved has left
             loop = Loop(
                 task, plan, config,
-                settings_json(config, settings, origin.name, args, data.names), world, folder,
+                settings_json(config, settings, origin.name, args, data.names),
+                data.train.files.name, world, folder,
             )  # fmt: skip
             if start is not None:
                 loop.restore(start)

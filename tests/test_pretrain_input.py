@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fcmae.config import OptimConfig, PretrainConfig
+from fcmae.config import AugmentConfig, OptimConfig, PretrainConfig
 from fcmae.pretrain import pretrain
 from sparse import available_engines
 from sparse.errors import InputError, RunError
@@ -198,3 +200,50 @@ def test_a_cpu_that_multiplies_bf16_is_pointed_out(pictures, tmp_path, caplog, m
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": able}, raising=False)
     assert pretrain(config(pictures, tmp_path)) == 0
     assert ("--precision bf16 is faster" in caplog.text) == able
+
+
+def broken_pictures(folder, pictures, count):
+    """Float pictures whose pixels overflow float32 when they are normalised, among good ones."""
+    shutil.copytree(pictures, folder)
+    for i in range(count):
+        pixels = np.full((80, 80), 3e38, np.float32)
+        Image.fromarray(pixels).save(folder / f"huge{i}.tif")
+    return folder
+
+
+def test_a_batch_that_is_not_finite_is_named_and_may_be_skipped(pictures, tmp_path, caplog):
+    data = broken_pictures(tmp_path / "data", pictures, 1)
+    out = tmp_path / "run"
+    settings = config(data, out, epochs=3, checkpoint_steps=1, augment=AugmentConfig(std=[0.1] * 3))
+    with pytest.raises(RunError, match="go on with --nonfinite skip"):
+        pretrain(settings)
+    (first,) = nonfinite(out)
+    assert "huge0.tif" in first["paths"]
+    assert len(first["paths"]) == 8
+    done = first["step"] - 1
+    assert [path.name for path in (out / "checkpoints").glob(f"step-{done:08d}")]
+
+    assert pretrain(replace(settings, nonfinite="skip")) == 0
+    skipped = [entry["step"] for entry in nonfinite(out)][1:]
+    assert len(skipped) >= 3  # once an epoch, and again where it fills a last batch
+    assert "not applied: 3 of at most 10" in caplog.text
+    logged = metrics(out)
+    assert not {step for step, _ in logged} & set(skipped)
+    assert all(math.isfinite(loss) for _, loss in logged)
+    state = load_file(out / "exported" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_too_many_skipped_updates_stop_the_run(pictures, tmp_path):
+    data = broken_pictures(tmp_path / "data", pictures, 1)
+    settings = config(
+        data, tmp_path / "run", epochs=9, nonfinite="skip", max_nonfinite=2,
+        augment=AugmentConfig(std=[0.1] * 3),
+    )  # fmt: skip
+    with pytest.raises(RunError, match="max_nonfinite 2 were skipped already"):
+        pretrain(settings)
+    assert len(nonfinite(tmp_path / "run")) == 3
+
+
+def nonfinite(out):
+    return [json.loads(line) for line in (out / "nonfinite.jsonl").read_text().splitlines()]
