@@ -6,7 +6,7 @@ EXTRAS := samples,dev
 DEMO_DIR ?= demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test faults lint bench clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -20,6 +20,9 @@ demo: setup ## sample images, pretrain, convert, fine-tune, evaluate, reconstruc
 
 test: setup ## run the tests; ARGS="-k loss" is passed on to pytest
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: setup ## run the fault campaigns, hours in full; ROW=kill runs one; goes on where it was
+	$(BIN)/python -m tests.faults $(if $(ROW),--row $(ROW)) $(ARGS)
 
 lint: setup ## ruff's rules and format, and mypy's types
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ from fcmae.data.batch import normalise
 from fcmae.data.statistics import imagenet_mean_std
 from fcmae.distributed import World
 from fcmae.loop import Loop
-from fcmae.plan import make_plan
+from fcmae.plan import Signals, make_plan
 from finetune.augment import LabelledBatch
 from finetune.config import FinetuneConfig
 from finetune.optim import make_optimizer
@@ -98,7 +98,7 @@ def main() -> int:
         raise Done
 
     with contextlib.suppress(Done):
-        make_loop(ours, config, options.rounds + 3).run(batches())
+        make_loop(ours, config, options.rounds + 3).run(batches(), Signals())
     plain, own = (statistics.median(values[1:]) for values in seconds.values())
     console = Console(highlight=False)
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.model}")

@@ -26,9 +26,11 @@ from fcmae.checkpoint import (
     save_checkpoint,
 )
 from fcmae.console import StepProgress
+from fcmae.data.loader import lost_workers
 from fcmae.distributed import OnHost, World
 from fcmae.plan import Clock, Plan, Signals
-from fcmae.run import RunFolder, asked_settings, check_bad_share, check_skips, names_of, versions
+from fcmae.resume import asked_settings
+from fcmae.run import RunFolder, check_bad_share, check_skips, names_of, versions
 from fcmae.task import Interrupted, Task
 from sparse.errors import RunError
 
@@ -102,23 +104,24 @@ class Loop:
                 "last bits from those of a run never stopped", threads, torch.get_num_threads(),
             )  # fmt: skip
 
-    def run(self, batches: Iterator[Any]) -> int:
+    def run(self, batches: Iterator[Any], signals: Signals) -> int:
         """Train to the end, or until a signal.
 
         Args:
             batches: parts of batches on this process, `accumulate` of them a step, from the
                 current step on.
+            signals: what wishes the run to stop.
 
         Returns:
             0 when done, 130 after Ctrl-C, 143 after SIGTERM or SIGUSR1; the state is saved then.
 
         Raises:
-            RunError: the loss is not finite, too many pictures are unreadable, or saving failed
-                three times.
+            RunError: the loss is not finite, too many pictures are unreadable, a process that reads
+                them died, or saving failed three times.
         """
         plan = self.plan
         progress = StepProgress(plan.total_steps, self.step, plan.epochs, self.folder is None)
-        with Signals() as signals, progress:
+        with signals.ctrl_c(), progress, lost_workers():
             clock = Clock(self.step)
             while self.step < plan.total_steps or self.epoch_end_due:
                 bad: list[tuple[str, str]] = []
@@ -170,9 +173,10 @@ class Loop:
 
         norm = self._gradient_norm()
         total = self.world.sum(torch.stack([total, (~torch.isfinite(total + norm)).float()]))
-        loss, broken = total[0] / self.world.size, total[1]
+        # The fused AdamW takes exactly 1 for "skip": a sum over the processes would not stop it.
+        loss, broken = total[0] / self.world.size, (total[1] > 0).float()
         self._check_finite()  # of the step before, while a GPU is busy with this one
-        optimizer.found_inf = broken  # type: ignore[attr-defined]  # fused AdamW then skips itself
+        optimizer.found_inf = broken  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.step += 1

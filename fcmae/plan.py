@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -70,25 +72,42 @@ def make_plan(config: Any, steps_per_epoch: int, autocast: torch.dtype | None) -
 
 
 class Signals:
-    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a wish to stop; a second Ctrl-C quits at once."""
+    """Turns SIGTERM and SIGUSR1, and while training Ctrl-C, into a wish to stop.
+
+    A second Ctrl-C quits at once.
+    """
 
     def __init__(self) -> None:
         self.received = 0
-        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._receive)
+        self._before = self._catch(signal.SIGTERM, signal.SIGUSR1)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        _restore(self._before)
+
+    @contextmanager
+    def ctrl_c(self) -> Iterator[None]:
+        """Heed Ctrl-C inside; before there is something to save it may end the process."""
+        before = self._catch(signal.SIGINT)
+        try:
+            yield
+        finally:
+            _restore(before)
+
+    def _catch(self, *numbers: int) -> dict[int, Any]:
+        return {number: signal.signal(number, self._receive) for number in numbers}
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+
+
+def _restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 class Clock:

@@ -31,7 +31,7 @@ from fcmae.distributed import World, join_world, resolve_device
 from fcmae.loop import Loop
 from fcmae.mask import check_mask_ratio, grid_of, keep_count
 from fcmae.model import FCMAE
-from fcmae.plan import Plan, make_plan
+from fcmae.plan import Plan, Signals, make_plan
 from fcmae.resources import (
     autocast_dtype,
     check_disk,
@@ -41,7 +41,8 @@ from fcmae.resources import (
     resolve_precision,
     resolve_workers,
 )
-from fcmae.run import RunFolder, find_start, stored_files
+from fcmae.resume import find_start, stored_files
+from fcmae.run import RunFolder
 from fcmae.schedule import decay_groups
 from fcmae.settings import height_width, to_dict
 from fcmae.task import PICTURES_SHOWN, PretrainTask, Settings
@@ -74,7 +75,7 @@ def pretrain(config: PretrainConfig) -> int:
     resolve_size(config.model, config.depths, config.dims)
     device = resolve_device(config.device)
     engine = get_engine(config.engine, device.type)
-    with join_world(device) as world:
+    with join_world(device) as world, Signals() as signals:
         check_parts(config.batch_size, world.size, config.accumulate)
         start = find_start(config, "pretrain", RUNTIME_KEYS)
         files, train, held = _find_files(config, start)
@@ -110,7 +111,7 @@ def pretrain(config: PretrainConfig) -> int:
                 config.max_pixels, config.augment.fast_decode,
             )  # fmt: skip
             batches = make_loader(dataset, sampler, settings.workers, device.type == "cuda")
-            code = loop.run(iter(batches))
+            code = loop.run(iter(batches), signals)
             if code == 0 and folder is not None:
                 _export(folder.path, model, settings)
             return code

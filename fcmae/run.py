@@ -1,7 +1,8 @@
-"""The run folder: who may write to it, where a run continues, and what is recorded in it."""
+"""The run folder: who may write to it, and what is recorded in it."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -9,7 +10,9 @@ import os
 import platform
 import shutil
 import socket
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,104 +21,12 @@ import torch
 from torch import Tensor
 
 from fcmae import __version__
-from fcmae.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, newest_good
-from fcmae.data.files import FileList
-from fcmae.settings import differences, save_yaml, to_dict
+from fcmae.settings import save_yaml
 from sparse.errors import InputError, RunError
 
 NONFINITE = "nonfinite.jsonl"
 
 _log = logging.getLogger(__name__)
-
-
-def find_start(config: Any, command: str, runtime_keys: frozenset[str]) -> Checkpoint | None:
-    """Decide where a run begins: at a checkpoint, or (None) at the start. Writes nothing.
-
-    Args:
-        config: has `out` and `resume`: `auto`, `never` or the path of a checkpoint.
-        command: `pretrain` or `finetune`.
-        runtime_keys: settings that may differ from the checkpoint's.
-
-    Raises:
-        InputError: the folder holds something else, a run with other settings, or a checkpoint
-            named by the user is damaged.
-    """
-    out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out {config.out!r} is a file: give a folder that is new or holds a run")
-    saved = list_checkpoints(out / "checkpoints")
-    if not (out / "config.yaml").exists() and out.is_dir() and _foreign(out):
-        raise InputError(
-            f"out {config.out!r} holds {_foreign(out)[0]!r} and no run of fcmae: give a folder "
-            "that is new or empty"
-        )
-    if config.resume not in ("auto", "never"):
-        checkpoint = load_checkpoint(Path(config.resume))
-        if saved and Path(config.resume).resolve().parent != (out / "checkpoints").resolve():
-            raise InputError(
-                f"out {config.out!r} already holds another run: give a new --out to go on from "
-                f"{config.resume}"
-            )
-    else:
-        if config.resume == "never" and saved:
-            raise InputError(
-                f"out {config.out!r} already holds a run: use --resume auto to go on with it, or "
-                "give another --out"
-            )
-        newest = newest_good(out / "checkpoints")
-        if newest is None:
-            if saved:
-                raise InputError(
-                    f"all {len(saved)} checkpoints in {config.out!r} are damaged: give another "
-                    "--out to start anew"
-                )
-            return None
-        checkpoint = load_checkpoint(newest)
-    _check_same_run(config, command, runtime_keys, checkpoint)
-    return checkpoint
-
-
-def _foreign(out: Path) -> list[str]:
-    return sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
-
-
-def _check_same_run(
-    config: Any, command: str, runtime_keys: frozenset[str], checkpoint: Checkpoint
-) -> None:
-    was_command = checkpoint.state.get("command")
-    if was_command != command:
-        raise InputError(
-            f"out {config.out!r} holds a run of `fcmae {was_command}`, not of `fcmae {command}`: "
-            "give another --out"
-        )
-    changed = differences(asked_settings(config), checkpoint.state["asked"], runtime_keys)
-    if changed:
-        key, was, now = changed[0]
-        raise InputError(
-            f"{key} is {now!r} but the run in {config.out!r} has {was!r}: repeat it with "
-            f"--{key} '{was}', or give another --out"
-        )
-
-
-def asked_settings(config: Any) -> dict[str, Any]:
-    """The config as JSON, its data paths absolute, so that it compares from any folder."""
-    asked = json.loads(json.dumps(to_dict(config)))
-    data = asked["data"]
-    asked["data"] = [os.path.abspath(d) for d in ([data] if isinstance(data, str) else data)]
-    return asked
-
-
-def stored_files(found: FileList, start: Checkpoint | None, name: str) -> FileList:
-    """The files that a run trains on: those found now, or where it goes on, those it began with.
-
-    Files that came later are ignored with a notice; vanished ones will count as unreadable.
-    """
-    if start is None or start.path is None:
-        return found
-    stored = FileList.load(start.path.parent.parent / name)
-    if len(found) > len(stored):
-        _log.info("%d files more than when the run began are ignored", len(found) - len(stored))
-    return stored
 
 
 class RunFolder:
@@ -141,26 +52,56 @@ class RunFolder:
             shutil.rmtree(self.path / "tb", ignore_errors=True)
         save_yaml(config, self.path / "config.yaml")
         _cut_metrics(self.path / "metrics.jsonl", start_step)
-        self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics = (self.path / "metrics.jsonl").open("ab", buffering=0)
+        self._unwritten: list[str] = []
         self._bad = _known_bad(self.path / "bad_images.jsonl")
         self._handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for name in ("fcmae", "sparse", "finetune"):
             logging.getLogger(name).addHandler(self._handler)
+        self._hook = threading.excepthook
+        threading.excepthook = _quiet_tensorboard(self._hook)
         from torch.utils.tensorboard import SummaryWriter  # a second to import
 
-        self.tensorboard = SummaryWriter(self.path / "tb", purge_step=start_step + 1)
+        self.tensorboard: Any = SummaryWriter(self.path / "tb", purge_step=start_step + 1)
         self.command = command
 
     def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
-        """Append a line to metrics.jsonl and its numbers to TensorBoard."""
-        self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._metrics.flush()
+        """Append a line to metrics.jsonl and its numbers to TensorBoard.
+
+        Lines that the disk does not take now are kept and tried again with those that follow.
+        """
+        self._unwritten.append(json.dumps({"step": step, **metrics}) + "\n")
+        try:
+            self._write_metrics()
+        except OSError as error:
+            _log.warning("could not write %s: %s", self._metrics.name, error.strerror)
         for name, value in metrics.items():
-            self.tensorboard.add_scalar(name, value, step)
+            self._to_tensorboard(partial(_scalar, name=name, value=value, step=step))
 
     def picture(self, name: str, step: int, image_HWC: np.ndarray) -> None:
-        self.tensorboard.add_image(name, image_HWC, step, dataformats="HWC")
+        self._to_tensorboard(
+            lambda board: board.add_image(name, image_HWC, step, dataformats="HWC")
+        )
+
+    def _write_metrics(self) -> None:
+        while self._unwritten:
+            line = self._unwritten[0].encode()
+            written = self._metrics.write(line)
+            if written != len(line):  # the disk is full: take back the part that it took
+                self._metrics.truncate(self._metrics.tell() - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._unwritten.pop(0)
+
+    def _to_tensorboard(self, write: Callable[[Any], object]) -> None:
+        """Write to TensorBoard, for as long as it can: a run does not end for want of it."""
+        if self.tensorboard is None:
+            return
+        try:
+            write(self.tensorboard)
+        except Exception as error:  # noqa: BLE001  # its writer raises what any file system does
+            _log.warning("TensorBoard gets no more of this run until it is resumed: %s", error)
+            self.tensorboard = None
 
     def record_bad(self, bad: Iterable[tuple[str, str]]) -> int:
         """Note unreadable files, each once, and return how many distinct ones there are."""
@@ -180,18 +121,39 @@ class RunFolder:
             file.write(json.dumps(entry) + "\n")
 
     def sync(self) -> None:
-        """Make sure that what was logged is on the disk before a checkpoint refers to it."""
-        self._metrics.flush()
+        """Make sure that what was logged is on the disk before a checkpoint refers to it.
+
+        Raises:
+            OSError: it is not, or the folder was moved or removed.
+        """
+        self._write_metrics()
+        if not os.path.samestat(os.fstat(self._metrics.fileno()), os.stat(self._metrics.name)):
+            raise OSError(f"{self.path} is another folder than the one this run began in")
         os.fsync(self._metrics.fileno())
-        self.tensorboard.flush()
+        self._to_tensorboard(lambda board: board.flush())
 
     def close(self) -> None:
-        self.tensorboard.close()
+        self._to_tensorboard(lambda board: board.close())
         self._metrics.close()
         for name in ("fcmae", "sparse", "finetune"):
             logging.getLogger(name).removeHandler(self._handler)
         self._handler.close()
         self._lock.close()
+        threading.excepthook = self._hook
+
+
+def _scalar(board: Any, name: str, value: float, step: int) -> None:
+    board.add_scalar(name, value, step)
+
+
+def _quiet_tensorboard(otherwise: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Leave out the traceback of TensorBoard's own thread: `_to_tensorboard` says what happened."""
+
+    def hook(failure: Any) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard"):
+            otherwise(failure)
+
+    return hook
 
 
 def versions() -> dict[str, str]:

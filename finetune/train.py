@@ -16,9 +16,10 @@ from fcmae.console import show_logs
 from fcmae.data.loader import StepSampler, check_parts, make_loader
 from fcmae.distributed import World, join_world, resolve_device
 from fcmae.loop import Loop
-from fcmae.plan import Plan, make_plan
+from fcmae.plan import Plan, Signals, make_plan
 from fcmae.resources import autocast_dtype, check_disk, checkpoint_bytes, disk_line
-from fcmae.run import RunFolder, find_start, stored_files
+from fcmae.resume import find_start, stored_files
+from fcmae.run import RunFolder
 from fcmae.settings import height_width
 from finetune.augment import EvalDataset, TrainDataset, batches_of, collate, recolouring
 from finetune.config import RUNTIME_KEYS, FinetuneConfig
@@ -61,7 +62,7 @@ def finetune(config: FinetuneConfig) -> int:
     show_logs()
     img_size = height_width(config.img_size, multiple=1)
     recolouring(config.augment, img_size, [0.5])
-    with join_world(resolve_device(config.device)) as world:
+    with join_world(resolve_device(config.device)) as world, Signals() as signals:
         check_parts(config.batch_size, world.size, config.accumulate)
         start = find_start(config, "finetune", RUNTIME_KEYS)
         origin = _find_model(config, start)
@@ -104,7 +105,7 @@ def finetune(config: FinetuneConfig) -> int:
                 loop.restore(start)
             if world.is_main:
                 _announce(config, settings, plan, data, origin, model, size, world, loop.step)
-            code = loop.run(iter(_training(config, settings, data, sampler, world)))
+            code = loop.run(iter(_training(config, settings, data, sampler, world)), signals)
             if code == 0 and folder is not None:
                 _finish(task, folder.path)
             return code

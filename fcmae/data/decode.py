@@ -26,6 +26,10 @@ __all__ = ["BadImage", "Picture", "Pixels", "read_picture"]
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF")
 """What Pillow may try. Named, since others run programs (EPS starts Ghostscript)."""
 
+DECODER_SHARE = {"WEBP": 0.3, "JPEG2000": 0.25, "AVIF": 0.5, "progressive JPEG": 0.5}
+"""Of max_pixels, for formats whose decoders take several times the memory of the pixels: measured
+10 to 24 bytes a pixel, where others take 2 to 6. Nothing then takes more than 1.5 GB by default."""
+
 _GREY = ("1", "L", "LA", "La")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -201,7 +205,8 @@ def read_picture(path: str | bytes, in_chans: int, max_pixels: int) -> Picture:
 
 def _read_image(file: IO[bytes], in_chans: int, max_pixels: int) -> Picture:
     image = Image.open(file, formats=FORMATS)
-    _check_pixels(*image.size, max_pixels)
+    form = "progressive JPEG" if "progressive" in image.info else str(image.format)
+    _check_pixels(*image.size, max_pixels, form)
     if in_chans > 4:
         raise BadImage(f"a {image.format} picture has at most 4 channels, not {in_chans}: use .npy")
     sixteen_bits = image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format == "PPM")
@@ -239,9 +244,11 @@ def _read_array(file: IO[bytes], in_chans: int, max_pixels: int) -> _Array:
     return source
 
 
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise BadImage(f"{width}x{height} pixels are over max_pixels {max_pixels}")
+def _check_pixels(width: int, height: int, max_pixels: int, form: str = "") -> None:
+    share = DECODER_SHARE.get(form, 1)
+    if width * height > share * max_pixels:
+        part = f"{share:.0%} of max_pixels for {form}, " if share < 1 else ""
+        raise BadImage(f"{width}x{height} pixels are over {part}max_pixels {max_pixels}")
     if width < 1 or height < 1:
         raise BadImage(f"no pixels: {width}x{height}")
 

@@ -5,13 +5,16 @@ processes change nothing, and a run goes on where it stopped.
 """
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fcmae import rng
@@ -33,6 +36,7 @@ __all__ = [
     "check_parts",
     "collate",
     "epoch_order",
+    "lost_workers",
     "make_loader",
     "measure_mean_std",
     "normalise",
@@ -146,13 +150,50 @@ def make_loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=join,
+        collate_fn=_Shared(join) if workers else join,
         pin_memory=pin_memory,
         worker_init_fn=_init_worker if workers else None,
         multiprocessing_context="fork" if fork else None,
         generator=torch.Generator(),
         prefetch_factor=2 if workers else None,
     )
+
+
+@contextmanager
+def lost_workers() -> Iterator[None]:
+    """Turn what torch raises, at whatever line, for a worker that died or has no room: RunError."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(
+            r"DataLoader worker \(pid.*|unable to allocate shared memory.*", str(error)
+        )
+        if found is None:
+            raise
+        raise RunError(
+            f"a process that reads pictures failed ({found[0].strip(' .')}), for want of memory or "
+            "of room in /dev/shm: give the same command with fewer --workers (0 reads in the "
+            "training process) or enlarge /dev/shm (docker run --shm-size 8g); it goes on from the "
+            "last checkpoint"
+        ) from error
+
+
+class _Shared:
+    """Joins samples into memory that the training process shares.
+
+    Left to torch, that happens in a thread of the worker, and where there is no room the batch is
+    dropped and the training process waits for it forever.
+    """
+
+    def __init__(self, join: Callable[[list[Any]], Any]) -> None:
+        self.join = join
+
+    def __call__(self, samples: list[Any]) -> Any:
+        batch = self.join(samples)
+        for value in vars(batch).values():
+            if isinstance(value, Tensor):
+                value.share_memory_()
+        return batch
 
 
 def _init_worker(_: int) -> None:

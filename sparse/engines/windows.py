@@ -92,7 +92,7 @@ class Windows:
             each.permute(0, 2, 3, 1).reshape(-1, self.count, channels).sum(1, dtype=torch.float32)
         )
         side = 2 * HALO + 1
-        return taps.t().reshape(channels, 1, side, side)
+        return taps.t().contiguous().view(channels, 1, side, side)
 
 
 def _with_zero(rows_NC: Tensor) -> Tensor:

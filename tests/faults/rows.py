@@ -1,0 +1,8 @@
+"""All rows, in the order of docs/reliability.md."""
+
+from tests.faults.data import ROWS as DATA
+from tests.faults.disk import ROWS as DISK
+from tests.faults.malice import ROWS as MALICE
+from tests.faults.processes import ROWS as PROCESSES
+
+ROWS = (*PROCESSES, *DISK, *DATA, *MALICE)
