@@ -28,6 +28,8 @@ from sparse.errors import InputError
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 1
+_STATE = {"step": int, "epoch_end_due": bool, "threads": int, "asked": dict, "settings": dict}
+"""What every state holds, whatever the command."""
 
 _log = logging.getLogger(__name__)
 
@@ -138,6 +140,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"checkpoint {path} can't be read: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"checkpoint {path} has another format than {FORMAT}: use its own version")
+    for key, kind in _STATE.items():
+        if not isinstance(state.get(key), kind):
+            raise InputError(
+                f"checkpoint {path} can't be used: its {STATE} has no {key} that is a "
+                f"{kind.__name__}; choose another"
+            )
     return Checkpoint(tensors, state, path)
 
 

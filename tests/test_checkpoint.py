@@ -23,7 +23,7 @@ from sparse.errors import InputError
 def example(value: float = 1.0) -> Checkpoint:
     return Checkpoint(
         {"model": {"a": torch.full((3,), value)}, "optimizer": {"a/step": torch.tensor(value)}},
-        {"epoch": 1},
+        {"epoch": 1, "epoch_end_due": False, "threads": 1, "asked": {}, "settings": {}},
     )
 
 
@@ -33,7 +33,7 @@ def test_what_is_saved_comes_back(tmp_path):
     back = load_checkpoint(path)
     assert torch.equal(back.tensors["model"]["a"], torch.ones(3))
     assert back.tensors["optimizer"]["a/step"].shape == ()
-    assert back.state == {"format": 1, "step": 12, "epoch": 1}
+    assert back.state == {"format": 1, "step": 12, **example().state}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["step-00000012"]
 
 

@@ -42,13 +42,14 @@ ROOM = 24
 @cache
 def two_checkpoints() -> Path:
     folder = home() / "checkpoints"
+    state = {"epoch_end_due": False, "threads": 1, "asked": {}, "settings": {}}
     for step in (1, 2):
         generator = torch.Generator().manual_seed(step)
         tensors = {
             "model": {"weight": torch.randn(40, 40, generator=generator)},
             "optimizer": {"weight/exp_avg": torch.randn(40, 40, generator=generator)},
         }
-        save_checkpoint(folder, step, Checkpoint(tensors, {"epoch": 0}), keep=2)
+        save_checkpoint(folder, step, Checkpoint(tensors, state), keep=2)
     return folder
 
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -158,9 +158,13 @@ def killed(number: int, random: Generator, folder: Path) -> str:
         process = launch(pretrain(out, "--engine", engine, "--workers", workers), processes)
         if number % 2:
             inside_save(out, process, random)
-        else:
+        elif random.random() < 0.2:  # while it starts, most likely
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=float(random.uniform(0, seconds)))
+        else:
+            steps = len(metrics(out)) + int(random.integers(1, STEPS // 2))
+            until(partial(has_steps, out, steps), process)
+            time.sleep(float(random.uniform(0, 0.02)))
         done = len(metrics(out))
         kill_all(process)
         did.append(f"after step {done}, {workers} workers")
@@ -170,6 +174,10 @@ def killed(number: int, random: Generator, folder: Path) -> str:
     finish(pretrain(out, "--engine", engine, "--workers", int(random.choice([0, 2, 4]))), processes)
     assert_same(out, reference)
     return f"{'in a save' if number % 2 else 'anywhere'}, {processes} × {engine}: {'; '.join(did)}"
+
+
+def has_steps(out: Path, steps: int) -> bool:
+    return len(metrics(out)) >= steps
 
 
 def has_minkowski() -> bool:
