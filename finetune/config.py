@@ -215,8 +215,7 @@ class FinetuneConfig:
     """Stop once this share of all files has proved unreadable, between 0 and 1."""
 
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do about a batch whose loss or gradient is not finite. Its update is never applied,
-    and its files are listed in nonfinite.jsonl; skip goes on with the next batch."""
+    """After a batch whose loss or gradient is not finite, which is listed and never applied."""
 
     max_nonfinite: int = 10
     """Updates that nonfinite skip may leave out in a run before it stops after all."""
@@ -233,10 +232,7 @@ class FinetuneConfig:
 
 RUNTIME_KEYS = frozenset(
     {
-        "out",
-        "device",
-        "precision",
-        "workers",
+        *("out", "device", "precision", "workers"),
         "resume",
         "checkpoint_steps",
         "checkpoint_minutes",

@@ -62,12 +62,9 @@ def launch(command: list[str], processes: int = 1, restarts: int = 0) -> subproc
     """Start `fcmae …`, under torchrun where there are several processes."""
     if processes == 1:
         return start(*command)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     torchrun = [
         sys.executable, "-W", "ignore", "-m", "torch.distributed.run",
-        f"--nproc_per_node={processes}", f"--master_port={port}", f"--max_restarts={restarts}",
+        "--standalone", f"--nproc_per_node={processes}", f"--max_restarts={restarts}",
         "-m", "fcmae", *command,
     ]  # fmt: skip
     return subprocess.Popen(
@@ -339,7 +336,7 @@ ROWS = (
     Row("worker", "a data worker killed, or /dev/shm too small: the run ends within 30 s with the "
         "cure in one line, and resumes", 50, worker_lost, short=2),
     Row("rank", "a rank killed under torchrun --max-restarts: the job finishes, bit-equal", 50,
-        rank_lost),
+        rank_lost, short=0),
     Row("lock", "two runs on one folder: the second is refused with the first one's host and "
         "process; orphaned workers hold nothing", 10, lock),
 )  # fmt: skip
