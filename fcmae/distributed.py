@@ -12,8 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from sparse.errors import InputError
+
+PATIENCE = timedelta(minutes=10)
+"""How long processes wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,18 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def _store() -> Store:
+    """Where processes find each other: torchrun's, with names of its own for every restart.
+
+    torchrun keeps one store over its restarts, in which processes would find the addresses of those
+    that died. On several machines its count of restarts may differ, so it can't be a name there.
+    """
+    store, _, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(size):
+        return store
+    return PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 @contextmanager
 def join_world(device: torch.device) -> Iterator[World]:
     """Join the processes that torchrun started, or be a world of one.
@@ -121,9 +138,9 @@ def join_world(device: torch.device) -> Iterator[World]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10)
-    )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(backend, store=_store(), rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield World(dist.get_rank(), size, device, dist.new_group(backend="gloo"))
     finally:

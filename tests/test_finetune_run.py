@@ -171,7 +171,7 @@ def test_best_weights_are_those_that_the_checkpoint_knows(
     shutil.copytree(run, tmp_path / "run")
     for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints")[: STEPS - 2]:
         shutil.rmtree(checkpoint)
-    monkeypatch.setattr("fcmae.loop.Loop.run", lambda loop, _: loop.step)
+    monkeypatch.setattr("fcmae.loop.Loop.run", lambda loop, *_: loop.step)
     assert finetune(config(classes, tmp_path / "run")) == 2
     assert not (tmp_path / "run" / "best").exists()
 

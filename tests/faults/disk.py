@@ -126,7 +126,9 @@ def no_room(number: int, random: Generator, folder: Path) -> str:
         elif kind == "read-only":
             checkpoints = str(out / "checkpoints")
             subprocess.run(["mount", "--bind", checkpoints, checkpoints], check=True)
-            subprocess.run(["mount", "-o", "remount,bind,ro", checkpoints], check=True)
+            remount = ["mount", "-o", "remount,bind,ro", checkpoints]
+            while subprocess.run(remount, capture_output=True).returncode:
+                assert process.poll() is None  # a save in progress keeps it busy
         else:
             (disk / "run").rename(disk / "elsewhere")
         began = time.monotonic()
@@ -139,7 +141,7 @@ def no_room(number: int, random: Generator, folder: Path) -> str:
         if kind == "full":
             filler.unlink()
         elif kind == "read-only":
-            subprocess.run(["umount", str(out / "checkpoints")], check=True)
+            subprocess.run(["umount", "-l", str(out / "checkpoints")], check=True)
         else:
             shutil.rmtree(out, ignore_errors=True)
             (disk / "elsewhere").rename(out)
