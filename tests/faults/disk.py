@@ -193,7 +193,7 @@ ROWS = (
     Row("damage", "a bit flipped or a file cut anywhere in a checkpoint: noticed, passed over by "
         "the automatic resume, refused when named", 200, damaged, short=20),
     Row("disk", "disk full, read-only or the folder removed while running: one line, exit 1, the "
-        "earlier checkpoints whole, no half files; goes on once mended", 50, no_room, short=3),
+        "earlier checkpoints whole, no half files; goes on once mended", 50, no_room, short=1),
     Row("place", "files from the future, a locale without UTF-8, no HOME, closed stdout or stdin: "
         "works, bit-equal", 5, clock_and_place, short=2),
 )  # fmt: skip

@@ -334,7 +334,7 @@ ROWS = (
     Row("nonfinite", "a loss that overflows on one rank: no update on any, stop within 60 s, no "
         "poisoned checkpoint, files listed; --nonfinite skip finishes", 50, not_finite, short=2),
     Row("worker", "a data worker killed, or /dev/shm too small: the run ends within 30 s with the "
-        "cure in one line, and resumes", 50, worker_lost, short=2),
+        "cure in one line, and resumes", 50, worker_lost, short=1),
     Row("rank", "a rank killed under torchrun --max-restarts: the job finishes, bit-equal", 50,
         rank_lost, short=0),
     Row("lock", "two runs on one folder: the second is refused with the first one's host and "
