@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from fcmae.checkpoint import (
     save_checkpoint,
 )
 from sparse.errors import InputError
-from tests.cli import metrics, wait_for_steps
+from tests.cli import environment, metrics, wait_for_steps
 from tests.faults.campaign import Generator, Row, Unavailable
 from tests.faults.processes import (
     assert_same,
@@ -83,8 +85,6 @@ def harmless_json(file: Path, checkpoint: Path) -> bool:
 
     The manifest has no hash of its own: white space in it may change.
     """
-    import json
-
     if file.name != "manifest.json":
         return False
     try:
@@ -171,10 +171,6 @@ def clock_and_place(number: int, random: Generator, folder: Path) -> str:
             os.utime(path, (ahead, ahead))
         finish(command)
     else:
-        import sys
-
-        from tests.cli import environment
-
         env = environment(LC_ALL="C", LANG="C") if kind == "locale" else environment()
         if kind == "HOME":
             env.pop("HOME", None)

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fcmae.checkpoint import damage, list_checkpoints, newest_good
+from sparse import available_engines
 from tests.cli import TINY, environment, metrics, start, wait_for_steps, weights
 from tests.conftest import write_classes, write_pictures
 from tests.faults.campaign import Generator, Row, Unavailable
@@ -178,8 +179,6 @@ def has_steps(out: Path, steps: int) -> bool:
 
 
 def has_minkowski() -> bool:
-    from sparse import available_engines
-
     return "minkowski" in available_engines()
 
 
@@ -205,7 +204,7 @@ def signalled(number: int, random: Generator, folder: Path) -> str:
         steps = int(random.integers(1, most + 1))
         if moment == "evaluation":
             steps = steps // 3 * 3 + 3 if steps < 9 else 9  # the end of an epoch
-        until(lambda: len(metrics(out)) >= steps, process)
+        until(partial(has_steps, out, steps), process)
     targets = [process.pid]
     if processes == 2:  # torchrun forwards no SIGUSR1: a scheduler signals every process
         targets = [pid for pid in family(process.pid)[1:] if is_rank(pid)]
@@ -293,7 +292,7 @@ def rank_lost(number: int, random: Generator, folder: Path) -> str:
     out = folder / "run"
     process = launch(pretrain(out), 2, restarts=3)
     steps = int(random.integers(1, STEPS - 8))
-    until(lambda: len(metrics(out)) >= steps, process)
+    until(partial(has_steps, out, steps), process)
     ranks = [pid for pid in family(process.pid)[1:] if is_rank(pid)]
     assert len(ranks) == 2, ranks
     os.kill(ranks[int(random.integers(2))], signal.SIGKILL)
