@@ -81,6 +81,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) 
         (partial / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1), encoding="utf-8")
         for file in [*files, partial / MANIFEST, partial]:
             sync(file)
+            _forget(file)
         if target.exists():  # a damaged one of the same step: the automatic resume passed over it
             _discard(target)
         partial.rename(target)
@@ -250,6 +251,13 @@ def _describe(file: Path) -> dict[str, Any]:
             while block := handle.read(1 << 20):
                 digest.update(block)
     return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _forget(file: Path) -> None:
+    """Ask the system not to answer from memory when the file is verified; it may decline."""
+    if file.is_file() and hasattr(os, "posix_fadvise"):
+        with file.open("rb") as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _discard(path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -122,7 +123,7 @@ class Loop:
         plan = self.plan
         progress = StepProgress(plan.total_steps, self.step, plan.epochs, self.folder is None)
         with signals.ctrl_c(), progress, lost_workers():
-            clock = Clock(self.step)
+            clock = Clock()
             while self.step < plan.total_steps or self.epoch_end_due:
                 bad: list[tuple[str, str]] = []
                 if not self.epoch_end_due:
@@ -131,15 +132,16 @@ class Loop:
                 if self.epoch_end_due and not self._stop_wanted(signals):
                     self._end_epoch(signals)
                     clock.skip()
-                due = plan.checkpoint_minutes and clock.since_save() > 60 * plan.checkpoint_minutes
-                stop, save, found = self.world.agree([signals.received, int(bool(due)), len(bad)])
+                due = clock.save_due(plan.checkpoint_minutes)
+                stop, save, found = self.world.agree([signals.received, int(due), len(bad)])
                 if found:
                     self._record_bad(bad)
                 by_step = plan.checkpoint_steps and self.step % plan.checkpoint_steps == 0
                 finished = self.step == plan.total_steps and not self.epoch_end_due
                 if save or by_step or stop or finished:
+                    began = time.perf_counter()
                     self.save(must=bool(stop) or finished)
-                    clock.saved()
+                    clock.saved(began, plan.checkpoint_steps if by_step else None)
                 if stop and not finished:
                     _log.info(
                         "stopped after step %d; the same command goes on from there", self.step

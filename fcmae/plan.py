@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ from typing import Any
 import torch
 
 from fcmae.schedule import cosine_with_warmup, warmup_steps
+
+_log = logging.getLogger(__name__)
 
 BASE_BATCH = 256
 """Batch that learning rates are given for."""
@@ -110,12 +114,18 @@ def _restore(handlers: dict[int, Any]) -> None:
         signal.signal(number, handler)
 
 
-class Clock:
-    """Times training steps, leaving out evaluation and saving."""
+SAVING_SHARE = 0.05
+"""Most of the time that saving may take, where the time decides when to save."""
 
-    def __init__(self, step: int) -> None:
+
+class Clock:
+    """Times training steps, leaving out evaluation and saving; knows when to save."""
+
+    def __init__(self) -> None:
         now = time.perf_counter()
         self._last_save = now
+        self._save_seconds = 0.0
+        self._warned = False
         self._mark = now
         self._images = 0
         self._steps = 0
@@ -140,9 +150,29 @@ class Clock:
     def skip(self) -> None:
         self._mark, self._images, self._steps = time.perf_counter(), 0, 0
 
-    def since_save(self) -> float:
-        return time.perf_counter() - self._last_save
+    def save_due(self, minutes: float) -> bool:
+        """Whether so many minutes passed since the last save, and enough for it to be worth it."""
+        enough = max(60 * minutes, self._save_seconds * (1 / SAVING_SHARE - 1))
+        return minutes > 0 and time.perf_counter() - self._last_save > enough
 
-    def saved(self) -> None:
-        self._last_save = time.perf_counter()
+    def saved(self, began: float, steps: int | None) -> None:
+        """Note a save, and say once where saving takes more than its share of the time.
+
+        Args:
+            began: when it began, by `time.perf_counter`.
+            steps: where saves come by steps, how many lie between two.
+        """
+        now = time.perf_counter()
+        self._save_seconds = now - began
+        between = began - self._last_save
+        share = self._save_seconds / (between + self._save_seconds)
+        if share > SAVING_SHARE and self._save_seconds > 1 and steps and not self._warned:
+            self._warned = True
+            _log.warning(
+                "a save took %.1f s, %.0f %% of the time: --checkpoint_steps %d or more keeps it "
+                "under %.0f %%", self._save_seconds, 100 * share,
+                math.ceil(steps * self._save_seconds * (1 / SAVING_SHARE - 1) / between),
+                100 * SAVING_SHARE,
+            )  # fmt: skip
+        self._last_save = now
         self.skip()

@@ -15,7 +15,7 @@ from fcmae.checkpoint import first_difference
 from fcmae.convert import default_preprocessing
 from fcmae.data.batch import normalise
 from fcmae.data.files import FileList
-from fcmae.data.loader import make_loader
+from fcmae.data.loader import lost_workers, make_loader
 from fcmae.resources import resolve_workers
 from fcmae.weights import CONFIG_FILE, WEIGHTS_FILE, read_json, read_state
 from finetune.augment import EvalDataset, LabelledBatch, batches_of, collate
@@ -54,6 +54,9 @@ class Classifier:
         """Yield batches of pictures with their scores before softmax (B, classes), on the CPU.
 
         Files that can't be read are left out, and named in the batches' `bad`.
+
+        Raises:
+            RunError: a process that reads pictures died.
         """
         dataset = EvalDataset(
             files, labels, self.img_size, len(self.mean), self.crop_pct, self.interpolation,
@@ -62,12 +65,14 @@ class Classifier:
         batches = batches_of(len(files), batch_size)
         pin = self.device.type == "cuda"
         processes = resolve_workers(workers, self.device)
-        for batch in make_loader(dataset, batches, processes, pin, collate):
-            if not len(batch):
-                yield batch, torch.empty(0, len(self.names))
-                continue
-            images = normalise(batch.images, self.mean, self.std, self.device)
-            yield batch, self.model(images.contiguous(memory_format=torch.channels_last)).cpu()
+        loader = make_loader(dataset, batches, processes, pin, collate)
+        with lost_workers():
+            for batch in loader:
+                if not len(batch):
+                    yield batch, torch.empty(0, len(self.names))
+                    continue
+                images = normalise(batch.images, self.mean, self.std, self.device)
+                yield batch, self.model(images.contiguous(memory_format=torch.channels_last)).cpu()
 
 
 def load_classifier(

@@ -199,7 +199,8 @@ class FinetuneConfig:
     """Save every so many steps. null saves by time only."""
 
     checkpoint_minutes: float = 10.0
-    """Save every so many minutes: the most that a crash can cost. 0 saves by steps only."""
+    """Save every so many minutes: the most that a crash can cost. 0 saves by steps only. Further
+    apart where saving would take more than 5 % of the time."""
 
     keep_checkpoints: int = 2
     """Newest verified checkpoints to keep, at least 2, so that a damaged one loses no run."""

@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +39,63 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **extra}
 
 
-def start(*arguments: object, **extra: str) -> subprocess.Popen[str]:
-    """Start `fcmae …` in a session of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "fcmae", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**extra),
-        start_new_session=True,
+_begun: list[subprocess.Popen[str]] = []
+
+
+def begin(command: list[str], **extra: str) -> subprocess.Popen[str]:
+    """Start a command in a session of its own, with its output in pipes; see `reaped`."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(**extra), start_new_session=True,
     )  # fmt: skip
+    _begun.append(process)
+    return process
+
+
+def start(*arguments: object, **extra: str) -> subprocess.Popen[str]:
+    """Start `fcmae …`."""
+    return begin([sys.executable, "-W", "ignore", "-m", "fcmae", *map(str, arguments)], **extra)
+
+
+@contextmanager
+def reaped() -> Iterator[None]:
+    """Leave nothing behind of what is begun inside: no process and no open pipe."""
+    before = len(_begun)
+    try:
+        yield
+    finally:
+        for process in _begun[before:]:
+            kill_all(process)
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # what outlived its parent
+            for pipe in (process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
+        del _begun[before:]
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """Kill a process and all its descendants, and wait for it."""
+    if process.poll() is None:
+        for pid in family(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    process.wait(timeout=60)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    parents: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            parents.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    found, queue = [pid], [pid]
+    while queue:
+        children = parents.get(queue.pop(), [])
+        found += children
+        queue += children
+    return found
 
 
 def run(*arguments: object, code: int = 0, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -53,13 +106,24 @@ def run(*arguments: object, code: int = 0, **extra: str) -> subprocess.Completed
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def wait_for_steps(out: Path, steps: int, process: subprocess.Popen[str]) -> None:
-    """Wait until a run has logged so many steps."""
+def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
+    """Wait for a condition; False where the process ended before."""
     deadline = time.monotonic() + 120
-    while len(metrics(out)) < steps:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    while not condition():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.0005)
+    return True
+
+
+def wait_for_steps(out: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a run has logged so many steps; it may not have ended before."""
+    assert until(lambda: has_steps(out, steps), process), process.communicate()[1]
+
+
+def has_steps(out: Path, steps: int) -> bool:
+    return len(metrics(out)) >= steps
 
 
 def metrics(out: Path, key: str = "loss") -> list[tuple[int, Any]]:

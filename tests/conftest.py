@@ -1,10 +1,19 @@
-"""Folders of pictures made on the spot."""
+"""Folders of pictures made on the spot; nothing that a test starts outlives it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.cli import reaped
+
+
+@pytest.fixture(autouse=True)
+def _reaped() -> Iterator[None]:
+    with reaped():
+        yield
 
 
 def write_pictures(folder: Path, count: int, seed: int = 0, size: int = 80) -> Path:

@@ -1,9 +1,12 @@
 """Schedules by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 from torch import nn
 
 from fcmae import FCMAE
+from fcmae.plan import Clock
 from fcmae.schedule import cosine_with_warmup, decay_groups, ema_decay, warmup_steps
 
 
@@ -49,3 +52,38 @@ def test_ema_starts_short():
     assert ema_decay(0, 0.999) == 0.1
     assert ema_decay(90, 0.999) == 0.91
     assert ema_decay(10**6, 0.999) == 0.999
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock whose `now` the test sets."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr("fcmae.plan.time.perf_counter", lambda: now.seconds)
+    clock = Clock()
+    clock.now = now
+    return clock
+
+
+def test_saves_by_time_take_at_most_a_twentieth_of_it(clock):
+    clock.now.seconds = 599
+    assert not clock.save_due(10)
+    assert not clock.save_due(0)
+    clock.now.seconds = 601
+    assert clock.save_due(10)
+    clock.now.seconds += 60  # a save as slow as that: once every 20 minutes, 19 of them training
+    clock.saved(601, None)
+    clock.now.seconds += 19 * 60 - 1
+    assert not clock.save_due(10)
+    clock.now.seconds += 2
+    assert clock.save_due(10)
+
+
+def test_saves_by_steps_that_take_long_are_told_once(clock, caplog):
+    for _ in range(3):
+        clock.now.seconds += 40  # 100 steps
+        began = clock.now.seconds
+        clock.now.seconds += 10
+        clock.saved(began, 100)
+    assert [record.getMessage() for record in caplog.records] == [
+        "a save took 10.0 s, 20 % of the time: --checkpoint_steps 475 or more keeps it under 5 %"
+    ]

@@ -173,8 +173,8 @@ def lost_workers() -> Iterator[None]:
         raise RunError(
             f"a process that reads pictures failed ({found[0].strip(' .')}), for want of memory or "
             "of room in /dev/shm: give the same command with fewer --workers (0 reads in the "
-            "training process) or enlarge /dev/shm (docker run --shm-size 8g); it goes on from the "
-            "last checkpoint"
+            "process itself) or enlarge /dev/shm (docker run --shm-size 8g); training goes on from "
+            "the last checkpoint"
         ) from error
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.cli import reaped
+
 Generator = np.random.Generator
 
 
@@ -42,7 +44,7 @@ class Row:
 def run_trial(row: Row, number: int) -> str:
     """Run one trial in a folder that is gone afterwards."""
     seed = [number, *row.name.encode()]
-    with tempfile.TemporaryDirectory(prefix=f"fcmae-{row.name}-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"fcmae-{row.name}-") as folder, reaped():
         return row.trial(number, np.random.default_rng(seed), Path(folder))
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from fcmae.data.files import find_images
-from tests.cli import environment
+from tests.cli import environment, until
 from tests.faults.campaign import Generator, Row
-from tests.faults.processes import finish, launch, pretrain, until
+from tests.faults.processes import finish, launch, pretrain
 
 MEMORY = 1500 * 2**20
 """Bytes that a process may take to read one picture."""

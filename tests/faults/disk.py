@@ -25,13 +25,12 @@ from fcmae.checkpoint import (
     save_checkpoint,
 )
 from sparse.errors import InputError
-from tests.cli import environment, metrics, wait_for_steps
+from tests.cli import environment, kill_all, metrics, wait_for_steps
 from tests.faults.campaign import Generator, Row, Unavailable
 from tests.faults.processes import (
     assert_same,
     finish,
     home,
-    kill_all,
     launch,
     pretrain,
     undisturbed,

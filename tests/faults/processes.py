@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -21,7 +20,18 @@ from safetensors.torch import load_file
 
 from fcmae.checkpoint import damage, list_checkpoints, newest_good
 from sparse import available_engines
-from tests.cli import TINY, environment, metrics, start, wait_for_steps, weights
+from tests.cli import (
+    TINY,
+    begin,
+    family,
+    has_steps,
+    kill_all,
+    metrics,
+    start,
+    until,
+    wait_for_steps,
+    weights,
+)
 from tests.conftest import write_classes, write_pictures
 from tests.faults.campaign import Generator, Row, Unavailable
 
@@ -68,10 +78,7 @@ def launch(command: list[str], processes: int = 1, restarts: int = 0) -> subproc
         "--standalone", f"--nproc_per_node={processes}", f"--max_restarts={restarts}",
         "-m", "fcmae", *command,
     ]  # fmt: skip
-    return subprocess.Popen(
-        torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
-        start_new_session=True,
-    )  # fmt: skip
+    return begin(torchrun)
 
 
 def finish(command: list[str], processes: int = 1) -> str:
@@ -95,39 +102,6 @@ def assert_same(out: Path, reference: Path) -> None:
     """Weights to the bit, and every loss."""
     assert weights(out) == weights(reference), "weights differ from the run never stopped"
     assert metrics(out) == metrics(reference), "losses differ from the run never stopped"
-
-
-def family(pid: int) -> list[int]:
-    """A process and all its descendants."""
-    parents: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            fields = path.read_text().rpartition(")")[2].split()
-            parents.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    found, queue = [pid], [pid]
-    while queue:
-        children = parents.get(queue.pop(), [])
-        found += children
-        queue += children
-    return found
-
-
-def kill_all(process: subprocess.Popen[str]) -> None:
-    for pid in family(process.pid):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.communicate(timeout=60)
-
-
-def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
-    """Wait for a condition; False where the process ended before."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        if process.poll() is not None:
-            return False
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.0005)
-    return True
 
 
 def inside_save(out: Path, process: subprocess.Popen[str], random: Generator) -> bool:
@@ -172,10 +146,6 @@ def killed(number: int, random: Generator, folder: Path) -> str:
     finish(pretrain(out, "--engine", engine, "--workers", int(random.choice([0, 2, 4]))), processes)
     assert_same(out, reference)
     return f"{'in a save' if number % 2 else 'anywhere'}, {processes} × {engine}: {'; '.join(did)}"
-
-
-def has_steps(out: Path, steps: int) -> bool:
-    return len(metrics(out)) >= steps
 
 
 def has_minkowski() -> bool:
@@ -261,10 +231,7 @@ def worker_lost(number: int, random: Generator, folder: Path) -> str:
         if os.geteuid() != 0:
             raise Unavailable("mounting a small /dev/shm takes root")
         shell = ["unshare", "-m", "sh", "-c", SHARED_MEMORY, "sh"]
-        process = subprocess.Popen(
-            [*shell, sys.executable, "-W", "ignore", "-m", "fcmae", *command],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
-        )  # fmt: skip
+        process = begin([*shell, sys.executable, "-W", "ignore", "-m", "fcmae", *command])
         began = time.monotonic()
     else:
         process = launch(command)
@@ -313,10 +280,7 @@ def lock(number: int, random: Generator, folder: Path) -> str:
     said = " ".join(err.split())
     assert f"process {first.pid} on {socket.gethostname()}" in said, said[-500:]
     os.kill(first.pid, signal.SIGKILL)
-    first.wait(timeout=60)  # its workers may live on for a moment, with the pipes open
-    for pipe in (first.stdout, first.stderr):
-        assert pipe is not None
-        pipe.close()
+    first.wait(timeout=60)  # its workers may live on for a moment
     third = start(*pretrain(out, "--epochs", 500))
     wait_for_steps(out, len(metrics(out)) + 1, third)
     kill_all(third)
