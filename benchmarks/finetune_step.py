@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fcmae.data.batch import normalise
+from fcmae.data.evaluation import LabelledBatch
 from fcmae.data.statistics import imagenet_mean_std
 from fcmae.distributed import World
 from fcmae.loop import Loop
 from fcmae.plan import Signals, make_plan
-from finetune.augment import LabelledBatch
 from finetune.config import FinetuneConfig
 from finetune.optim import make_optimizer
 from finetune.task import FinetuneTask

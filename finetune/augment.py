@@ -1,4 +1,4 @@
-"""Labelled pictures as samples: random crops to train on, centre crops to measure on.
+"""Labelled pictures to train on: random crops, and what else changes them.
 
 Everything random is a function of (seed, epoch, index), so that workers, processes and resumes
 change nothing. Crops and flips are those of pretraining, with the semantics of timm's; RandAugment,
@@ -9,11 +9,9 @@ RandAugment and colour jitter work on 8-bit pictures of 1 or 3 channels. Deeper 
 of other channel counts, are cropped, flipped and erased alone.
 """
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,68 +20,21 @@ import torch
 from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import create_transform
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from fcmae import rng
-from fcmae.data.augment import center_box, crop_box, flips
-from fcmae.data.batch import as_float
-from fcmae.data.decode import BadImage, Pixels, read_picture
+from fcmae.data.augment import crop_box, flips
+from fcmae.data.decode import Pixels, read_picture
+from fcmae.data.evaluation import LabelledSample
 from fcmae.data.files import FileList
+from fcmae.data.labelled import Labels
 from fcmae.data.loader import read_or_replace
 from fcmae.data.order import Key
 from finetune.config import FinetuneAugmentConfig
-from finetune.data import Labels
 from sparse.errors import InputError
 
 _ERASE = 1
 """Counter of the draw that decides whether a sample is erased; 0 seeds the global streams."""
-
-
-@dataclass
-class Sample:
-    """An image (C, H, W), or None where it can't be read; its class, its file, and bad files."""
-
-    image: Pixels | None
-    label: int
-    index: int
-    bad: list[tuple[str, str]] = field(default_factory=list)
-
-
-@dataclass
-class LabelledBatch:
-    """Samples side by side, those without image left out.
-
-    images (B, C, H, W), uint8 in [0, 255] or float32 in [0, 1]; labels and indices (B,) int64.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    bad: list[tuple[str, str]]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def pin_memory(self) -> "LabelledBatch":
-        """Return the batch in page-locked memory, from where copies to a GPU need not wait."""
-        return LabelledBatch(
-            self.images.pin_memory(), self.labels.pin_memory(), self.indices.pin_memory(), self.bad
-        )
-
-
-def collate(samples: Sequence[Sample]) -> LabelledBatch:
-    """Join samples; 8-bit images become float where deeper ones stand beside them."""
-    good = [(s.image, s.label, s.index) for s in samples if s.image is not None]
-    images = [image for image, _, _ in good]
-    if len({image.dtype for image in images}) > 1:
-        images = [as_float(image) for image in images]
-    return LabelledBatch(
-        torch.from_numpy(np.stack(images)) if images else torch.empty(0, dtype=torch.uint8),
-        torch.tensor([label for _, label, _ in good], dtype=torch.int64),
-        torch.tensor([index for _, _, index in good], dtype=torch.int64),
-        [bad for sample in samples for bad in sample.bad],
-    )
 
 
 @contextmanager
@@ -101,7 +52,7 @@ def seeded(seed: int) -> Iterator[None]:
         torch.default_generator.set_state(before[2])
 
 
-class TrainDataset(Dataset[Sample]):
+class TrainDataset(Dataset[LabelledSample]):
     """Random crops of the training files with their classes, by (epoch, index).
 
     Args:
@@ -138,7 +89,7 @@ class TrainDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, key: Key) -> Sample:
+    def __getitem__(self, key: Key) -> LabelledSample:
         """Return the sample; a file that can't be read is replaced, the same one in every run.
 
         Raises:
@@ -149,7 +100,7 @@ class TrainDataset(Dataset[Sample]):
             self.files, index, self.seed, lambda candidate: self._make(epoch, index, candidate)
         )
         named = [(self.prefix + name, reason) for name, reason in bad]
-        return Sample(image, int(self.labels[read]), read, named)
+        return LabelledSample(image, int(self.labels[read]), read, named)
 
     def _make(self, epoch: int, index: int, candidate: int) -> Pixels:
         augment = self.augment
@@ -216,50 +167,3 @@ def _recoloured(image_CHW: npt.NDArray[Any], recolour: Any) -> Pixels:
     done = recolour(picture.convert("RGB")).convert("L" if grey else "RGB")
     pixels = np.array(done)
     return pixels[None] if grey else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-class EvalDataset(Dataset[Sample]):
-    """Centre crops of files, by index. `labels` is None where classes are not known (-1 then)."""
-
-    def __init__(
-        self,
-        files: FileList,
-        labels: Labels | None,
-        img_size: tuple[int, int],
-        in_chans: int,
-        crop_pct: float,
-        interpolation: str,
-        max_pixels: int,
-        prefix: str = "",
-    ) -> None:
-        self.files, self.labels = files, labels
-        self.img_size, self.in_chans = img_size, in_chans
-        self.crop_pct, self.interpolation = crop_pct, interpolation
-        self.max_pixels = max_pixels
-        self.prefix = prefix
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Return the sample, without an image where the file can't be read."""
-        label = -1 if self.labels is None else int(self.labels[index])
-        try:
-            picture = read_picture(self.files.path(index), self.in_chans, self.max_pixels)
-            box = center_box(*picture.size, self.img_size, self.crop_pct)
-            image = picture.resized(box, self.img_size, interpolation=self.interpolation)
-        except BadImage as error:
-            return Sample(
-                None, label, index, [(self.prefix + self.files.name(index), error.reason)]
-            )
-        return Sample(image, label, index)
-
-
-def batches_of(n: int, batch_size: int, rank: int = 0, size: int = 1) -> list[list[int]]:
-    """Return the batches of one process, each sample on one process once.
-
-    All processes get the same number of batches; the last ones may be smaller, or empty.
-    """
-    own = range(rank, n, size)
-    count = math.ceil(math.ceil(n / size) / batch_size)
-    return [list(own[start * batch_size : (start + 1) * batch_size]) for start in range(count)]

@@ -13,17 +13,13 @@ from torch import Tensor, nn
 
 from fcmae.checkpoint import first_difference
 from fcmae.convert import default_preprocessing
-from fcmae.data.batch import normalise
+from fcmae.data.evaluation import MAX_PIXELS, EvalDataset, LabelledBatch, batches_of, each_batch
 from fcmae.data.files import FileList
-from fcmae.data.loader import lost_workers, make_loader
+from fcmae.data.labelled import Labels
 from fcmae.resources import resolve_workers
 from fcmae.weights import CONFIG_FILE, WEIGHTS_FILE, read_json, read_state
-from finetune.augment import EvalDataset, LabelledBatch, batches_of, collate
-from finetune.data import Labels
 from finetune.model import Start, build_model
 from sparse.errors import InputError
-
-MAX_PIXELS = 179_000_000
 
 _log = logging.getLogger(__name__)
 
@@ -63,16 +59,12 @@ class Classifier:
             MAX_PIXELS, prefix,
         )  # fmt: skip
         batches = batches_of(len(files), batch_size)
-        pin = self.device.type == "cuda"
         processes = resolve_workers(workers, self.device)
-        loader = make_loader(dataset, batches, processes, pin, collate)
-        with lost_workers():
-            for batch in loader:
-                if not len(batch):
-                    yield batch, torch.empty(0, len(self.names))
-                    continue
-                images = normalise(batch.images, self.mean, self.std, self.device)
-                yield batch, self.model(images.contiguous(memory_format=torch.channels_last)).cpu()
+        for batch, images in each_batch(
+            dataset, batches, processes, self.mean, self.std, self.device
+        ):
+            scores = self.model(images) if len(batch) else torch.empty(0, len(self.names))
+            yield batch, scores.cpu()
 
 
 def load_classifier(

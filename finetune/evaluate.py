@@ -16,11 +16,11 @@ from rich.table import Table
 
 from fcmae.atomic import atomic_write
 from fcmae.console import show_logs
+from fcmae.data.labelled import VAL, Split, check_known, find_classes, find_labelled, labels_of
 from fcmae.distributed import resolve_device
 from fcmae.settings import height_width, read_yaml
 from finetune.classifier import Classifier, load_classifier
 from finetune.config import EvaluateConfig
-from finetune.data import VAL, Split, check_known, find_classes, find_labelled, labels_of
 from sparse.errors import InputError, RunError
 
 TOP = 5

@@ -11,6 +11,7 @@ from torch import nn
 
 from fcmae.checkpoint import Checkpoint
 from fcmae.convert import timm_config
+from fcmae.data.labelled import LabelledData, Split
 from fcmae.data.loader import measure_mean_std, steps_per_epoch
 from fcmae.data.statistics import MeanStd, imagenet_mean_std, resolve_mean_std
 from fcmae.distributed import World
@@ -18,7 +19,6 @@ from fcmae.resources import resolve_precision, resolve_workers
 from fcmae.settings import to_dict
 from fcmae.weights import Preprocessing
 from finetune.config import FinetuneConfig
-from finetune.data import LabelledData, Split
 from finetune.model import Start, classifier_names
 from sparse.errors import InputError
 

@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader
 from fcmae.checkpoint import Checkpoint, load_model_tensors
 from fcmae.convert import write_timm_folder
 from fcmae.data.batch import normalise
+from fcmae.data.evaluation import LabelledBatch
 from fcmae.distributed import World
 from fcmae.run import RunFolder, check_bad_share
 from fcmae.schedule import ema_decay
 from fcmae.task import Interrupted
-from finetune.augment import LabelledBatch, seeded
+from finetune.augment import seeded
 from finetune.model import set_training
 from sparse.errors import RunError
 

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 from fcmae import rng
 from fcmae.checkpoint import Checkpoint
 from fcmae.console import show_logs
+from fcmae.data.evaluation import EvalDataset, batches_of, collate_labelled
+from fcmae.data.labelled import LabelledData, Split, find_labelled, labels_of
 from fcmae.data.loader import StepSampler, check_parts, make_loader
 from fcmae.distributed import World, join_world, resolve_device
 from fcmae.loop import Loop
@@ -21,9 +23,8 @@ from fcmae.resources import autocast_dtype, check_disk, checkpoint_bytes, disk_l
 from fcmae.resume import find_start, stored_files
 from fcmae.run import RunFolder
 from fcmae.settings import height_width
-from finetune.augment import EvalDataset, TrainDataset, batches_of, collate, recolouring
+from finetune.augment import TrainDataset, recolouring
 from finetune.config import RUNTIME_KEYS, FinetuneConfig
-from finetune.data import LabelledData, Split, find_labelled, labels_of
 from finetune.model import (
     Start,
     build_model,
@@ -167,7 +168,7 @@ def _training(
         config.augment, settings.mean, settings.std, config.seed, config.max_pixels, train.prefix,
     )  # fmt: skip
     pin = world.device.type == "cuda"
-    return make_loader(dataset, sampler, settings.workers, pin, collate)
+    return make_loader(dataset, sampler, settings.workers, pin, collate_labelled)
 
 
 def _validation(
@@ -181,7 +182,7 @@ def _validation(
     part = config.batch_size // (config.accumulate * world.size)
     batches = batches_of(len(val.files), part, world.rank, world.size)
     pin = world.device.type == "cuda"
-    return make_loader(dataset, batches, settings.workers, pin, collate)
+    return make_loader(dataset, batches, settings.workers, pin, collate_labelled)
 
 
 def _announce(

@@ -10,18 +10,12 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from fcmae.data.evaluation import EvalDataset, batches_of, collate_labelled
 from fcmae.data.files import find_images
+from fcmae.data.labelled import find_classes, labels_of
 from fcmae.data.loader import StepSampler, make_loader
-from finetune.augment import (
-    EvalDataset,
-    TrainDataset,
-    batches_of,
-    collate,
-    recolouring,
-    seeded,
-)
+from finetune.augment import TrainDataset, recolouring, seeded
 from finetune.config import FinetuneAugmentConfig
-from finetune.data import find_classes, labels_of
 from sparse.errors import InputError
 
 STRONG = FinetuneAugmentConfig(randaugment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
@@ -40,7 +34,7 @@ def test_workers_change_nothing(classes: Path) -> None:
 
     def run(workers: int) -> list[Any]:
         sampler = StepSampler(len(data), 8, 3, start_step=2, total_steps=6)
-        return [*make_loader(data, sampler, workers, join=collate)]
+        return [*make_loader(data, sampler, workers, join=collate_labelled)]
 
     for one, two in zip(run(0), run(2), strict=True):
         assert torch.equal(one.images, two.images)
@@ -142,7 +136,7 @@ def test_evaluation_is_resize_and_centre_crop(pictures: Path) -> None:
 def test_a_picture_that_cannot_be_read_has_no_image(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"none")
     data = EvalDataset(find_images(str(tmp_path)), None, (32, 32), 3, 1.0, "bicubic", 10**6, "val/")
-    batch = collate([data[0]])
+    batch = collate_labelled([data[0]])
     assert len(batch) == 0
     assert batch.bad[0][0] == "val/bad.png"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.data import find_classes, find_labelled, labels_of, split_by_hash
+from fcmae.data.labelled import find_classes, find_labelled, labels_of, split_by_hash
 from sparse.errors import InputError
 
 

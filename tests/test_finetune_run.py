@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fcmae.checkpoint import list_checkpoints
-from finetune.augment import EvalDataset, collate
+from fcmae.data.evaluation import EvalDataset, collate_labelled
+from fcmae.data.labelled import find_classes, labels_of
 from finetune.config import (
     EvaluateConfig,
     FinetuneAugmentConfig,
@@ -26,7 +27,6 @@ from finetune.config import (
     FinetuneOptimConfig,
     PredictConfig,
 )
-from finetune.data import find_classes, labels_of
 from finetune.evaluate import evaluate, summarise
 from finetune.predict import predict
 from finetune.task import Ema
@@ -284,7 +284,7 @@ def by_hand(run: Path, folder: Path) -> tuple[Tensor, Tensor]:
     model = timm.create_model(f"local-dir:{run / 'exported'}", pretrained=True).eval()
     files, names = find_classes(folder)
     data = EvalDataset(files, labels_of(files, names), (32, 32), 3, 0.875, "bicubic", 10**6)
-    batch = collate([data[index] for index in range(len(data))])
+    batch = collate_labelled([data[index] for index in range(len(data))])
     mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
     with torch.no_grad():
