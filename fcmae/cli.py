@@ -72,6 +72,27 @@ COMMANDS = {
         "fcmae.reconstruct:reconstruct",
         "run",
     ),
+    "probe": Command(
+        "measure frozen features: nearest neighbours and a linear classifier",
+        "fcmae probe RUN|WEIGHTS --data DIR",
+        "fcmae.tool_config:ProbeConfig",
+        "fcmae.probe:probe",
+        "source",
+    ),
+    "embed": Command(
+        "write the features of images to a file",
+        "fcmae embed RUN|WEIGHTS --images DIR --out FILE.npz",
+        "fcmae.tool_config:EmbedConfig",
+        "fcmae.embed:embed",
+        "source",
+    ),
+    "diversity": Command(
+        "measure whether the channels of a block have collapsed",
+        "fcmae diversity RUN|WEIGHTS --images DIR",
+        "fcmae.tool_config:DiversityConfig",
+        "fcmae.diversity:diversity",
+        "source",
+    ),
     "samples": Command(
         "write a small labelled set of images to try things on",
         "fcmae samples DIR",

@@ -90,6 +90,25 @@ class AugmentConfig:
 
 
 @dataclass
+class EpochProbeConfig:
+    """Frozen features measured now and then while pretraining, on labelled images."""
+
+    data: str | None = None
+    """Labelled images, train/CLASS and val/CLASS, on which nearest neighbours and a linear
+    classifier measure the encoder. null measures nothing."""
+
+    val_fraction: float = 0.0
+    """Share of one folder of classes kept to measure on. 0 expects the folders train and val."""
+
+    epochs: int = 10
+    """Epochs between two measurements."""
+
+    def __post_init__(self) -> None:
+        check_range(self, ["val_fraction"], at_least=0, below=1, prefix="probe.")
+        check_range(self, ["epochs"], at_least=1, prefix="probe.")
+
+
+@dataclass
 class PretrainConfig:
     """Pretrain a sparse ConvNeXt V2 on unlabeled images by reconstructing hidden patches (FCMAE).
 
@@ -209,7 +228,10 @@ class PretrainConfig:
     """Steps between two lines of metrics.jsonl."""
 
     picture_epochs: int = 10
-    """Epochs between two reconstructions of held-out images and their loss. 0 makes none."""
+    """Epochs between two reconstructions of held-out images, their loss, and the diversity of every
+    block's channels. 0 makes none."""
+
+    probe: EpochProbeConfig = field(default_factory=EpochProbeConfig)
 
     max_pixels: int = 179_000_000
     """Largest picture that is decoded, in pixels; larger ones count as unreadable. Guards memory
@@ -250,6 +272,7 @@ RUNTIME_KEYS = frozenset(
         "keep_checkpoints",
         "log_steps",
         "picture_epochs",
+        "probe",
         "max_pixels",
         "max_bad",
         "nonfinite",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -12,7 +14,10 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    track,
 )
+
+Item = TypeVar("Item")
 
 console = Console(stderr=True)
 
@@ -94,3 +99,11 @@ class StepProgress:
 
 def _short(value: float) -> str:
     return f"{value:.4g}"
+
+
+def tracked(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """Yield items with a progress bar that goes away at the end; on terminals only."""
+    if not console.is_terminal:
+        yield from items
+        return
+    yield from track(items, what, total, console=console, transient=True)

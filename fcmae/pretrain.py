@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fcmae import rng
 from fcmae.checkpoint import Checkpoint
@@ -16,14 +15,13 @@ from fcmae.config import RUNTIME_KEYS, PretrainConfig
 from fcmae.console import show_logs
 from fcmae.convert import export_folder
 from fcmae.data.files import FileList, find_images
+from fcmae.data.labelled import LabelledData, find_labelled
 from fcmae.data.loader import (
-    HoldoutSet,
     PretrainDataset,
     StepSampler,
     check_parts,
     make_loader,
     measure_mean_std,
-    normalise,
     steps_per_epoch,
 )
 from fcmae.data.statistics import MeanStd, imagenet_mean_std, resolve_mean_std
@@ -45,7 +43,8 @@ from fcmae.resume import find_start, stored_files
 from fcmae.run import RunFolder
 from fcmae.schedule import decay_groups
 from fcmae.settings import height_width, to_dict
-from fcmae.task import PICTURES_SHOWN, PretrainTask, Settings
+from fcmae.task import PretrainTask, Settings
+from fcmae.watch import make_watchers
 from fcmae.weights import adapt_in_chans, load_weights
 from sparse import SparseConvNeXtV2, get_engine
 from sparse.convert import encoder_part, infer_architecture
@@ -79,6 +78,7 @@ def pretrain(config: PretrainConfig) -> int:
         check_parts(config.batch_size, world.size, config.accumulate)
         start = find_start(config, "pretrain", RUNTIME_KEYS)
         files, train, held = _find_files(config, start)
+        labelled = _find_labelled(config)
         settings = _resolve(config, img_size, train, world, start)
         per_epoch = steps_per_epoch(len(train), config.batch_size)
         plan = make_plan(config, per_epoch, autocast_dtype(settings.precision))
@@ -93,11 +93,10 @@ def pretrain(config: PretrainConfig) -> int:
         try:
             if folder is not None:
                 files.save(folder.path / FILE_LIST)
-            holdout = _load_holdout(config, settings, held, device, folder)
+            watchers = make_watchers(config, settings, held, labelled, world, folder)
             task = PretrainTask(
-                model, _optimizer(config, model), settings, holdout, len(files),
-                config.picture_epochs, config.epochs, folder,
-            )  # fmt: skip
+                model, _optimizer(config, model), settings, watchers, len(files), config.epochs
+            )
             loop = Loop(
                 task, plan, config, _as_json(config, settings, model), train.name, world, folder
             )
@@ -171,6 +170,13 @@ def _mean_std(
     return resolve_mean_std(config.augment.mean, config.augment.std, sources)
 
 
+def _find_labelled(config: PretrainConfig) -> LabelledData | None:
+    """What `probe.data` names to measure features on."""
+    if config.probe.data is None:
+        return None
+    return find_labelled(config.probe.data, config.probe.val_fraction, exclude=config.out)
+
+
 def build_model(config: PretrainConfig, engine: Engine) -> FCMAE:
     """The model with its initial weights: a function of the seed, the same on every process."""
     torch.manual_seed(rng.seed_for(config.seed, rng.MODEL, 0, 0))
@@ -214,25 +220,6 @@ def _optimizer(config: PretrainConfig, model: FCMAE) -> torch.optim.Optimizer:
     groups = decay_groups(model.named_parameters(), config.optim.weight_decay)
     betas = (config.optim.betas[0], config.optim.betas[1])
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-
-
-def _load_holdout(
-    config: PretrainConfig, settings: Settings, held: FileList, device: torch.device,
-    folder: RunFolder | None,
-) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
-    """Normalised held-out images with their masks, a few at a time."""
-    if not len(held):
-        return []
-    dataset = HoldoutSet(
-        held, settings.img_size, config.in_chans, config.mask_ratio, config.seed, config.max_pixels
-    )
-    batches = [
-        (normalise(batch.images, settings.mean, settings.std, device), batch.masks)
-        for batch in dataset.batches(PICTURES_SHOWN)
-    ]
-    if folder is not None:
-        folder.record_bad(dataset.bad)
-    return batches
 
 
 def _as_json(config: PretrainConfig, settings: Settings, model: FCMAE) -> dict[str, Any]:

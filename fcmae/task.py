@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fcmae import pictures
 from fcmae.checkpoint import Checkpoint
 from fcmae.data.loader import Batch, normalise
 from fcmae.model import FCMAE
-from fcmae.run import RunFolder
-
-PICTURES_SHOWN = 8
 
 
 class Task(Protocol):
@@ -66,6 +62,16 @@ class Interrupted(Exception):
     """An evaluation was cut short because the run has to stop."""
 
 
+class Watcher(Protocol):
+    """Looks at the model every `epochs` epochs (0: never) and after the last one."""
+
+    epochs: int
+
+    def __call__(self, model: FCMAE, step: int, stop: Callable[[], bool]) -> dict[str, float]:
+        """Return what to log. May raise `Interrupted` when `stop()` turns true."""
+        ...
+
+
 @dataclass(frozen=True)
 class Settings:
     """The config with every `auto` resolved."""
@@ -85,16 +91,13 @@ class PretrainTask:
         model: FCMAE,
         optimizer: torch.optim.Optimizer,
         settings: Settings,
-        holdout: list[tuple[Tensor, Tensor]],
+        watchers: Sequence[Watcher],
         files: int,
-        picture_epochs: int,
         epochs: int,
-        folder: RunFolder | None,
     ) -> None:
         self.model, self.optimizer, self.files = model, optimizer, files
-        self._settings, self._folder = settings, folder
-        self._holdout = holdout
-        self._picture_epochs, self._epochs = picture_epochs, epochs
+        self._settings, self._watchers = settings, watchers
+        self._epochs = epochs
 
     def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
         device = next(self.model.parameters()).device
@@ -105,21 +108,11 @@ class PretrainTask:
         pass
 
     def end_epoch(self, epoch: int, step: int, stop: Callable[[], bool]) -> dict[str, float]:
-        if not self._holdout or not self._picture_epochs:
-            return {}
-        if epoch % self._picture_epochs and epoch != self._epochs:
-            return {}
-        total, count, shown = 0.0, 0, None
-        for images, masks in self._holdout:
-            columns, loss = pictures.reconstruct_batch(
-                self.model, images, masks, self._settings.mean, self._settings.std
-            )
-            total, count = total + loss * len(images), count + len(images)
-            shown = columns if shown is None else shown
-        if self._folder is not None and shown is not None:
-            grid = pictures.grid([column[:PICTURES_SHOWN] for column in shown])
-            self._folder.picture("reconstructions", step, grid)
-        return {"holdout_loss": total / count}
+        metrics: dict[str, float] = {}
+        for watcher in self._watchers:
+            if watcher.epochs and (epoch % watcher.epochs == 0 or epoch == self._epochs):
+                metrics |= watcher(self.model, step, stop)
+        return metrics
 
     def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
         return {}

@@ -1,9 +1,10 @@
 """What the commands around training can be asked for. Free of torch; see fcmae/config.py."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fcmae.settings import check_range, height_width
+from sparse.errors import InputError
 from sparse.sizes import PATCH
 
 
@@ -109,3 +110,137 @@ class BenchConfig:
     def __post_init__(self) -> None:
         check_range(self, ["batch_size", "rounds"], at_least=1)
         height_width(self.img_size)
+
+
+@dataclass
+class ProbeConfig:
+    """Measure frozen features on labelled images: nearest neighbours and a linear classifier."""
+
+    source: str
+    """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V2. May be given as the
+    first argument."""
+
+    data: str
+    """Labelled images: a folder with train/CLASS and val/CLASS, or one folder of classes together
+    with val_fraction. The classifiers learn from train and are measured on val."""
+
+    val_fraction: float = 0.0
+    """Share of one folder of classes kept to measure on, chosen by a hash of the path. 0 expects
+    the folders train and val."""
+
+    json: bool = False
+    """Print one JSON object, top1 in percent, and nothing else."""
+
+    neighbours: list[int] = field(default_factory=lambda: [5, 20])
+    """Nearest neighbours that vote, one result for each number, '[5,20]'."""
+
+    baseline: bool = False
+    """Also measure random weights of the same architecture: what pretraining has to beat."""
+
+    near_duplicates: str | None = None
+    """Folder of pictures, such as the unlabeled ones of pretraining, to search for near-duplicates
+    of val: they would flatter the result. null searches none."""
+
+    other_classes: bool = False
+    """Probe weights that were fine-tuned for other classes than those of data."""
+
+    img_size: int | list[int] | None = None
+    """Side of the crops in pixels, or '[HEIGHT,WIDTH]'. null takes what the weights were trained
+    with."""
+
+    batch_size: int = 64
+    """Images at a time. Changes speed and memory only."""
+
+    workers: Literal["auto"] | int = "auto"
+    """Processes that read images; 0 reads in the main process."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps or auto, which takes a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        check_range(self, ["val_fraction"], at_least=0, below=1)
+        check_range(self, ["batch_size"], at_least=1)
+        if not self.neighbours or min(self.neighbours) < 1:
+            raise InputError(f"neighbours {self.neighbours} must be numbers from 1, such as [5,20]")
+        check_features(self)
+
+
+@dataclass
+class EmbedConfig:
+    """Write the features of images to a file of numpy arrays."""
+
+    source: str
+    """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V2. May be given as the
+    first argument."""
+
+    images: str
+    """Folder of images, flat or nested, or a text file of paths."""
+
+    out: str
+    """File to write, .npz: features (N, C) float32 and paths (N)."""
+
+    img_size: int | list[int] | None = None
+    """Side of the crops in pixels, or '[HEIGHT,WIDTH]'. null takes what the weights were trained
+    with."""
+
+    batch_size: int = 64
+    """Images at a time. Changes speed and memory only."""
+
+    workers: Literal["auto"] | int = "auto"
+    """Processes that read images; 0 reads in the main process."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps or auto, which takes a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        check_range(self, ["batch_size"], at_least=1)
+        check_features(self)
+
+
+@dataclass
+class DiversityConfig:
+    """Measure how different the channels of every block are: features that collapsed are alike."""
+
+    source: str | list[str]
+    """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V2; several as '[A,B]'.
+    May be given as the first argument."""
+
+    images: str
+    """Folder of images, flat or nested, or a text file of paths."""
+
+    out: str | None = None
+    """Plot to write, .png or .svg. null draws none."""
+
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+    count: int = 256
+    """Images to measure on, chosen by a hash of their paths; the paper takes 1000."""
+
+    img_size: int | list[int] | None = None
+    """Side of the crops in pixels, or '[HEIGHT,WIDTH]'. null takes what the weights were trained
+    with."""
+
+    batch_size: int = 32
+    """Images at a time. Changes speed and memory only."""
+
+    workers: Literal["auto"] | int = "auto"
+    """Processes that read images; 0 reads in the main process."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps or auto, which takes a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        check_range(self, ["count", "batch_size"], at_least=1)
+        check_features(self)
+
+
+def check_features(config: Any) -> None:
+    """What all commands on frozen features share.
+
+    Raises:
+        InputError: names the setting and a value that works.
+    """
+    check_range(config, ["workers"], at_least=0)
+    if config.img_size is not None:
+        height_width(config.img_size)

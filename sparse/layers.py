@@ -203,6 +203,20 @@ class SparseBlock(nn.Module):
             y_NC = drop_images(y_NC, self.drop_path, sites.images)
         return x_NC + hide(sites, y_NC)
 
+    def hidden(self, x_NC: Tensor, sites: Sites) -> Tensor:
+        """The block's widest activations, those that enter fc2: after GELU and, in V2, GRN.
+
+        For looking at them; training never has them all at once. → (N, 4C)
+        """
+        y_NC = self.norm(sites.depthwise(x_NC, *weight_and_bias(self.conv_dw)))
+        a_NK = hide(sites, F.gelu(self.mlp.fc1(y_NC)))
+        if self.mlp.grn is None:
+            return a_NK
+        a = sites.images.split(a_NK)
+        norm_BK = sites.images.sum(a.to(_wide(a.dtype)).square()).sqrt()
+        scaled = a * sites.images.expand(_scale(norm_BK, self.mlp.grn.weight).to(a.dtype))
+        return hide(sites, scaled.view_as(a_NK) + self.mlp.grn.bias)
+
 
 def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Parameters of a layer that has a bias, as all of ours have."""

@@ -1,0 +1,131 @@
+"""Near-duplicates: pictures that are the same photograph, resized, recompressed or retouched.
+
+Each picture is told by a perceptual hash: shrunk to 64×64 grey pixels, the signs of the 16×16
+lowest frequencies of its cosine transform but the constant one. On photographs, copies differ in up
+to 20 of the 255 bits (resized, blurred, recompressed, brightened), other pictures in 50 and more.
+Mirrored copies and clear crops are not found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fcmae.console import tracked
+from fcmae.data.batch import as_float
+from fcmae.data.decode import BadImage, read_picture
+from fcmae.data.evaluation import MAX_PIXELS, batches_of
+from fcmae.data.files import FileList
+from fcmae.data.loader import lost_workers, make_loader
+
+SIDE = 64
+FREQUENCIES = 16
+BITS = FREQUENCIES**2 - 1
+MOST_BITS = 32
+"""Bits by which two hashes of one photograph may differ."""
+
+FLAT = 0.01
+"""Deviation of the shrunk picture under which its hash says nothing, of a range of 1."""
+
+_AT_ONCE = 4096
+
+_COSINES = np.cos(
+    np.pi / SIDE * np.outer(np.arange(FREQUENCIES), np.arange(SIDE) + 0.5), dtype=np.float32
+)
+
+Hash = npt.NDArray[np.uint8]
+
+
+class Duplicate(NamedTuple):
+    """A file, the other file that it nearly is, and the bits by which they differ."""
+
+    name: str
+    of: str
+    bits: int
+
+
+@dataclass
+class _Hashes:
+    """Packed hashes (B, 32) of the files `indices` (B,)."""
+
+    hashes: Tensor
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class _HashDataset(Dataset["tuple[int, Hash] | None"]):
+    def __init__(self, files: FileList) -> None:
+        self.files = files
+
+    def __getitem__(self, index: int) -> tuple[int, Hash] | None:
+        found = perceptual_hash(self.files.path(index))
+        return None if found is None else (index, found)
+
+
+def perceptual_hash(path: str | bytes) -> Hash | None:
+    """The hash of a picture, 32 bytes; None where it can't be read or is all of one tone."""
+    try:
+        picture = read_picture(path, 1, MAX_PIXELS)
+        small = as_float(picture.resized((0, 0, *picture.size), (SIDE, SIDE), fast=True))[0]
+    except BadImage:
+        return None
+    if small.std() < FLAT:
+        return None
+    return np.packbits((_COSINES @ small @ _COSINES.T).ravel()[1:] > 0)
+
+
+def find_duplicates(
+    files: FileList, others: FileList, workers: int, shown: bool = False
+) -> list[Duplicate]:
+    """Find the pictures in `files` that are near-duplicates of one in `others`, its nearest.
+
+    Raises:
+        RunError: a process that reads pictures died.
+    """
+    wanted, wanted_at = _hashes(others, workers, "hashes of val" if shown else None)
+    found, found_at = _hashes(files, workers, "hashes to compare" if shown else None)
+    if not len(wanted) or not len(found):
+        return []
+    result = []
+    signs = _signs(wanted)
+    for start in range(0, len(found), _AT_ONCE):
+        alike = _signs(found[start : start + _AT_ONCE]) @ signs.T
+        best = alike.max(1)
+        bits = ((BITS - best.values) / 2).round().int()
+        for place in (bits <= MOST_BITS).nonzero().flatten().tolist():
+            near = int(best.indices[place])
+            name, of = files.name(int(found_at[start + place])), others.name(int(wanted_at[near]))
+            result.append(Duplicate(name, of, int(bits[place])))
+    return result
+
+
+def _hashes(files: FileList, workers: int, what: str | None) -> tuple[Hash, Sequence[int]]:
+    """Hashes (N, 32) of the files that have one, and which files these are."""
+    batches = batches_of(len(files), 64)
+    loader = make_loader(_HashDataset(files), batches, workers, join=_join)
+    with lost_workers():
+        parts = list(loader if what is None else tracked(loader, len(batches), what))
+    hashes = torch.cat([part.hashes for part in parts])
+    return hashes.numpy(), torch.cat([part.indices for part in parts]).tolist()
+
+
+def _join(samples: Sequence[tuple[int, Hash] | None]) -> _Hashes:
+    good = [sample for sample in samples if sample is not None]
+    hashes = [sample[1] for sample in good]
+    packed = np.stack(hashes) if hashes else np.empty((0, 32), np.uint8)
+    indices = torch.tensor([sample[0] for sample in good], dtype=torch.int64)
+    return _Hashes(torch.from_numpy(packed), indices)
+
+
+def _signs(hashes: Hash) -> Tensor:
+    """Bits as ±1 (N, 255): of a product of two, (255 - product) / 2 bits differ."""
+    return torch.from_numpy(np.unpackbits(hashes, axis=1, count=BITS)).float() * 2 - 1

@@ -1,0 +1,55 @@
+"""`fcmae embed`: the features of pictures, as numpy arrays."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from fcmae.atomic import atomic_write
+from fcmae.console import show_logs
+from fcmae.data.files import find_images
+from fcmae.distributed import resolve_device
+from fcmae.features import extract, load_backbone
+from fcmae.resources import resolve_workers
+from fcmae.settings import height_width
+from fcmae.tool_config import EmbedConfig
+from sparse.errors import InputError, RunError
+
+_log = logging.getLogger(__name__)
+
+
+def embed(config: EmbedConfig) -> Path:
+    """Write features (N, C) float32 and their paths (N) to an .npz file, and return it.
+
+    A feature is the mean of the last stage's map over a centre crop; a path is relative to
+    `config.images`. Pictures that can't be read are named and left out.
+
+    Raises:
+        InputError: the weights, the pictures or `out` is wrong.
+        RunError: no picture could be read, or `out` could not be written.
+    """
+    show_logs()
+    out = Path(config.out)
+    if out.suffix != ".npz" or out.is_dir():
+        raise InputError(f"out {config.out!r} must be a file ending in .npz, such as features.npz")
+    size = None if config.img_size is None else height_width(config.img_size)
+    device = resolve_device(config.device)
+    backbone = load_backbone(config.source, device, size)
+    files = find_images(config.images)
+    workers = resolve_workers(config.workers, device)
+    found = extract(backbone, files, config.batch_size, workers, what="features")
+    for name, reason in found.bad:
+        _log.warning("left out, since it can't be read: %s: %s", name, reason)
+    if not len(found.indices):
+        raise RunError(f"none of the {len(files)} pictures in {config.images!r} can be read")
+    paths = np.array([files.name(index) for index in found.indices.tolist()])
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(out) as path, path.open("wb") as file:
+            np.savez(file, features=found.values.numpy(), paths=paths)
+    except OSError as error:
+        raise RunError(f"out {config.out!r} could not be written: {error}") from error
+    _log.info("%s: %d pictures, %d channels, from %s", out, *found.values.shape, backbone.origin)
+    return out

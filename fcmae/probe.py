@@ -1,0 +1,147 @@
+"""`fcmae probe`: what frozen features are worth on labelled pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fcmae.console import show_logs
+from fcmae.data.duplicates import Duplicate, find_duplicates
+from fcmae.data.files import find_images
+from fcmae.data.labelled import LabelledData, check_known, find_labelled
+from fcmae.distributed import resolve_device
+from fcmae.features import Backbone, load_backbone, random_backbone
+from fcmae.probing import labelled_features, measure
+from fcmae.resources import resolve_workers
+from fcmae.settings import height_width
+from fcmae.tool_config import ProbeConfig
+from fcmae.weights import CONFIG_FILE, read_json
+from sparse.errors import InputError
+
+SHOWN = 20
+
+_log = logging.getLogger(__name__)
+
+
+def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
+    """Measure frozen features, and print a table, or with `config.json` one JSON object.
+
+    Args:
+        show: False prints nothing.
+
+    Returns:
+        For each of `knn5`, `knn20` (or other `neighbours`) and `linear`: `top1` in percent and its
+        95 % interval, `low` to `high`; of `linear` also its `penalty`. `random`, the same for
+        random weights, with `baseline`. The numbers of pictures, `train` and `val`, of `classes`
+        and of `unreadable` ones; `weights`, `img_size`; `near_duplicates`, where asked for, each
+        with `path`, `of` and `bits`.
+
+    Raises:
+        InputError: the weights or the data are wrong.
+        RunError: no picture could be read.
+    """
+    show_logs()
+    size = None if config.img_size is None else height_width(config.img_size)
+    device = resolve_device(config.device)
+    backbone = load_backbone(config.source, device, size)
+    data = find_labelled(config.data, config.val_fraction, exclude=config.source)
+    if not config.other_classes:
+        _check_classes(config, data)
+    result = _measured(backbone, data, config)
+    if config.baseline:
+        result["random"] = _measured(random_backbone(backbone), data, config)
+    if config.near_duplicates is not None:
+        found = report_duplicates(config.near_duplicates, data, config.workers, device)
+        result["near_duplicates"] = [
+            {"path": entry.name, "of": entry.of, "bits": entry.bits} for entry in found
+        ]
+    if show and config.json:
+        print(json.dumps(result))
+    elif show:
+        _print_table(result)
+    return result
+
+
+def report_duplicates(
+    images: str, data: LabelledData, workers: str | int, device: Any
+) -> list[Duplicate]:
+    """Say which pictures of a folder are near-duplicates of pictures in val, and return them.
+
+    Raises:
+        InputError: no pictures there.
+        RunError: a process that reads pictures died.
+    """
+    files = find_images(images)
+    found = find_duplicates(files, data.val.files, resolve_workers(workers, device), shown=True)
+    for entry in found[:SHOWN]:
+        _log.warning(
+            "near-duplicate of a validation picture: %s is like %s%s", entry.name, data.val.prefix,
+            entry.of,
+        )  # fmt: skip
+    if len(found) > SHOWN:
+        _log.warning("and %d more", len(found) - SHOWN)
+    distinct = len({entry.of for entry in found})
+    _log.info(
+        "%d of %d pictures in %s are near-duplicates of %d of the %d pictures in val", len(found),
+        len(files), images, distinct, len(data.val.files),
+    )  # fmt: skip
+    return found
+
+
+def _measured(backbone: Backbone, data: LabelledData, config: ProbeConfig) -> dict[str, Any]:
+    workers = resolve_workers(config.workers, backbone.device)
+    features, bad = labelled_features(backbone, data, config.batch_size, workers, shown=True)
+    for name, reason in bad[:SHOWN]:
+        _log.warning("left out, since it can't be read: %s: %s", name, reason)
+    if len(bad) > SHOWN:
+        _log.warning("and %d more", len(bad) - SHOWN)
+    return {
+        **measure(features, config.neighbours),
+        "train": len(features.train),
+        "val": len(features.val),
+        "classes": features.classes,
+        "unreadable": len(bad),
+        "weights": backbone.origin,
+        "img_size": list(backbone.images.img_size),
+    }
+
+
+def _check_classes(config: ProbeConfig, data: LabelledData) -> None:
+    """Refuse weights that were fine-tuned for other classes, which is most likely a mistake."""
+    for folder in (Path(config.source) / "best", Path(config.source)):
+        names = read_json(folder / CONFIG_FILE).get("label_names")
+        if isinstance(names, list):
+            try:
+                check_known(Path(config.data), data.names, names, "the fine-tuned model")
+            except InputError as error:
+                raise InputError(
+                    f"{error}; to probe its features on other classes, --other_classes"
+                ) from error
+            return
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    out = Console(highlight=False)
+    out.print(result["weights"], markup=False, soft_wrap=True)
+    out.print(
+        f"{result['train']} pictures to learn from, {result['val']} to measure on, "
+        f"{result['classes']} classes"
+    )
+    table = Table()
+    for name in ("probe", "top-1 %", "95 %"):
+        table.add_column(name, justify="left" if name == "probe" else "right")
+    if "random" in result:
+        table.add_column("random weights", justify="right")
+    for name, entry in result.items():
+        if not isinstance(entry, dict) or "top1" not in entry:
+            continue
+        row = [name, f"{entry['top1']:.1f}", f"{entry['low']:.1f} to {entry['high']:.1f}"]
+        if "random" in result:
+            row.append(f"{result['random'][name]['top1']:.1f}")
+        table.add_row(*row)
+    out.print(table, markup=False)
