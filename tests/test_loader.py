@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from fcmae.data.loader import (
     StepSampler,
     collate,
     epoch_order,
+    lost_workers,
     make_loader,
     measure_mean_std,
     normalise,
@@ -285,3 +287,16 @@ def test_workers_leave_signals_to_the_main_process_and_end_with_it(
     assert running.returncode == 0
     assert time.monotonic() - began < 15
     assert not any(map(is_alive, workers))
+
+
+def test_a_reader_that_dies_while_it_sends_ends_in_one_line():
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    said = r"failed \(EOFError while it sent pictures\).*--workers"
+    with pytest.raises(RunError, match=said), lost_workers():
+        ours.recv_bytes()
+    ours.close()
+    with pytest.raises(EOFError), lost_workers():
+        raise EOFError("something else")
+    with pytest.raises(RuntimeError, match="something else"), lost_workers():
+        raise RuntimeError("something else")

@@ -7,7 +7,9 @@ processes change nothing, and a run goes on where it stopped.
 import os
 import re
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -164,18 +166,31 @@ def lost_workers() -> Iterator[None]:
     """Turn what torch raises, at whatever line, for a worker that died or has no room: RunError."""
     try:
         yield
-    except RuntimeError as error:
-        found = re.search(
-            r"DataLoader worker \(pid.*|unable to allocate shared memory.*", str(error)
-        )
-        if found is None:
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        what = _lost(error)
+        if what is None:
             raise
         raise RunError(
-            f"a process that reads pictures failed ({found[0].strip(' .')}), for want of memory or "
+            f"a process that reads pictures failed ({what}), for want of memory or "
             "of room in /dev/shm: give the same command with fewer --workers (0 reads in the "
             "process itself) or enlarge /dev/shm (docker run --shm-size 8g); training goes on from "
             "the last checkpoint"
         ) from error
+
+
+def _lost(error: Exception) -> str | None:
+    """Say what happened to a worker, or None where the error is about something else.
+
+    torch notices a death; what it was just then sending breaks off inside multiprocessing.
+    """
+    if isinstance(error, RuntimeError):
+        found = re.search(
+            r"DataLoader worker \(pid.*|unable to allocate shared memory.*", str(error)
+        )
+        return found[0].strip(" .") if found else None
+    *_, last = traceback.walk_tb(error.__traceback__)
+    inside = last[0].f_globals.get("__name__", "").startswith("multiprocessing.")
+    return f"{type(error).__name__} while it sent pictures" if inside else None
 
 
 class _Shared:
@@ -205,7 +220,14 @@ def _init_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    sys.excepthook = _quiet_hook
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _quiet_hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Leave out the traceback of a worker whose parent went away while it was sending."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_with_parent(parent: int) -> None:
