@@ -93,6 +93,13 @@ COMMANDS = {
         "fcmae.diversity:diversity",
         "source",
     ),
+    "report": Command(
+        "write a page on one or several runs: curves, pictures, settings",
+        "fcmae report RUN ...",
+        "fcmae.tool_config:ReportConfig",
+        "fcmae.report:report",
+        "runs",
+    ),
     "samples": Command(
         "write a small labelled set of images to try things on",
         "fcmae samples DIR",

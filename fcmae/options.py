@@ -105,14 +105,17 @@ def read_arguments(
     """Match `--key value`, `--key=value` and flags; return settings by key, and config files."""
     given: dict[str, Given] = {}
     files: list[str] = []
+    several: list[str] = []
     rest = list(argv)
     previous = ""
     while rest:
         token = rest.pop(0)
         if not token.startswith("-"):
-            if positional is None or positional in given:
+            more = several and previous == positional and _takes_list(known[previous].type)
+            if positional is None or (positional in given and not more):
                 raise InputError(_stray(token, previous, given, known))
-            key, value = positional, token
+            several.append(token)
+            key, value = positional, json.dumps(several) if more else token
         else:
             name, separator, value = token.partition("=")
             key = name.removeprefix("--")

@@ -235,6 +235,18 @@ class DiversityConfig:
         check_features(self)
 
 
+@dataclass
+class ReportConfig:
+    """Write one static HTML page on a run, or on several side by side."""
+
+    runs: str | list[str]
+    """Run folder of pretraining or fine-tuning; several as '[A,B]'. May be given as the first
+    arguments."""
+
+    out: str | None = None
+    """Page to write, .html. null writes report.html into the first run."""
+
+
 def check_features(config: Any) -> None:
     """What all commands on frozen features share.
 
