@@ -54,14 +54,14 @@ COMMANDS = {
     "evaluate": Command(
         "measure top-1, top-5 and each class on labelled images",
         "fcmae evaluate RUN|WEIGHTS --data DIR",
-        "finetune.config:EvaluateConfig",
+        "finetune.tool_config:EvaluateConfig",
         "finetune.evaluate:evaluate",
         "source",
     ),
     "predict": Command(
         "write the best classes of each image to a CSV file",
         "fcmae predict RUN|WEIGHTS --images DIR --out FILE.csv",
-        "finetune.config:PredictConfig",
+        "finetune.tool_config:PredictConfig",
         "finetune.predict:predict",
         "source",
     ),

@@ -111,7 +111,7 @@ def read_arguments(
     while rest:
         token = rest.pop(0)
         if not token.startswith("-"):
-            more = several and previous == positional and _takes_list(known[previous].type)
+            more = bool(several) and previous == positional and _takes_list(known[previous].type)
             if positional is None or (positional in given and not more):
                 raise InputError(_stray(token, previous, given, known))
             several.append(token)

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fcmae.console import show_logs
-from fcmae.data.duplicates import Duplicate, find_duplicates
-from fcmae.data.files import find_images
+from fcmae.data.duplicates import report_duplicates
 from fcmae.data.labelled import LabelledData, check_known, find_labelled
 from fcmae.distributed import resolve_device
 from fcmae.features import Backbone, load_backbone, random_backbone
@@ -57,40 +56,12 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
         result["random"] = _measured(random_backbone(backbone), data, config)
     if config.near_duplicates is not None:
         found = report_duplicates(config.near_duplicates, data, config.workers, device)
-        result["near_duplicates"] = [
-            {"path": entry.name, "of": entry.of, "bits": entry.bits} for entry in found
-        ]
+        result["near_duplicates"] = [entry._asdict() for entry in found]
     if show and config.json:
         print(json.dumps(result))
     elif show:
         _print_table(result)
     return result
-
-
-def report_duplicates(
-    images: str, data: LabelledData, workers: str | int, device: Any
-) -> list[Duplicate]:
-    """Say which pictures of a folder are near-duplicates of pictures in val, and return them.
-
-    Raises:
-        InputError: no pictures there.
-        RunError: a process that reads pictures died.
-    """
-    files = find_images(images)
-    found = find_duplicates(files, data.val.files, resolve_workers(workers, device), shown=True)
-    for entry in found[:SHOWN]:
-        _log.warning(
-            "near-duplicate of a validation picture: %s is like %s%s", entry.name, data.val.prefix,
-            entry.of,
-        )  # fmt: skip
-    if len(found) > SHOWN:
-        _log.warning("and %d more", len(found) - SHOWN)
-    distinct = len({entry.of for entry in found})
-    _log.info(
-        "%d of %d pictures in %s are near-duplicates of %d of the %d pictures in val", len(found),
-        len(files), images, distinct, len(data.val.files),
-    )  # fmt: skip
-    return found
 
 
 def _measured(backbone: Backbone, data: LabelledData, config: ProbeConfig) -> dict[str, Any]:

@@ -170,6 +170,14 @@ class _PlainDumper(yaml.SafeDumper):
         return True
 
 
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Escape the line breaks that PyYAML writes as they are and reads back as spaces."""
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_PlainDumper.add_representer(str, _quoted)
+
 for _side in (_PlainLoader, _PlainDumper):
     _side.add_implicit_resolver(
         "tag:yaml.org,2002:float",

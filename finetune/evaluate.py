@@ -20,7 +20,7 @@ from fcmae.data.labelled import VAL, Split, check_known, find_classes, find_labe
 from fcmae.distributed import resolve_device
 from fcmae.settings import height_width, read_yaml
 from finetune.classifier import Classifier, load_classifier
-from finetune.config import EvaluateConfig
+from finetune.tool_config import EvaluateConfig
 from sparse.errors import InputError, RunError
 
 TOP = 5

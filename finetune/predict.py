@@ -13,7 +13,7 @@ from fcmae.console import show_logs
 from fcmae.data.files import FileList, find_images
 from fcmae.distributed import resolve_device
 from finetune.classifier import load_classifier
-from finetune.config import PredictConfig
+from finetune.tool_config import PredictConfig
 from sparse.errors import InputError, RunError
 
 _log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from fcmae import rng
 from fcmae.checkpoint import Checkpoint
 from fcmae.console import show_logs
+from fcmae.data.duplicates import Duplicate, report_duplicates, write_duplicates
 from fcmae.data.evaluation import EvalDataset, batches_of, collate_labelled
 from fcmae.data.labelled import LabelledData, Split, find_labelled, labels_of
 from fcmae.data.loader import StepSampler, check_parts, make_loader
@@ -80,6 +81,7 @@ def finetune(config: FinetuneConfig) -> int:
         model = model.to(world.device)
         size = checkpoint_bytes(model, copies=1 + (config.ema_decay is not None))
         check_disk(config, size)
+        duplicates = _find_duplicates(config, data, world)
         world.barrier()  # nobody writes before everybody has checked
         folder = RunFolder(config, "finetune", sampler.start_step) if world.is_main else None
         try:
@@ -95,6 +97,8 @@ def finetune(config: FinetuneConfig) -> int:
             if folder is not None:
                 data.train.files.save(folder.path / TRAIN_LIST)
                 data.val.files.save(folder.path / VAL_LIST)
+                if duplicates is not None:
+                    write_duplicates(duplicates, folder.path / "near_duplicates.jsonl")
             if folder is not None and start is None:
                 task.write_best(folder.path / BEST)  # takes away what a run never saved has left
             loop = Loop(
@@ -113,6 +117,15 @@ def finetune(config: FinetuneConfig) -> int:
         finally:
             if folder is not None:
                 folder.close()
+
+
+def _find_duplicates(
+    config: FinetuneConfig, data: LabelledData, world: World
+) -> list[Duplicate] | None:
+    """Near-duplicates of validation pictures, where asked for, on the main process."""
+    if config.near_duplicates is None or not world.is_main:
+        return None
+    return report_duplicates(config.near_duplicates, data, config.workers, world.device)
 
 
 def _find_data(config: FinetuneConfig, start: Checkpoint | None) -> LabelledData:

@@ -20,16 +20,11 @@ from torch import Tensor
 from fcmae.checkpoint import list_checkpoints
 from fcmae.data.evaluation import EvalDataset, collate_labelled
 from fcmae.data.labelled import find_classes, labels_of
-from finetune.config import (
-    EvaluateConfig,
-    FinetuneAugmentConfig,
-    FinetuneConfig,
-    FinetuneOptimConfig,
-    PredictConfig,
-)
+from finetune.config import FinetuneAugmentConfig, FinetuneConfig, FinetuneOptimConfig
 from finetune.evaluate import evaluate, summarise
 from finetune.predict import predict
 from finetune.task import Ema
+from finetune.tool_config import EvaluateConfig, PredictConfig
 from finetune.train import finetune
 from sparse.errors import InputError
 from tests.conftest import write_classes

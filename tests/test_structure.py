@@ -20,6 +20,7 @@ TORCH_FREE = (
     "fcmae/tool_config.py",
     "fcmae/settings.py",
     "finetune/config.py",
+    "finetune/tool_config.py",
 )
 
 

@@ -8,8 +8,11 @@ Mirrored copies and clear crops are not found.
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,12 +21,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fcmae.atomic import atomic_write
 from fcmae.console import tracked
 from fcmae.data.batch import as_float
 from fcmae.data.decode import BadImage, read_picture
 from fcmae.data.evaluation import MAX_PIXELS, batches_of
-from fcmae.data.files import FileList
+from fcmae.data.files import FileList, find_images
+from fcmae.data.labelled import LabelledData
 from fcmae.data.loader import lost_workers, make_loader
+from fcmae.resources import resolve_workers
 
 SIDE = 64
 FREQUENCIES = 16
@@ -34,7 +40,12 @@ MOST_BITS = 32
 FLAT = 0.01
 """Deviation of the shrunk picture under which its hash says nothing, of a range of 1."""
 
+SHOWN = 20
+"""Most that are told one by one."""
+
 _AT_ONCE = 4096
+
+_log = logging.getLogger(__name__)
 
 _COSINES = np.cos(
     np.pi / SIDE * np.outer(np.arange(FREQUENCIES), np.arange(SIDE) + 0.5), dtype=np.float32
@@ -46,7 +57,7 @@ Hash = npt.NDArray[np.uint8]
 class Duplicate(NamedTuple):
     """A file, the other file that it nearly is, and the bits by which they differ."""
 
-    name: str
+    path: str
     of: str
     bits: int
 
@@ -106,6 +117,38 @@ def find_duplicates(
             name, of = files.name(int(found_at[start + place])), others.name(int(wanted_at[near]))
             result.append(Duplicate(name, of, int(bits[place])))
     return result
+
+
+def report_duplicates(
+    images: str, data: LabelledData, workers: str | int, device: torch.device
+) -> list[Duplicate]:
+    """Say which pictures of a folder are near-duplicates of pictures in val, and return them.
+
+    Raises:
+        InputError: no pictures there.
+        RunError: a process that reads pictures died.
+    """
+    files = find_images(images)
+    found = find_duplicates(files, data.val.files, resolve_workers(workers, device), shown=True)
+    for entry in found[:SHOWN]:
+        _log.warning(
+            "near-duplicate of a validation picture: %s is like %s%s", entry.path, data.val.prefix,
+            entry.of,
+        )  # fmt: skip
+    if len(found) > SHOWN:
+        _log.warning("and %d more", len(found) - SHOWN)
+    distinct = len({entry.of for entry in found})
+    _log.info(
+        "%d of %d pictures in %s are near-duplicates of %d of the %d pictures in val", len(found),
+        len(files), images, distinct, len(data.val.files),
+    )  # fmt: skip
+    return found
+
+
+def write_duplicates(found: Sequence[Duplicate], path: Path) -> None:
+    """Write a JSON object a line."""
+    with atomic_write(path) as file:
+        file.write_text("".join(json.dumps(entry._asdict()) + "\n" for entry in found))
 
 
 def _hashes(files: FileList, workers: int, what: str | None) -> tuple[Hash, Sequence[int]]:
