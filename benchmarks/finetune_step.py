@@ -63,8 +63,8 @@ def make_loop(model: nn.Module, config: FinetuneConfig, steps: int) -> Loop:
     nothing: DataLoader[tuple[Tensor, ...]] = DataLoader(TensorDataset(torch.empty(0)))
     task = FinetuneTask(
         model, make_optimizer(model, config.optim, LAYER_DECAY), False, config.ema_decay, MEAN,
-        STD, config.augment.label_smoothing, None, nothing, None, 1, config.max_bad, {}, world,
-        None,
+        STD, config.augment.label_smoothing, None, 1, 1, nothing, None, 1, config.max_bad, {},
+        world, None,
     )  # fmt: skip
     return Loop(task, make_plan(config, steps, None), config, {}, str, world, None)
 

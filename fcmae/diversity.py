@@ -7,7 +7,8 @@ same map.
 
 Taken in the widest activations of every block, after GELU and, in V2, GRN: what enters fc2. The
 images are shown whole, nothing hidden. A channel that is zero on an image has no direction: it
-takes no part in that image's mean, and the share of such channels is told beside it.
+takes no part in that image's mean, and the share of such channels is told beside it. An image on
+which all are zero takes no part at all; a block of which that holds for every image has 0.
 """
 
 from __future__ import annotations
@@ -56,13 +57,14 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
         RunError: no picture could be read.
     """
     show_logs()
-    if config.out is not None and Path(config.out).suffix not in (".png", ".svg"):
+    out = None if config.out is None else Path(config.out)
+    if out is not None and (out.suffix not in (".png", ".svg") or out.is_dir()):
         raise InputError(f"out {config.out!r} must be a file ending in .png or .svg")
     size = None if config.img_size is None else height_width(config.img_size)
     device = resolve_device(config.device)
     sources = [config.source] if isinstance(config.source, str) else config.source
     backbones = {source: load_backbone(source, device, size) for source in sources}
-    files = find_images(config.images)
+    files = find_images(config.images, setting="images")
     if len(files) > config.count:
         files = files.select(files.split_holdout(config.count, minimum=0)[1])
     result = {}
@@ -70,8 +72,8 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
         values, images = _measured(backbone, files, config)
         mean = float(np.mean([value["diversity"] for value in values.values()]))
         result[source] = {"blocks": values, "mean": mean, "images": images}
-    if config.out is not None:
-        _write_plot(result, Path(config.out))
+    if out is not None:
+        _write_plot(result, out)
     if show and config.json:
         print(json.dumps(result))
     elif show:
@@ -143,14 +145,17 @@ def block_diversity(
         for hook in hooks:
             hook.remove()
     return {
-        name: {"diversity": float(total[0]) / count, "zero": float(total[1]) / count}
+        name: {
+            "diversity": float(total[0] / total[2].clamp_min(1)),
+            "zero": float(total[1]) / count,
+        }
         for name, total in sums.items()
     }
 
 
 def channel_diversity(x_BNC: Tensor) -> Tensor:
-    """Sums over images of the mean cosine distance of all pairs of channels, and of the share of
-    channels that are zero → (2,).
+    """Sums over images: of the mean cosine distance of all pairs of channels, of the share of
+    channels that are zero, and of images on which not all are → (3,).
 
     Args:
         x_BNC: N positions of C channels.
@@ -161,8 +166,9 @@ def channel_diversity(x_BNC: Tensor) -> Tensor:
     count_B = live_BC.sum(1).clamp_min(1)
     together_B = unit_BNC.sum(2).square().sum(1)
     diversity_B = (1 - together_B / count_B**2) / 2
+    some_B = live_BC.any(1)
     zero_B = 1 - live_BC.float().mean(1)
-    return torch.stack([diversity_B.sum(), zero_B.sum()]).cpu()
+    return torch.stack([(diversity_B * some_B).sum(), zero_B.sum(), some_B.sum()]).cpu()
 
 
 def draw(result: dict[str, Any]) -> Any:
@@ -173,17 +179,24 @@ def draw(result: dict[str, Any]) -> Any:
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    names = sorted({name for entry in result.values() for name in entry["blocks"]}, key=_place)
     for source, entry in result.items():
-        names = [name.removeprefix("stages.").replace(".blocks", "") for name in entry["blocks"]]
-        values = [block["diversity"] for block in entry["blocks"].values()]
-        axes.plot(range(len(names)), values, marker="o", label=source)
-        axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 20 else 0)
+        there = [place for place, name in enumerate(names) if name in entry["blocks"]]
+        values = [entry["blocks"][names[place]]["diversity"] for place in there]
+        axes.plot(there, values, marker="o", label=source)
+    short = [name.removeprefix("stages.").replace(".blocks", "") for name in names]
+    axes.set_xticks(range(len(names)), short, rotation=90 if len(names) > 20 else 0)
     axes.set_ylim(0, 0.52)
     axes.set_xlabel("block (stage.number)")
     axes.set_ylabel("mean cosine distance of channels")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+def _place(name: str) -> list[int]:
+    """Sorts blocks by stage and number."""
+    return [int(part) for part in name.split(".") if part.isdigit()]
 
 
 def _write_plot(result: dict[str, Any], out: Path) -> None:
@@ -202,8 +215,7 @@ def _print_table(result: dict[str, Any]) -> None:
     for source in result:
         table.add_column(source, justify="right")
         table.add_column("zero %", justify="right")
-    names = list(dict.fromkeys(name for entry in result.values() for name in entry["blocks"]))
-    for name in names:
+    for name in sorted({name for entry in result.values() for name in entry["blocks"]}, key=_place):
         row = [name]
         for entry in result.values():
             block = entry["blocks"].get(name)

@@ -37,7 +37,7 @@ def embed(config: EmbedConfig) -> Path:
     size = None if config.img_size is None else height_width(config.img_size)
     device = resolve_device(config.device)
     backbone = load_backbone(config.source, device, size)
-    files = find_images(config.images)
+    files = find_images(config.images, setting="images")
     workers = resolve_workers(config.workers, device)
     found = extract(backbone, files, config.batch_size, workers, what="features")
     for name, reason in found.bad:

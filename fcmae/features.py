@@ -25,10 +25,14 @@ from fcmae.weights import Preprocessing, find_weights, load_weights, read_prepro
 from sparse import SparseConvNeXtV2, get_engine
 from sparse.convert import encoder_part
 from sparse.encoder import init_fan_in
+from sparse.layers import SparseBlock
 from sparse.sizes import PATCH
 
 CROP_PCT = 0.875
 """Share of the resized picture's side that the centre crop keeps, as in fine-tuning."""
+
+V1_LAYER_SCALE = 1e-6
+"""ConvNeXt V1's initial scale (arXiv 2201.03545)."""
 
 BEST = "best"
 """Where a run of fine-tuning keeps its best weights."""
@@ -36,11 +40,13 @@ BEST = "best"
 
 @dataclass(frozen=True)
 class Backbone:
-    """An encoder in evaluation mode, how it wants images, and where it comes from, in words."""
+    """An encoder in evaluation mode, how it wants images, and where it comes from: in words, and
+    the weight file, if any."""
 
     encoder: SparseConvNeXtV2
     images: Preprocessing
     origin: str
+    file: Path | None = None
 
     @property
     def device(self) -> torch.device:
@@ -81,18 +87,21 @@ def load_backbone(
     images = read_preprocessing(file) or default_preprocessing(kind.in_chans)
     height, width = img_size or (_whole(images.img_size[0]), _whole(images.img_size[1]))
     images = Preprocessing((height, width), images.mean, images.std)
-    return Backbone(encoder.to(device).eval(), images, weights.origin)
+    return Backbone(encoder.to(device).eval(), images, weights.origin, file)
 
 
 def random_backbone(like: Backbone, seed: int = 0) -> Backbone:
     """The same architecture with the random weights that pretraining starts from."""
-    torch.manual_seed(seed)
     given = like.encoder
-    blocks = [module for module in given.modules() if hasattr(module, "grn")]
-    encoder = SparseConvNeXtV2(
-        given.depths, given.dims, given.in_chans, engine="dense", use_grn=blocks[0].grn is not None
-    )
-    init_fan_in(encoder)
+    block = next(module for module in given.modules() if isinstance(module, SparseBlock))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = SparseConvNeXtV2(
+            given.depths, given.dims, given.in_chans, engine="dense",
+            use_grn=block.mlp.grn is not None,
+            layer_scale=None if block.gamma is None else V1_LAYER_SCALE,
+        )  # fmt: skip
+        init_fan_in(encoder)
     return Backbone(encoder.to(like.device).eval(), like.images, "random weights")
 
 

@@ -122,7 +122,7 @@ class Loop:
         """
         plan = self.plan
         progress = StepProgress(plan.total_steps, self.step, plan.epochs, self.folder is None)
-        with signals.ctrl_c(), progress, lost_workers():
+        with signals.ctrl_c(), progress, lost_workers("; it goes on from the last checkpoint"):
             clock = Clock()
             while self.step < plan.total_steps or self.epoch_end_due:
                 bad: list[tuple[str, str]] = []

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fcmae.checkpoint import STATE
 from fcmae.console import show_logs
 from fcmae.data.duplicates import report_duplicates
 from fcmae.data.labelled import LabelledData, check_known, find_labelled
@@ -49,8 +50,8 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
     device = resolve_device(config.device)
     backbone = load_backbone(config.source, device, size)
     data = find_labelled(config.data, config.val_fraction, exclude=config.source)
-    if not config.other_classes:
-        _check_classes(config, data)
+    if backbone.file is not None and not config.other_classes:
+        _check_classes(config, backbone.file, data)
     result = _measured(backbone, data, config)
     if config.baseline:
         result["random"] = _measured(random_backbone(backbone), data, config)
@@ -82,18 +83,22 @@ def _measured(backbone: Backbone, data: LabelledData, config: ProbeConfig) -> di
     }
 
 
-def _check_classes(config: ProbeConfig, data: LabelledData) -> None:
-    """Refuse weights that were fine-tuned for other classes, which is most likely a mistake."""
-    for folder in (Path(config.source) / "best", Path(config.source)):
-        names = read_json(folder / CONFIG_FILE).get("label_names")
-        if isinstance(names, list):
-            try:
-                check_known(Path(config.data), data.names, names, "the fine-tuned model")
-            except InputError as error:
-                raise InputError(
-                    f"{error}; to probe its features on other classes, --other_classes"
-                ) from error
-            return
+def _check_classes(config: ProbeConfig, file: Path, data: LabelledData) -> None:
+    """Refuse weights that were fine-tuned for other classes, which is most likely a mistake.
+
+    Raises:
+        InputError: the config or checkpoint beside the weight file names other classes.
+    """
+    state = read_json(file.with_name(STATE)).get("settings", {})
+    names = read_json(file.with_name(CONFIG_FILE)).get("label_names", state.get("label_names"))
+    if not isinstance(names, list):
+        return
+    try:
+        check_known(Path(config.data), data.names, names, "the fine-tuned model")
+    except InputError as error:
+        raise InputError(
+            f"{error}; to probe its features on other classes, --other_classes"
+        ) from error
 
 
 def _print_table(result: dict[str, Any]) -> None:

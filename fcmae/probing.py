@@ -30,6 +30,10 @@ _Z95 = 1.959964
 _AT_ONCE = 1 << 24
 
 
+class NothingToRead(RunError):
+    """No picture of a split can be read."""
+
+
 class Labelled(NamedTuple):
     """Features (N, C) and classes (N,) of the pictures to learn from and of those to measure on.
 
@@ -57,7 +61,8 @@ def labelled_features(
 
     Raises:
         Interrupted: `stop()` turned true.
-        RunError: nothing to learn from, or to measure on, can be read.
+        NothingToRead: nothing to learn from, or to measure on.
+        RunError: a process that reads pictures died.
     """
     parts, labels, bad = [], [], []
     for split, what in ((data.train, "train"), (data.val, "val")):
@@ -68,7 +73,9 @@ def labelled_features(
         bad += found.bad
         if not len(found.indices):
             name, reason = found.bad[0]
-            raise RunError(f"none of the {len(found.bad)} pictures can be read ({name}: {reason})")
+            raise NothingToRead(
+                f"none of the {len(found.bad)} pictures can be read ({name}: {reason})"
+            )
         parts.append(found)
         labels.append(torch.from_numpy(labels_of(split.files, data.names)[found.indices]))
     read = data.train.files.select(parts[0].indices)
@@ -98,13 +105,16 @@ def knn(
 ) -> list[Tensor]:
     """Classes (M,) by the K training pictures of the largest cosine, for each K in `neighbours`."""
     most = min(max(neighbours), len(train_NC))
-    train = F.normalize(train_NC, dim=1)
+    # In double: where features share a large offset, their cosines are all next to 1.
+    train = F.normalize(train_NC.double(), dim=1)
     guesses: list[list[Tensor]] = [[] for _ in neighbours]
-    for some in F.normalize(val_MC, dim=1).split(max(1, _AT_ONCE // (len(train) + classes))):
+    for some in F.normalize(val_MC.double(), dim=1).split(
+        max(1, _AT_ONCE // (len(train) + classes))
+    ):
         near = (some @ train.T).topk(most)
         weights, voted = (near.values / TEMPERATURE).exp(), labels_N[near.indices]
         for k, into in zip(neighbours, guesses, strict=True):
-            votes = torch.zeros(len(some), classes)
+            votes = near.values.new_zeros(len(some), classes)
             into.append(votes.scatter_add_(1, voted[:, :k], weights[:, :k]).argmax(1))
     return [torch.cat(parts) for parts in guesses]
 

@@ -39,7 +39,7 @@ def reconstruct(config: ReconstructConfig) -> float:
     checkpoint = load_run_checkpoint(config.run)
     device = resolve_device(config.device)
     model, settings = build_model(checkpoint, device)
-    files = find_images(config.images)
+    files = find_images(config.images, setting="images")
     shown = HoldoutSet(
         files.select(range(min(config.count, len(files)))),
         (settings["img_size"][0], settings["img_size"][1]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,10 +17,12 @@ from fcmae.distributed import World
 from fcmae.diversity import block_diversity
 from fcmae.features import Backbone
 from fcmae.model import FCMAE
-from fcmae.probing import labelled_features, measure
+from fcmae.probing import NothingToRead, labelled_features, measure
 from fcmae.run import RunFolder
 from fcmae.task import Settings, Watcher
 from fcmae.weights import Preprocessing
+
+_log = logging.getLogger(__name__)
 
 PICTURES_SHOWN = 8
 NEIGHBOURS = (5, 20)
@@ -75,17 +78,27 @@ class ProbeWatcher:
         self._data, self._batch_size, self._world = data, batch_size, world
         self._images = Preprocessing(settings.img_size, tuple(settings.mean), tuple(settings.std))
         self._workers = settings.workers
+        self._told = not world.is_main
 
     def __call__(self, model: FCMAE, step: int, stop: Callable[[], bool]) -> dict[str, float]:
         was_training = model.training
         model.eval()
         try:
-            features, _ = labelled_features(
+            features, bad = labelled_features(
                 Backbone(model.encoder, self._images, "this run"), self._data, self._batch_size,
                 self._workers, self._world, stop,
             )  # fmt: skip
+        except NothingToRead as error:
+            _log.warning("the features were not probed: %s", error)
+            return {}
         finally:
             model.train(was_training)
+        if bad and not self._told:
+            self._told = True
+            _log.warning(
+                "%d labelled pictures can't be read and are left out of the probe, as %s: %s",
+                len(bad), *bad[0],
+            )  # fmt: skip
         # Fitted on every process: the threads and the sums are the same, so all log the same.
         with torch.autocast(self._world.device.type, enabled=False):
             scores = measure(features, NEIGHBOURS)

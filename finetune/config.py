@@ -174,6 +174,10 @@ class FinetuneConfig:
     weights, which it spares the head's first errors, and 1 from scratch, where 0.001 costs a
     hundred steps."""
 
+    val_epochs: int = 1
+    """Epochs between two measurements on the validation images, among which the best weights are
+    chosen. More saves time where few images are trained on and many measured."""
+
     ema_decay: float | None = 0.998
     """Decay a step of the averaged weights that are evaluated too, 0 to 1; starts lower and rises.
     null keeps none. Longer training wants a longer memory: the paper takes 0.9999."""
@@ -227,7 +231,9 @@ class FinetuneConfig:
     """Updates that nonfinite skip may leave out in a run before it stops after all."""
 
     def __post_init__(self) -> None:
-        check_range(self, ["in_chans", "epochs", "batch_size", "accumulate"], at_least=1)
+        check_range(
+            self, ["in_chans", "epochs", "batch_size", "accumulate", "val_epochs"], at_least=1
+        )
         check_range(self, ["val_fraction", "drop_path"], at_least=0, below=1)
         check_range(self, ["head_init_scale", "seed"], at_least=0)
         check_range(self, ["ema_decay"], above=0, below=1)

@@ -35,7 +35,7 @@ def predict(config: PredictConfig) -> Path:
     if out.is_dir():
         raise InputError(f"out {config.out!r} is a folder: give a file, such as {out / 'out.csv'}")
     classifier = load_classifier(config.source, resolve_device(config.device))
-    files = find_images(config.images)
+    files = find_images(config.images, setting="images")
     top = min(config.top, len(classifier.names))
     written, bad = 0, 0
     try:

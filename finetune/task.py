@@ -71,6 +71,7 @@ class FinetuneTask:
         mean, std: what images are normalised with.
         label_smoothing: as in the config.
         mixup: timm's, or None.
+        epochs, val_epochs: how many there are, and how many lie between two measurements.
         validation: what to measure on, this process's share of it, in equally many batches.
         files: number of files, to train and to measure on; `max_bad` is the share of them that may
             prove unreadable.
@@ -88,6 +89,8 @@ class FinetuneTask:
         std: list[float],
         label_smoothing: float,
         mixup: Mixup | None,
+        epochs: int,
+        val_epochs: int,
         validation: DataLoader[Any],
         autocast: torch.dtype | None,
         files: int,
@@ -103,6 +106,7 @@ class FinetuneTask:
         self._frozen = frozen
         self._mean, self._std = mean, std
         self._label_smoothing, self._mixup = label_smoothing, mixup
+        self._epochs, self._val_epochs = epochs, val_epochs
         self._validation, self._autocast = validation, autocast
         self._max_bad = max_bad
         self._timm_config = timm_config
@@ -128,6 +132,8 @@ class FinetuneTask:
 
         What counts is top-1, of the averaged weights where there are any; then the lower loss.
         """
+        if epoch % self._val_epochs and epoch != self._epochs:
+            return {}
         models = {"val": self.model}
         if self.ema is not None:
             models["ema"] = self.ema.model

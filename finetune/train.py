@@ -90,7 +90,7 @@ def finetune(config: FinetuneConfig) -> int:
             task = FinetuneTask(
                 model, make_optimizer(model, config.optim, settings.layer_decay),
                 config.freeze == "backbone", config.ema_decay, settings.mean, settings.std,
-                config.augment.label_smoothing, mixup, validation,
+                config.augment.label_smoothing, mixup, config.epochs, config.val_epochs, validation,
                 autocast_dtype(settings.precision), len(data.train.files) + len(data.val.files),
                 config.max_bad, exported, world, folder,
             )  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -395,3 +396,28 @@ def test_predict_from_a_list_of_paths_with_odd_names(
     out = tmp_path / "out.csv"
     predict(PredictConfig(str(run), str(tmp_path / "list.txt"), str(out), workers=0))
     assert b'"' + odd + b'",class ' in out.read_bytes()
+
+
+def test_measuring_now_and_then_leaves_the_training_as_it_is(classes: Path, tmp_path: Path) -> None:
+    ends = {}
+    for name, every in (("each", 1), ("some", 2)):
+        assert finetune(config(classes, tmp_path / name, epochs=5, val_epochs=every)) == 0
+        ends[name] = {line["step"]: line for line in metrics(tmp_path / name) if "val_top1" in line}
+    assert [*ends["each"]] == [3, 6, 9, 12, 15]
+    assert [*ends["some"]] == [6, 12, 15]
+    assert all(ends["each"][step] == line for step, line in ends["some"].items())
+
+
+def test_near_duplicates_of_the_validation_pictures_are_listed(
+    classes: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "unlabeled"
+    other.mkdir()
+    with Image.open(classes / "val" / "class 1" / "2.png") as picture:
+        picture.resize((80, 96)).save(other / "larger.png")
+        picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(other / "other.png")
+    out = tmp_path / "run"
+    assert finetune(config(classes, out, epochs=1, near_duplicates=str(other))) == 0
+    (line,) = (out / "near_duplicates.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert (found["path"], found["of"]) == ("larger.png", "class 1/2.png")

@@ -1,9 +1,10 @@
 """Near-duplicates: pictures that are the same photograph, resized, recompressed or retouched.
 
 Each picture is told by a perceptual hash: shrunk to 64×64 grey pixels, the signs of the 16×16
-lowest frequencies of its cosine transform but the constant one. On photographs, copies differ in up
-to 20 of the 255 bits (resized, blurred, recompressed, brightened), other pictures in 50 and more.
-Mirrored copies and clear crops are not found.
+lowest frequencies of its cosine transform but the constant one. On 3,400 photographs, copies mostly
+differed in up to 20 of the 255 bits (resized, blurred, recompressed, brightened), other pictures in
+50 and more. Not found are mirrored copies, clear crops and those with blown-out light; small things
+on a plain ground, icons and scans are taken for each other.
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ def find_duplicates(
     Raises:
         RunError: a process that reads pictures died.
     """
+    if not len(files) or not len(others):
+        return []
     wanted, wanted_at = _hashes(others, workers, "hashes of val" if shown else None)
     found, found_at = _hashes(files, workers, "hashes to compare" if shown else None)
     if not len(wanted) or not len(found):
@@ -128,7 +131,7 @@ def report_duplicates(
         InputError: no pictures there.
         RunError: a process that reads pictures died.
     """
-    files = find_images(images)
+    files = find_images(images, setting="near_duplicates")
     found = find_duplicates(files, data.val.files, resolve_workers(workers, device), shown=True)
     for entry in found[:SHOWN]:
         _log.warning(

@@ -22,14 +22,16 @@ _LONGEST = 65_535
 _Key = tuple[int, int]
 
 
-def find_images(data: str | Sequence[str], exclude: str | None = None) -> FileList:
+def find_images(
+    data: str | Sequence[str], exclude: str | None = None, setting: str = "data"
+) -> FileList:
     """Return the pictures of a folder, of a text file of paths, or of several of them.
 
     A folder is searched with its subfolders, symbolic links followed; no folder and no linked
     picture is taken twice, hidden names and dangling links are left out, and the order is that of
     the relative paths' bytes. A text file holds a path a line, relative to its own folder or
     absolute; empty lines and lines that begin with # are skipped. `exclude` is a folder that is not
-    searched, such as the run's own.
+    searched, such as the run's own; `setting` is what error messages call `data`.
 
     Raises:
         InputError: a source that is missing, empty, unreadable, or given twice.
@@ -37,7 +39,7 @@ def find_images(data: str | Sequence[str], exclude: str | None = None) -> FileLi
     sources = [data] if isinstance(data, str) else list(data)
     if not sources:
         raise InputError("data [] names no source: give a folder of pictures")
-    scan = _Scan(exclude)
+    scan = _Scan(exclude, setting)
     for source in sources:
         before = scan.count
         try:
@@ -45,13 +47,13 @@ def find_images(data: str | Sequence[str], exclude: str | None = None) -> FileLi
         except OSError as error:
             where = os.fsdecode(error.filename or source)
             raise InputError(
-                f"data {where!r} can't be read ({error.strerror}): give a folder of pictures or a "
-                "text file of paths that this user may read"
+                f"{setting} {where!r} can't be read ({error.strerror}): give a folder of pictures "
+                "or a text file of paths that this user may read"
             ) from error
         if scan.count == before:
             raise InputError(
-                f"data {source!r} holds no pictures that are not named already: files ending in "
-                f"{', '.join(EXTENSIONS)} count"
+                f"{setting} {source!r} holds no pictures that are not named already: files ending "
+                f"in {', '.join(EXTENSIONS)} count"
             )
     return scan.finish()
 
@@ -59,7 +61,8 @@ def find_images(data: str | Sequence[str], exclude: str | None = None) -> FileLi
 class _Scan:
     """Collects names, source by source."""
 
-    def __init__(self, exclude: str | None) -> None:
+    def __init__(self, exclude: str | None, setting: str) -> None:
+        self.setting = setting
         self.roots: list[bytes] = []
         self.names = bytearray()
         self.lengths = array("H")
@@ -84,7 +87,7 @@ class _Scan:
             os.stat(path)
             self._add(name)
             return
-        for line in _read_listing(path, source):
+        for line in _read_listing(path, f"{self.setting} {source!r}"):
             self._add(line)
 
     def _add(self, name: bytes) -> None:
@@ -179,7 +182,7 @@ def _is_picture(entry: os.DirEntry[bytes]) -> bool:
     )
 
 
-def _read_listing(path: bytes, source: str) -> list[bytes]:
+def _read_listing(path: bytes, shown: str) -> list[bytes]:
     """Return the distinct paths of a text file, in byte order."""
     with open(path, "rb") as file:
         content = file.read().removeprefix(b"\xef\xbb\xbf")
@@ -187,7 +190,7 @@ def _read_listing(path: bytes, source: str) -> list[bytes]:
     names = [line for line in lines if line.strip() and not line.lstrip().startswith(b"#")]
     if b"\0" in content or any(len(name) > _LONGEST for name in names):
         raise InputError(
-            f"data {source!r} is neither a folder, nor a picture by its name, nor a text file of "
+            f"{shown} is neither a folder, nor a picture by its name, nor a text file of "
             "paths, one a line"
         )
     return sorted(names)

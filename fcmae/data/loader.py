@@ -162,8 +162,11 @@ def make_loader(
 
 
 @contextmanager
-def lost_workers() -> Iterator[None]:
-    """Turn what torch raises, at whatever line, for a worker that died or has no room: RunError."""
+def lost_workers(then: str = "") -> Iterator[None]:
+    """Turn what torch raises, at whatever line, for a worker that died or has no room: RunError.
+
+    `then` ends its message.
+    """
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
@@ -173,8 +176,7 @@ def lost_workers() -> Iterator[None]:
         raise RunError(
             f"a process that reads pictures failed ({what}), for want of memory or "
             "of room in /dev/shm: give the same command with fewer --workers (0 reads in the "
-            "process itself) or enlarge /dev/shm (docker run --shm-size 8g); training goes on from "
-            "the last checkpoint"
+            f"process itself) or enlarge /dev/shm (docker run --shm-size 8g){then}"
         ) from error
 
 

@@ -53,6 +53,7 @@ def soak(number: int, random: Generator, folder: Path) -> str:
     command = [
         "pretrain", "--data", many_pictures(), "--out", out, "--engine", engine, "--img_size", 64,
         "--batch_size", 16, "--workers", 2, "--epochs", 100_000, "--checkpoint_minutes", 0.25,
+        "--checkpoint_steps", 30,
         "--picture_epochs", 1,
     ]  # fmt: skip
     process = launch(list(map(str, command)))

@@ -1,0 +1,120 @@
+"""Near-duplicates among photographs: copies are found, other pictures and mirrored ones are not."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from fcmae.data.duplicates import MOST_BITS, Duplicate, find_duplicates, perceptual_hash
+from fcmae.data.files import FileList, find_images
+from fcmae.samples import photograph
+from sparse.errors import RunError
+from tests.conftest import write_pictures
+
+NAMES = ("astronaut", "camera", "cat", "coffee", "moon")
+COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "third": lambda picture: picture.resize((picture.width // 3, picture.height // 3)),
+    "squeezed": lambda picture: picture.resize((picture.width, picture.height // 2)),
+    "bright": lambda picture: ImageEnhance.Brightness(picture).enhance(1.3),
+    "grey": ImageOps.grayscale,
+    "blurred": lambda picture: picture.filter(ImageFilter.GaussianBlur(3)),
+}
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pictures in `NAMES`; read-only."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in NAMES:
+        photograph(name).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copies of all photographs, of each in every way; read-only."""
+    folder = tmp_path_factory.mktemp("copies")
+    for name in NAMES:
+        picture = photograph(name)
+        for way, change in COPIES.items():
+            change(picture).save(folder / f"{name} {way}.png")
+        picture.save(folder / f"{name} recompressed.jpg", quality=30)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned back by 90 degrees
+        picture.transpose(Image.Transpose.ROTATE_90).save(folder / f"{name} turned.jpg", exif=exif)
+    return folder
+
+
+def bits(one: Path, other: Path) -> int:
+    hashes = [perceptual_hash(str(path)) for path in (one, other)]
+    unpacked = [np.unpackbits(found) for found in hashes if found is not None]
+    return int((unpacked[0] != unpacked[1]).sum())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_copies_are_found(photographs: Path, copies: Path, workers: int) -> None:
+    files = find_images(str(copies))
+    found = find_duplicates(files, find_images(str(photographs)), workers)
+    names = [name for name, _, _ in found]
+    assert names == [files.name(index) for index in range(len(files))]
+    assert len(found) == 5 * 7
+    for name, original, differ in found:
+        assert original == f"{name.split()[0]}.png"
+        assert differ == bits(copies / name, photographs / original)
+        assert differ <= 20 < MOST_BITS
+
+
+def test_others_and_mirrored_copies_are_not(photographs: Path, tmp_path: Path) -> None:
+    for name in NAMES:
+        picture = photograph(name)
+        ImageOps.mirror(picture).save(tmp_path / f"{name}.png")
+        half = (picture.width // 2, 0, *picture.size)
+        picture.crop(half).save(tmp_path / f"{name} half.png")
+    write_pictures(tmp_path / "smooth", 100, seed=5)
+    originals = find_images(str(photographs))
+    assert find_duplicates(find_images(str(tmp_path)), originals, 0) == []
+    for index in range(len(originals)):
+        others = originals.select([other for other in range(len(originals)) if other != index])
+        assert find_duplicates(originals.select([index]), others, 0) == []
+
+
+def test_the_nearest_is_told(photographs: Path, tmp_path: Path) -> None:
+    photograph("camera").save(tmp_path / "a far.jpg", quality=3)
+    photograph("camera").save(tmp_path / "b same.png")
+    wanted = find_images(str(photographs)).select([1])
+    (found,) = find_duplicates(wanted, find_images(str(tmp_path)), 0)
+    assert found == Duplicate("camera.png", "b same.png", 0)
+    assert 0 < bits(photographs / "camera.png", tmp_path / "a far.jpg") <= MOST_BITS
+
+
+def test_flat_and_unreadable_pictures_are_like_nothing(tmp_path: Path, pictures: Path) -> None:
+    Image.new("RGB", (60, 40), (9, 99, 199)).save(tmp_path / "flat.png")
+    Image.new("L", (1, 1), 9).save(tmp_path / "one pixel.png")
+    (tmp_path / "bad.png").write_bytes(b"none")
+    faint = np.full((40, 60), 100, np.uint8)
+    faint[:20] = 102
+    Image.fromarray(faint).save(tmp_path / "faint.png")
+    odd, whole = find_images(str(tmp_path)), find_images(str(pictures))
+    assert [perceptual_hash(odd.path(index)) for index in range(4)] == [None] * 4
+    assert find_duplicates(odd, odd, 0) == []
+    assert find_duplicates(odd, whole, 0) == find_duplicates(whole, odd, 0) == []
+
+
+def test_many_pictures_against_each_other(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where not all are compared at once; a picture is a copy of itself alone."""
+    monkeypatch.setattr("fcmae.data.duplicates._AT_ONCE", 5)
+    files = find_images(str(pictures))
+    expected = [Duplicate(files.name(index), files.name(index), 0) for index in range(24)]
+    assert find_duplicates(files, files, 0) == expected
+
+
+def test_a_reader_that_died_is_told(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(files: FileList, index: int) -> bytes:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(FileList, "path", read)
+    files = find_images(str(pictures))
+    with pytest.raises(RunError, match=r"killed by signal.*fewer --workers"):
+        find_duplicates(files, files, 0)
