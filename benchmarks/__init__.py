@@ -1,0 +1,1 @@
+"""Timings and experiments: scripts, not part of the installed packages."""

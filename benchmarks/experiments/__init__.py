@@ -1,0 +1,1 @@
+"""Experiments on real photographs; docs/experiments.md has what they gave."""
