@@ -128,8 +128,10 @@ def has_steps(out: Path, steps: int) -> bool:
 
 def metrics(out: Path, key: str = "loss") -> list[tuple[int, Any]]:
     """(step, value) of the logged steps that have `key`."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    try:
+        lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    except FileNotFoundError:  # a run that begins takes away what an earlier one left
+        lines = []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
     return [(record["step"], record[key]) for record in records if key in record]
 
