@@ -66,7 +66,7 @@ def make_loop(model: nn.Module, config: FinetuneConfig, steps: int) -> Loop:
         STD, config.augment.label_smoothing, None, 1, 1, nothing, None, 1, config.max_bad, {},
         world, None,
     )  # fmt: skip
-    return Loop(task, make_plan(config, steps, None), config, {}, str, world, None)
+    return Loop(task, make_plan(config, steps, config.epochs, None), config, {}, str, world, None)
 
 
 def main() -> int:

@@ -167,8 +167,9 @@ class PretrainConfig:
     """Start the encoder from these weights instead of random ones: a converted folder, an official
     release or a timm file."""
 
-    epochs: int = 100
-    """Passes over the images. Some thousand images gain from more, up to 800."""
+    epochs: Literal["auto"] | int = "auto"
+    """Passes over the images. auto takes 100 to 800, the more the fewer images there are: about 1.2
+    million crops in all."""
 
     batch_size: int = 64
     """Images per step, over all processes and accumulated parts together."""

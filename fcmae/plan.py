@@ -53,12 +53,19 @@ class Plan:
         return cosine_with_warmup(step, self.peak, self.warmup, self.total_steps)
 
 
-def make_plan(config: Any, steps_per_epoch: int, autocast: torch.dtype | None) -> Plan:
+def pretraining_epochs(epochs: str | int, images: int) -> int:
+    """`auto` → as many passes as make up `IMAGES_SEEN`, in tens, from 100 to the paper's 800."""
+    if epochs != "auto":
+        return int(epochs)
+    return min(max(math.ceil(IMAGES_SEEN / images / 10) * 10, FEWEST_EPOCHS), MOST_EPOCHS)
+
+
+def make_plan(config: Any, steps_per_epoch: int, epochs: int, autocast: torch.dtype | None) -> Plan:
     """The plan of a config of pretraining or fine-tuning."""
-    total = steps_per_epoch * config.epochs
+    total = steps_per_epoch * epochs
     return Plan(
         steps_per_epoch=steps_per_epoch,
-        epochs=config.epochs,
+        epochs=epochs,
         accumulate=config.accumulate,
         peak=config.optim.base_lr * config.batch_size / BASE_BATCH,
         warmup=warmup_steps(config.optim.warmup_epochs, steps_per_epoch, total),
@@ -113,6 +120,11 @@ def _restore(handlers: dict[int, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
+
+IMAGES_SEEN = 1_200_000
+"""Crops that pretraining on a small set sees before more of them bring little; see docs/recipes."""
+
+FEWEST_EPOCHS, MOST_EPOCHS = 100, 800
 
 SAVING_SHARE = 0.05
 """Most of the time that saving may take, where the time decides when to save."""

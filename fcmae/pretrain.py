@@ -29,7 +29,15 @@ from fcmae.distributed import World, join_world, resolve_device
 from fcmae.loop import Loop
 from fcmae.mask import check_mask_ratio, grid_of, keep_count
 from fcmae.model import FCMAE
-from fcmae.plan import Plan, Signals, make_plan
+from fcmae.plan import (
+    FEWEST_EPOCHS,
+    IMAGES_SEEN,
+    MOST_EPOCHS,
+    Plan,
+    Signals,
+    make_plan,
+    pretraining_epochs,
+)
 from fcmae.resources import (
     autocast_dtype,
     check_disk,
@@ -54,6 +62,7 @@ from sparse.errors import InputError
 from sparse.sizes import resolve_size
 
 FILE_LIST = "files.bin"
+FEW_IMAGES = 10_000
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +90,8 @@ def pretrain(config: PretrainConfig) -> int:
         labelled = _find_labelled(config)
         settings = _resolve(config, img_size, train, world, start)
         per_epoch = steps_per_epoch(len(train), config.batch_size)
-        plan = make_plan(config, per_epoch, autocast_dtype(settings.precision))
+        epochs = pretraining_epochs(config.epochs, len(train))
+        plan = make_plan(config, per_epoch, epochs, autocast_dtype(settings.precision))
         sampler = StepSampler(
             len(train), config.batch_size, config.seed, start.state["step"] if start else 0,
             plan.total_steps, world.rank, world.size, config.accumulate,
@@ -95,10 +105,16 @@ def pretrain(config: PretrainConfig) -> int:
                 files.save(folder.path / FILE_LIST)
             watchers = make_watchers(config, settings, held, labelled, world, folder)
             task = PretrainTask(
-                model, _optimizer(config, model), settings, watchers, len(files), config.epochs
+                model, _optimizer(config, model), settings, watchers, len(files), epochs
             )
             loop = Loop(
-                task, plan, config, _as_json(config, settings, model), train.name, world, folder
+                task,
+                plan,
+                config,
+                _as_json(config, settings, plan, model),
+                train.name,
+                world,
+                folder,
             )
             if start is not None:
                 loop.restore(start)
@@ -222,9 +238,12 @@ def _optimizer(config: PretrainConfig, model: FCMAE) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
-def _as_json(config: PretrainConfig, settings: Settings, model: FCMAE) -> dict[str, Any]:
+def _as_json(
+    config: PretrainConfig, settings: Settings, plan: Plan, model: FCMAE
+) -> dict[str, Any]:
     return {
         **to_dict(config),
+        "epochs": plan.epochs,
         "img_size": list(settings.img_size),
         "mean": settings.mean,
         "std": settings.std,
@@ -250,12 +269,22 @@ def _announce(
         f"{settings.workers} workers, {world.size} process{'es' if world.size > 1 else ''}",
         f"images {settings.img_size[0]}×{settings.img_size[1]}: {visible} of {h * w} patches "
         "visible, the others to reconstruct",
-        f"{plan.total_steps} steps of {config.batch_size} images: {config.epochs} epochs over "
+        f"{plan.total_steps} steps of {config.batch_size} images: {plan.epochs} epochs over "
         f"{images}; learning rate {plan.peak:.3g} after {plan.warmup} steps",
         disk_line(config, checkpoint_bytes(model)),
     ]
     if settings.precision == "fp32" and world.device.type == "cpu" and cpu_multiplies_bf16():
         lines.append("this CPU multiplies bfloat16: --precision bf16 is faster, see `fcmae bench`")
+    if config.epochs == "auto":
+        lines.append(
+            f"epochs auto: {plan.epochs}, since few images want many passes and many want few "
+            f"({FEWEST_EPOCHS} to {MOST_EPOCHS}, about {IMAGES_SEEN / 1e6:g} million crops in all)"
+        )
+    if images < FEW_IMAGES and config.init_from is None:
+        lines.append(
+            f"under {FEW_IMAGES:,} images, an official release is most likely the better start: "
+            "--init_from FILE (CC-BY-NC 4.0: no commercial use), see docs/recipes.md"
+        )
     if config.norm_pix_loss:
         lines.append("a loss of 1.0 means that only each patch's mean is predicted")
     if not held:

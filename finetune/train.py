@@ -70,7 +70,9 @@ def finetune(config: FinetuneConfig) -> int:
         origin = _find_model(config, start)
         data = _find_data(config, start)
         settings = resolve_settings(config, img_size, data, origin, world, start)
-        plan = make_plan(config, settings.steps_per_epoch, autocast_dtype(settings.precision))
+        plan = make_plan(
+            config, settings.steps_per_epoch, config.epochs, autocast_dtype(settings.precision)
+        )
         sampler = StepSampler(
             len(data.train.files), config.batch_size, config.seed,
             start.state["step"] if start else 0, plan.total_steps,

@@ -66,7 +66,7 @@ MISTAKES = {
     "group": (["pretrain", *GIVEN, "--optim", "x.yaml"], ["--optim is a group", "--optim.base_lr"]),
     "whole number": (
         ["pretrain", *GIVEN, "--epochs", "abc"],
-        ["--epochs 'abc'", "a whole number", "such as 100"],
+        ["--epochs 'abc'", "auto or a whole number", "such as auto"],
     ),
     "not whole": (["pretrain", *GIVEN, "--seed", "1.5"], ["--seed '1.5'", "a whole number"]),
     "number": (
@@ -84,7 +84,7 @@ MISTAKES = {
     ),
     "choice": (["pretrain", *GIVEN, "--precision", "x"], ["'x'", "fp32, bf16", "such as auto"]),
     "word or number": (["pretrain", *GIVEN, "--workers", "x"], ["auto or a whole number"]),
-    "no value": (["pretrain", *GIVEN, "--epochs"], ["--epochs needs a value, such as 100"]),
+    "no value": (["pretrain", *GIVEN, "--epochs"], ["--epochs needs a value, such as auto"]),
     "next option": (["pretrain", "--data", "--out", "b"], ["--data needs a value"]),
     "empty": (["pretrain", "--data=", "--out", "b"], ["--data is empty"]),
     "empty positional": (["samples", ""], ["OUT is empty"]),
@@ -94,7 +94,7 @@ MISTAKES = {
         ["pretrain", *GIVEN, "--use_grn", "0"],
         ["'0'", "--use_grn takes true or false"],
     ),
-    "range": (["pretrain", *GIVEN, "--epochs", "0"], ["epochs 0", "at least 1", "such as 100"]),
+    "range": (["pretrain", *GIVEN, "--epochs", "0"], ["epochs 0", "at least 1", "such as auto"]),
     "not of 32": (["pretrain", *GIVEN, "--img_size=225"], ["225", "32", "224 or 256"]),
     "config missing": (["pretrain", *GIVEN, "--config", "no.yaml"], ["'no.yaml'", "No such file"]),
     "config folder": (["pretrain", *GIVEN, "--config", "/"], ["'/'", "directory"]),

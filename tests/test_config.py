@@ -190,7 +190,7 @@ def test_every_setting_has_help(kind: Any, capsys: pytest.CaptureFixture[str]) -
         (lambda: PretrainConfig("a", "b", img_size=[96, 100]), ["100", "96 or 128"]),
         (lambda: PretrainConfig("a", "b", img_size=8), ["8", "32 or 64"]),
         (lambda: PretrainConfig("a", "b", img_size=[1, 2, 3]), ["[1, 2, 3]", "[96,160]"]),
-        (lambda: PretrainConfig("a", "b", epochs=0), ["epochs 0", "at least 1", "100"]),
+        (lambda: PretrainConfig("a", "b", epochs=0), ["epochs 0", "at least 1", "such as auto"]),
         (lambda: PretrainConfig("a", "b", batch_size=-4), ["batch_size -4", "64"]),
         (lambda: PretrainConfig("a", "b", drop_path=1.0), ["drop_path 1.0", "below 1"]),
         (lambda: PretrainConfig("a", "b", workers=-1), ["workers -1", "at least 0"]),
@@ -321,7 +321,7 @@ def test_load_config_names_the_file_and_key(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     for text, named in [
         ("out: b\n", "data missing"),
-        ("data: a\nout: b\nepochs: many\n", "epochs 'many' must be a whole number"),
+        ("data: a\nout: b\nepochs: many\n", "epochs 'many' must be auto or a whole number"),
         ("data: a\nout: b\nepochs: 0\n", "epochs 0 must be at least 1"),
         ("data: a\nout: b\noptim: 3\n", "optim must hold settings"),
         ("data: a\nout: 7\n", "out must be a text, not 7"),

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from fcmae import FCMAE
-from fcmae.plan import Clock
+from fcmae.plan import Clock, pretraining_epochs
 from fcmae.schedule import cosine_with_warmup, decay_groups, ema_decay, warmup_steps
 
 
@@ -87,3 +87,12 @@ def test_saves_by_steps_that_take_long_are_told_once(clock, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "a save took 10.0 s, 20 % of the time: --checkpoint_steps 475 or more keeps it under 5 %"
     ]
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs"),
+    [(10, 800), (1500, 800), (3036, 400), (6000, 200), (11_000, 110), (12_001, 100), (10**6, 100)],
+)
+def test_few_images_are_seen_more_often(images, epochs):
+    assert pretraining_epochs("auto", images) == epochs
+    assert pretraining_epochs(7, images) == 7
