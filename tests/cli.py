@@ -42,12 +42,18 @@ def environment(**extra: str) -> dict[str, str]:
 _begun: list[subprocess.Popen[str]] = []
 
 
-def begin(command: list[str], **extra: str) -> subprocess.Popen[str]:
-    """Start a command in a session of its own, with its output in pipes; see `reaped`."""
+def begin(command: list[str], log: Path | None = None, **extra: str) -> subprocess.Popen[str]:
+    """Start a command in a session of its own; see `reaped`.
+
+    Its output goes to pipes, which hold 64 kB until they are read; that of long runs to `log`.
+    """
+    output: Any = subprocess.PIPE if log is None else log.open("w")
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment(**extra), start_new_session=True,
+        command, stdout=output, stderr=output, text=True, env=environment(**extra),
+        start_new_session=True,
     )  # fmt: skip
+    if log is not None:
+        output.close()
     _begun.append(process)
     return process
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from contextlib import suppress
 from functools import cache
@@ -11,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from sparse import available_engines
-from tests.cli import family, kill_all, metrics
+from tests.cli import begin, family, kill_all, metrics
 from tests.conftest import write_pictures
 from tests.faults.campaign import Generator, Row, Unavailable
-from tests.faults.processes import home, launch
+from tests.faults.processes import home
 
 ENGINES = ("patch", "minkowski", "dense")
 MINUTES = 30
@@ -56,13 +57,17 @@ def soak(number: int, random: Generator, folder: Path) -> str:
         "--checkpoint_steps", 30,
         "--picture_epochs", 1,
     ]  # fmt: skip
-    process = launch(list(map(str, command)))
+    log = folder / "log"
+    process = begin([sys.executable, "-W", "ignore", "-m", "fcmae", *map(str, command)], log)
     began = time.monotonic()
     saves: set[str] = set()
+    last_save = 0.0
     samples: list[tuple[float, int, int]] = []
     while (minutes := (time.monotonic() - began) / 60) < MINUTES:
-        assert process.poll() is None, process.communicate()[1][-1500:]
-        saves.update(path.name for path in (out / "checkpoints").glob("step-*"))
+        assert process.poll() is None, log.read_text()[-1500:]
+        found = {path.name for path in (out / "checkpoints").glob("step-*")}
+        last_save = last_save if found <= saves else minutes
+        saves |= found
         samples.append((minutes, *resources(process.pid)))
         time.sleep(1)
     kill_all(process)
@@ -76,6 +81,7 @@ def soak(number: int, random: Generator, folder: Path) -> str:
         f"{', '.join(f'{files:.0f}' for _, files in medians)} files"
     )
     (memory, files), (memory_late, files_late) = medians[0], medians[-1]
+    assert MINUTES - last_save < 1, f"it stands still: {said}"
     assert len(saves) >= 2 * MINUTES, said  # further apart where the disk is slow
     assert memory_late <= GROWTH * memory, said
     assert files_late <= files + 2, said
