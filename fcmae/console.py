@@ -101,9 +101,9 @@ def _short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def tracked(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """Yield items with a progress bar that goes away at the end; on terminals only."""
-    if not console.is_terminal:
+def tracked(items: Iterable[Item], total: int, what: str | None) -> Iterator[Item]:
+    """Yield items, on terminals with a progress bar named `what` that goes away at the end."""
+    if what is None or not console.is_terminal:
         yield from items
         return
     yield from track(items, what, total, console=console, transient=True)

@@ -5,7 +5,7 @@ A picture's feature is the mean over the positions of the last stage's map, befo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fcmae.console import tracked
 from fcmae.convert import default_preprocessing
-from fcmae.data.evaluation import MAX_PIXELS, EvalDataset, LabelledBatch, batches_of, each_batch
+from fcmae.data.evaluation import MAX_PIXELS, EvalDataset, batches_of, each_batch
 from fcmae.data.files import FileList
 from fcmae.data.labelled import Labels
 from fcmae.distributed import World
@@ -154,7 +154,7 @@ def extract(
         dataset, batches, workers, backbone.images.mean, backbone.images.std, backbone.device
     )
     values, indices, bad = [torch.empty(0, backbone.encoder.dims[-1])], [], []
-    for batch, images in _shown(loaded, len(batches), what):
+    for batch, images in tracked(loaded, len(batches), what):
         if stop is not None and stop():
             raise Interrupted
         bad += batch.bad
@@ -166,9 +166,3 @@ def extract(
     joined = torch.cat([part[0] for part in parts])
     places = np.argsort(order)
     return Features(joined[places], order[places], [entry for part in parts for entry in part[2]])
-
-
-def _shown(
-    batches: Iterator[tuple[LabelledBatch, Tensor]], total: int, what: str | None
-) -> Iterator[tuple[LabelledBatch, Tensor]]:
-    return batches if what is None else tracked(batches, total, what)

@@ -258,7 +258,8 @@ class Loop:
         self.epoch_end_due = False
         if metrics and self.folder is not None:
             self.folder.log(self.step, {"epoch": epoch, **metrics})
-            figures = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            alone = {name: value for name, value in metrics.items() if "/" not in name}
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in alone.items())
             _log.info("epoch %d: %s", epoch, figures)
 
     def _stop_wanted(self, signals: Signals) -> bool:

@@ -159,7 +159,7 @@ def _hashes(files: FileList, workers: int, what: str | None) -> tuple[Hash, Sequ
     batches = batches_of(len(files), 64)
     loader = make_loader(_HashDataset(files), batches, workers, join=_join)
     with lost_workers():
-        parts = list(loader if what is None else tracked(loader, len(batches), what))
+        parts = list(tracked(loader, len(batches), what))
     hashes = torch.cat([part.hashes for part in parts])
     return hashes.numpy(), torch.cat([part.indices for part in parts]).tolist()
 
