@@ -45,7 +45,7 @@ def main() -> int:
     common = ["--img_size", options.img_size, "--precision", options.precision]
     weights = study.pretrain(
         f"pretrain-{options.epochs}", data / "train", *common, "--epochs", options.epochs,
-        "--probe.data", data,
+        "--probe.data", data, "--probe.epochs", max(1, options.epochs // 12),
     )  # fmt: skip
     study.once(
         f"probe/{options.epochs}",
