@@ -197,8 +197,8 @@ def golden(number: int, random: Generator, folder: Path) -> str:
 
 ROWS = (
     Row("broken", "10,000 pictures, 1 % of them empty, cut or text: exactly these are named, the "
-        "same ones stand in for them in every run, a wrong extension is read by content", 1, broken,
-        short=0),
+        "same ones stand in for them in every run, a wrong extension is read by content", 1,
+        broken),
     Row("bombs", "headers of up to 10⁹ pixels, 1 px wide, 30,000 px long, animated, many pages, "
         "and pictures just under max_pixels: refused unread or read by rule, in at most 1.5 GB", 20,
         bombs),

@@ -299,7 +299,7 @@ ROWS = (
     Row("worker", "a data worker killed, or /dev/shm too small: the run ends within 30 s with the "
         "cure in one line, and resumes", 50, worker_lost, short=1),
     Row("rank", "a rank killed under torchrun --max-restarts: the job finishes, bit-equal", 50,
-        rank_lost, short=0),
+        rank_lost),
     Row("lock", "two runs on one folder: the second is refused with the first one's host and "
         "process; orphaned workers hold nothing", 10, lock),
 )  # fmt: skip
