@@ -13,6 +13,7 @@ from rich.table import Table
 from fcmae.checkpoint import STATE
 from fcmae.console import show_logs
 from fcmae.data.duplicates import report_duplicates
+from fcmae.data.evaluation import tell_left_out
 from fcmae.data.labelled import LabelledData, check_known, find_labelled
 from fcmae.distributed import resolve_device
 from fcmae.features import Backbone, load_backbone, random_backbone
@@ -22,8 +23,6 @@ from fcmae.settings import height_width
 from fcmae.tool_config import ProbeConfig
 from fcmae.weights import CONFIG_FILE, read_json
 from sparse.errors import InputError
-
-SHOWN = 20
 
 _log = logging.getLogger(__name__)
 
@@ -68,10 +67,7 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
 def _measured(backbone: Backbone, data: LabelledData, config: ProbeConfig) -> dict[str, Any]:
     workers = resolve_workers(config.workers, backbone.device)
     features, bad = labelled_features(backbone, data, config.batch_size, workers, shown=True)
-    for name, reason in bad[:SHOWN]:
-        _log.warning("left out, since it can't be read: %s: %s", name, reason)
-    if len(bad) > SHOWN:
-        _log.warning("and %d more", len(bad) - SHOWN)
+    tell_left_out(bad)
     return {
         **measure(features, config.neighbours),
         "train": len(features.train),

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fcmae.atomic import atomic_write
 from fcmae.console import show_logs
+from fcmae.data.evaluation import tell_left_out
 from fcmae.data.labelled import VAL, Split, check_known, find_classes, find_labelled, labels_of
 from fcmae.distributed import resolve_device
 from fcmae.settings import height_width, read_yaml
@@ -24,7 +25,6 @@ from finetune.tool_config import EvaluateConfig
 from sparse.errors import InputError, RunError
 
 TOP = 5
-SHOWN_BAD = 20
 
 Counts = npt.NDArray[np.int64]
 
@@ -60,10 +60,7 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
         "split": split.prefix.rstrip("/") or ".",
         "weights": str(classifier.folder),
     }
-    for name, reason in bad[:SHOWN_BAD]:
-        _log.warning("left out, since it can't be read: %s: %s", name, reason)
-    if len(bad) > SHOWN_BAD:
-        _log.warning("and %d more", len(bad) - SHOWN_BAD)
+    tell_left_out(bad)
     if config.out is not None:
         write_confusion(confusion, classifier.names, Path(config.out))
     if show and config.json:

@@ -26,7 +26,7 @@ from fcmae.atomic import atomic_write
 from fcmae.console import tracked
 from fcmae.data.batch import as_float
 from fcmae.data.decode import BadImage, read_picture
-from fcmae.data.evaluation import MAX_PIXELS, batches_of
+from fcmae.data.evaluation import MAX_PIXELS, SHOWN, batches_of
 from fcmae.data.files import FileList, find_images
 from fcmae.data.labelled import LabelledData
 from fcmae.data.loader import lost_workers, make_loader
@@ -40,9 +40,6 @@ MOST_BITS = 32
 
 FLAT = 0.01
 """Deviation of the shrunk picture under which its hash says nothing, of a range of 1."""
-
-SHOWN = 20
-"""Most that are told one by one."""
 
 _AT_ONCE = 4096
 

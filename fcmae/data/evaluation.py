@@ -1,5 +1,6 @@
 """Labelled pictures side by side, and those to measure on: centre crops, each once."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,11 @@ from fcmae.data.decode import BadImage, Pixels, read_picture
 from fcmae.data.files import FileList
 from fcmae.data.labelled import Labels
 from fcmae.data.loader import lost_workers, make_loader
+
+SHOWN = 20
+"""Most pictures that are told one by one."""
+
+_log = logging.getLogger(__name__)
 
 MAX_PIXELS = 179_000_000
 """Largest picture that is decoded, in pixels, where no setting says otherwise."""
@@ -101,6 +107,14 @@ class EvalDataset(Dataset[LabelledSample]):
                 None, label, index, [(self.prefix + self.files.name(index), error.reason)]
             )
         return LabelledSample(image, label, index)
+
+
+def tell_left_out(bad: Sequence[tuple[str, str]]) -> None:
+    """Log the (name, reason) of pictures that can't be read, the first `SHOWN` of them."""
+    for name, reason in bad[:SHOWN]:
+        _log.warning("left out, since it can't be read: %s: %s", name, reason)
+    if len(bad) > SHOWN:
+        _log.warning("and %d more", len(bad) - SHOWN)
 
 
 def batches_of(n: int, batch_size: int, rank: int = 0, size: int = 1) -> list[list[int]]:
