@@ -1,7 +1,7 @@
 """Configs: checks, the way to YAML and back, and the shipped files against the paper's numbers."""
 
 import re
-from dataclasses import MISSING
+from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,41 @@ def test_finetuning_recipe_is_the_papers(size: str) -> None:
     assert (config.model, config.img_size, config.batch_size) == (size, 224, 1024)
     assert (optim.betas, config.head_init_scale, config.ema_decay) == ([0.9, 0.999], 0.001, 0.9999)
     assert (augment.randaugment, augment.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+
+
+# Paper, Tables 12 and 13.
+# layer decay, drop path on ImageNet-22K; layer decay, drop path, epochs then on ImageNet-1K
+THROUGH_22K = {
+    "nano": (0.9, 0.0, 0.9, 0.1, 90),
+    "tiny": (0.9, 0.0, 0.9, 0.2, 90),
+    "base": (0.8, 0.1, 0.8, 0.2, 30),
+    "large": (0.8, 0.1, 0.85, 0.3, 30),
+    "huge": (0.8, 0.3, 0.85, 0.5, 30),
+}
+
+
+@pytest.mark.parametrize("size", THROUGH_22K)
+def test_recipes_through_22k_are_the_papers(size: str) -> None:
+    middle, last = (load(f"finetune/{folder}/{size}.yaml") for folder in ("22k", "22k_1k"))
+    decays = (middle.optim.layer_decay, middle.drop_path, last.optim.layer_decay, last.drop_path)
+    assert (*decays, last.epochs) == THROUGH_22K[size]
+    assert (middle.model, middle.epochs, middle.batch_size) == (size, 90, 4096)
+    optim, augment = middle.optim, middle.augment
+    assert (optim.base_lr, optim.weight_decay, optim.warmup_epochs) == (2.5e-4, 0.05, 5)
+    assert (augment.mixup, augment.cutmix, middle.ema_decay) == (0.8, 1.0, None)
+    assert (last.model, last.batch_size, last.ema_decay) == (size, 512, 0.9999)
+    assert (last.optim.base_lr, last.optim.weight_decay) == (2.5e-5, 1e-8)
+    assert (last.augment.mixup, last.augment.cutmix) == (0.0, 0.0)
+
+
+def test_384_changes_the_size_alone() -> None:
+    base, at_384 = (str(CONFIGS / "finetune" / name) for name in ("22k_1k/base.yaml", "384.yaml"))
+    argv = ["--data", "photos", "--out", "run", "--config", base]
+    small = parse(FinetuneConfig, argv, "")
+    large = parse(FinetuneConfig, [*argv, "--config", at_384], "")
+    assert small is not None
+    augment = replace(small.augment, crop_pct=1.0)
+    assert large == replace(small, img_size=384, augment=augment)
 
 
 def test_differences_names_what_changes_results_and_nothing_else() -> None:

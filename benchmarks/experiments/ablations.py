@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.experiments.study import Study, arguments, logged, plot, probe, shrink
+from benchmarks.experiments.study import Study, arguments, logged, plot, shrink
 from fcmae.config import PretrainConfig
 from fcmae.options import parse
 from fcmae.pretrain import pretrain
@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--side", type=int, default=192, help="shorter side of the copies read")
     options = parser.parse_args()
-    study = Study(options.out)
+    study = Study(options.out, options.jobs)
     data = shrink(options.data, study.out / "pictures", options.side)
     results = {}
     for name, changes in RUNS.items():
@@ -80,12 +80,14 @@ def main() -> int:
             "--epochs", options.epochs, "--precision", options.precision, "--engine", "patch",
             *changes,
         ]  # fmt: skip
-        results[name] = study.once(name, lambda: _measured(name, run, data, given))  # noqa: B023
+        results[name] = study.once(name, lambda: _measured(study, name, run, data, given))  # noqa: B023
     _show(study, results)
     return 0
 
 
-def _measured(name: str, run: Path, data: Path, given: list[object]) -> dict[str, Any]:
+def _measured(
+    study: Study, name: str, run: Path, data: Path, given: list[object]
+) -> dict[str, Any]:
     config = parse(PretrainConfig, [str(word) for word in given], "")
     assert config is not None
     if name == UNMASKED:
@@ -95,7 +97,7 @@ def _measured(name: str, run: Path, data: Path, given: list[object]) -> dict[str
         code = pretrain(config)
     if code:
         raise SystemExit(code)
-    found = probe(run, data)
+    found = study.probe(run, data)
     last = (logged(run, "holdout_loss") or [{"holdout_loss": float("nan")}])[-1]
     spread = {key: value for key, value in last.items() if key.startswith("diversity/")}
     return {

@@ -12,17 +12,25 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from fcmae.atomic import atomic_write
 from fcmae.data.files import find_images
 from fcmae.data.labelled import find_classes, labels_of, split_by_hash
+from fcmae.probing import Labelled, knn, linear_probe
+
+FOLDS = 10
 
 
 def arguments(description: str, out: str) -> argparse.ArgumentParser:
@@ -31,15 +39,21 @@ def arguments(description: str, out: str) -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, help="train/CLASS, val/CLASS, …")
     parser.add_argument("--out", type=Path, default=Path("build/experiments") / out)
     parser.add_argument("--precision", default="fp32", help="of all training: fp32 or bf16")
+    parser.add_argument(
+        "--jobs", type=int, default=1,
+        help="runs at the same time; two of one thread do more on two cores than one of two",
+    )  # fmt: skip
     return parser
 
 
 class Study:
     """Results by name, on disk as soon as they are there."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, jobs: int = 1) -> None:
         self.out = out
         out.mkdir(parents=True, exist_ok=True)
+        self._jobs = jobs
+        self._lock = threading.Lock()
         self._file = out / "results.json"
         self.results: dict[str, Any] = (
             json.loads(self._file.read_text()) if self._file.exists() else {}
@@ -48,25 +62,38 @@ class Study:
     def once(self, name: str, step: Callable[[], Any]) -> Any:
         """The result of a step, computed now if it was not before."""
         if name not in self.results:
-            self.results[name] = step()
-            with atomic_write(self._file) as path:
-                path.write_text(json.dumps(self.results, indent=1))
+            found = step()
+            with self._lock:
+                self.results[name] = found
+                with atomic_write(self._file) as path:
+                    path.write_text(json.dumps(self.results, indent=1))
         return self.results[name]
+
+    @contextmanager
+    def pool(self) -> Iterator[ThreadPoolExecutor]:
+        """Runs `jobs` of what is submitted at a time, the earliest first; after an error, no more
+        are begun. What waits for another has to be submitted after it."""
+        with ThreadPoolExecutor(self._jobs) as pool:
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def pretrain(self, name: str, data: Path, *options: object) -> Path:
         """A run of pretraining; one that was stopped goes on."""
         run = self.out / name
-        fcmae("pretrain", "--data", data, "--out", run, *options)
+        self._fcmae("pretrain", "--data", data, "--out", run, *self._readers(), *options)
         return run
 
     def finetune(self, name: str, data: Path, *options: object) -> dict[str, float]:
         """Top-1 in percent on val and, where there is one, on test, of the best weights on val."""
         run = self.out / name
-        fcmae("finetune", "--data", data, "--out", run, *options)
+        self._fcmae("finetune", "--data", data, "--out", run, *self._readers(), *options)
         found = {}
         for split in ("val", "test"):
             if (data / split).is_dir():
-                said = fcmae("evaluate", run, "--data", data, "--split", split, "--json")
+                said = self._fcmae("evaluate", run, "--data", data, "--split", split, "--json")
                 found[split] = json.loads(said)["top1"]
         speeds = [line["images_per_s"] for line in logged(run, "images_per_s")]
         found["images_per_s"] = float(np.median(speeds))
@@ -74,13 +101,41 @@ class Study:
             shutil.rmtree(run / part)
         return found
 
+    def probe(self, source: Path, data: Path, *options: object) -> dict[str, Any]:
+        """What `fcmae probe` says, as `{"knn5": …, "knn20": …, "linear": …}`."""
+        said = self._fcmae("probe", source, "--data", data, "--json", *options)
+        found: dict[str, Any] = json.loads(said)
+        return found
 
-def fcmae(*arguments: object) -> str:
-    """Run one command as a user would, and return what it printed."""
-    words = [str(argument) for argument in arguments]
-    print(f"\n$ fcmae {' '.join(words)}", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "fcmae", *words]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    def frozen(self, source: Path, data: Path, *options: object) -> dict[str, float]:
+        """Top-1 in percent of frozen features within one folder of classes, each picture judged by
+        others: `knn20` and `linear` by nine tenths of them, `few` by a linear probe of one tenth.
+
+        With thousands of pictures to judge instead of a val of hundreds, a point or two can be told
+        from chance.
+        """
+        out = self.out / f"features-{source.name}.npz"
+        self._fcmae("embed", source, "--images", data, "--out", out, *self._readers(), *options)
+        with np.load(out) as file:
+            values, paths = torch.from_numpy(file["features"]), file["paths"]
+        out.unlink()
+        names, labels = np.unique([Path(path).parts[0] for path in paths], return_inverse=True)
+        folds = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)) % FOLDS)
+        return across(values, torch.from_numpy(labels), len(names), folds)
+
+    def _readers(self) -> list[object]:
+        return ["--workers", 0] if self._jobs > 1 else []
+
+    def _fcmae(self, *arguments: object) -> str:
+        """Run one command as a user would, and return what it printed."""
+        words = [str(argument) for argument in arguments]
+        print(f"\n$ fcmae {' '.join(words)}", file=sys.stderr, flush=True)
+        threads = max(1, len(os.sched_getaffinity(0)) // self._jobs)
+        shared = {"OMP_NUM_THREADS": str(threads)} if self._jobs > 1 else {}
+        command = [sys.executable, "-m", "fcmae", *words]
+        return subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | shared
+        ).stdout
 
 
 def logged(run: Path, key: str) -> list[dict[str, Any]]:
@@ -89,10 +144,28 @@ def logged(run: Path, key: str) -> list[dict[str, Any]]:
     return [entry for entry in map(json.loads, lines) if key in entry]
 
 
-def probe(source: Path, data: Path, *options: object) -> dict[str, Any]:
-    """What `fcmae probe` says, as `{"knn5": …, "knn20": …, "linear": …}`."""
-    found: dict[str, Any] = json.loads(fcmae("probe", source, "--data", data, "--json", *options))
-    return found
+def across(values_NC: Tensor, labels_N: Tensor, classes: int, folds_N: Tensor) -> dict[str, float]:
+    """Top-1 in percent of `frozen`, over all folds of the pictures."""
+    hits = {"knn20": 0, "linear": 0, "few": 0}
+    judged = dict.fromkeys(hits, 0)
+
+    def count(name: str, guess_M: Tensor, of_M: Tensor) -> None:
+        hits[name] += int((guess_M == of_M).sum())
+        judged[name] += len(of_M)
+
+    for fold in range(FOLDS):
+        one = folds_N == fold
+        for name, train in (("linear", ~one), ("few", one)):
+            chosen = torch.arange(int(train.sum())) % 5 == 0
+            some = Labelled(
+                values_NC[train], labels_N[train], values_NC[~train], labels_N[~train], classes,
+                chosen.nonzero().flatten(),
+            )  # fmt: skip
+            count(name, linear_probe(some)[0], some.val_labels)
+            if name == "linear":
+                near = knn(some.train, some.train_labels, some.val, (20,), classes)[0]
+                count("knn20", near, some.val_labels)
+    return {name: 100 * hits[name] / judged[name] for name in hits}
 
 
 def shrink(data: Path, out: Path, side: int) -> Path:
@@ -102,20 +175,32 @@ def shrink(data: Path, out: Path, side: int) -> Path:
     """
     if out.is_dir():
         return out
-    partial = out.with_name(f"{out.name}.partial")
     files = find_images(str(data))
-    for index in range(len(files)):
-        path = Path(os.fsdecode(files.path(index)))
-        target = (partial / os.fsdecode(files.relative(index))).with_suffix(".jpg")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with Image.open(path) as picture:
-            image = ImageOps.exif_transpose(picture).convert("RGB")
-        scale = side / min(image.size)
-        if scale < 1:
-            size = (round(image.width * scale), round(image.height * scale))
-            image = image.resize(size, Image.Resampling.BICUBIC)
-        image.save(target, quality=95)
-    partial.rename(out)
+    with _built(out) as partial:
+        for index in range(len(files)):
+            path = Path(os.fsdecode(files.path(index)))
+            target = (partial / os.fsdecode(files.relative(index))).with_suffix(".jpg")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with Image.open(path) as picture:
+                image = ImageOps.exif_transpose(picture).convert("RGB")
+            scale = side / min(image.size)
+            if scale < 1:
+                size = (round(image.width * scale), round(image.height * scale))
+                image = image.resize(size, Image.Resampling.BICUBIC)
+            image.save(target, quality=95)
+    return out
+
+
+def with_test(data: Path, out: Path) -> Path:
+    """The folder itself if it has a test split, else one of links whose test is half of its val."""
+    if (data / "test").is_dir():
+        return data
+    if out.is_dir():
+        return out
+    with _built(out) as partial:
+        (partial / "train").symlink_to((data / "train").resolve())
+        for split, chosen in zip(("val", "test"), _halves(data / "val", 0.5), strict=True):
+            _link(chosen, partial / split)
     return out
 
 
@@ -126,20 +211,40 @@ def label_share(data: Path, percent: int, out: Path) -> Path:
         return data
     if out.is_dir():
         return out
+    with _built(out) as partial:
+        for split in ("val", "test"):
+            (partial / split).symlink_to((data / split).resolve())
+        _link(_halves(data / "train", percent / 100)[1], partial / "train")
+    return out
+
+
+def _halves(folder: Path, share: float) -> list[dict[str, str]]:
+    """Pictures of a folder of classes, relative to real path, in two parts of 1 - share and share
+    of each class."""
+    files, names = find_classes(folder)
+    return [
+        {
+            os.fsdecode(files.relative(index)): os.path.realpath(os.fsdecode(files.path(index)))
+            for index in part.tolist()
+        }
+        for part in split_by_hash(files, labels_of(files, names), share)
+    ]
+
+
+def _link(chosen: dict[str, str], out: Path) -> None:
+    for name, path in chosen.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).symlink_to(path)
+
+
+@contextmanager
+def _built(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when all is in it."""
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for split in ("val", "test"):
-        if (data / split).is_dir():
-            (partial / split).symlink_to((data / split).resolve())
-    files, names = find_classes(data / "train")
-    kept = split_by_hash(files, labels_of(files, names), percent / 100)[1]
-    for index in kept.tolist():
-        target = partial / "train" / os.fsdecode(files.relative(index))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(os.fsdecode(files.path(index)))
+    yield partial
     partial.rename(out)
-    return out
 
 
 def plot(
