@@ -33,6 +33,7 @@ from finetune.task import FinetuneTask
 
 CLASSES = 10
 LAYER_DECAY = 0.75
+EPOCHS = 30
 MEAN, STD = imagenet_mean_std(3)
 CPU = torch.device("cpu")
 
@@ -66,7 +67,7 @@ def make_loop(model: nn.Module, config: FinetuneConfig, steps: int) -> Loop:
         STD, config.augment.label_smoothing, None, 1, 1, nothing, None, 1, config.max_bad, {},
         world, None,
     )  # fmt: skip
-    return Loop(task, make_plan(config, steps, config.epochs, None), config, {}, str, world, None)
+    return Loop(task, make_plan(config, steps, EPOCHS, None), config, {}, str, world, None)
 
 
 def main() -> int:

@@ -147,8 +147,9 @@ class FinetuneConfig:
     freeze: Literal["none", "backbone"] = "none"
     """backbone trains the head alone; none trains everything."""
 
-    epochs: int = 30
-    """Passes over the training images."""
+    epochs: Literal["auto"] | int = "auto"
+    """Passes over the training images. auto takes 20 to 200, the more the fewer images there are:
+    about 60,000 crops in all."""
 
     batch_size: int = 32
     """Images per step, over all processes and accumulated parts together."""
@@ -174,9 +175,9 @@ class FinetuneConfig:
     weights, which it spares the head's first errors, and 1 from scratch, where 0.001 costs a
     hundred steps."""
 
-    val_epochs: int = 1
+    val_epochs: Literal["auto"] | int = "auto"
     """Epochs between two measurements on the validation images, among which the best weights are
-    chosen. More saves time where few images are trained on and many measured."""
+    chosen. auto measures some 30 times in all."""
 
     ema_decay: float | None = 0.998
     """Decay a step of the averaged weights that are evaluated too, 0 to 1; starts lower and rises.

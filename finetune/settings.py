@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,15 @@ LAYER_DECAY = 0.75
 HEAD_SCALE = 0.001
 """What `head_init_scale: null` takes with pretrained weights (P Tables 9 to 11)."""
 
+FEWEST_EPOCHS, MOST_EPOCHS = 20, 200
+"""What `epochs: auto` stays within."""
+
+CROPS = 60_000
+"""Training crops that `epochs: auto` makes up, between these."""
+
+MEASUREMENTS = 30
+"""On the validation images, with `val_epochs: auto`."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -41,6 +51,8 @@ class Settings:
     precision: str
     workers: int
     steps_per_epoch: int
+    epochs: int
+    val_epochs: int
     layer_decay: float
 
 
@@ -55,6 +67,7 @@ def resolve_settings(
     """Resolve a config; where a run goes on, mean and std are as it began."""
     per_epoch = steps_per_epoch(len(data.train.files), config.batch_size)
     mean, std = _mean_std(config, img_size, data.train, origin, start)
+    epochs, val_epochs = resolve_epochs(config, len(data.train.files))
     layer_decay = config.optim.layer_decay
     if layer_decay is None:
         layer_decay = 1.0 if config.weights == "none" else LAYER_DECAY
@@ -65,8 +78,19 @@ def resolve_settings(
         precision=resolve_precision(config.precision, world.device),
         workers=resolve_workers(config.workers, world.device),
         steps_per_epoch=per_epoch,
+        epochs=epochs,
+        val_epochs=val_epochs,
         layer_decay=layer_decay,
     )
+
+
+def resolve_epochs(config: FinetuneConfig, images: int) -> tuple[int, int]:
+    """Epochs, and those between two measurements, where they are `auto`."""
+    suits = min(max(math.ceil(CROPS / images), FEWEST_EPOCHS), MOST_EPOCHS)
+    epochs = suits if config.epochs == "auto" else int(config.epochs)
+    seldom = math.ceil(epochs / MEASUREMENTS)
+    val_epochs = seldom if config.val_epochs == "auto" else int(config.val_epochs)
+    return epochs, val_epochs
 
 
 def _mean_std(
@@ -142,6 +166,7 @@ def settings_json(
         "model": name,
         "model_args": args,
         "label_names": list(label_names),
+        "epochs": settings.epochs,
         "layer_decay": settings.layer_decay,
         "precision": settings.precision,
         "workers": settings.workers,

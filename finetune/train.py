@@ -36,6 +36,9 @@ from finetune.model import (
 )
 from finetune.optim import make_optimizer
 from finetune.settings import (
+    CROPS,
+    FEWEST_EPOCHS,
+    MOST_EPOCHS,
     Settings,
     exported_config,
     head_scale,
@@ -71,7 +74,7 @@ def finetune(config: FinetuneConfig) -> int:
         data = _find_data(config, start)
         settings = resolve_settings(config, img_size, data, origin, world, start)
         plan = make_plan(
-            config, settings.steps_per_epoch, config.epochs, autocast_dtype(settings.precision)
+            config, settings.steps_per_epoch, settings.epochs, autocast_dtype(settings.precision)
         )
         sampler = StepSampler(
             len(data.train.files), config.batch_size, config.seed,
@@ -92,9 +95,10 @@ def finetune(config: FinetuneConfig) -> int:
             task = FinetuneTask(
                 model, make_optimizer(model, config.optim, settings.layer_decay),
                 config.freeze == "backbone", config.ema_decay, settings.mean, settings.std,
-                config.augment.label_smoothing, mixup, config.epochs, config.val_epochs, validation,
-                autocast_dtype(settings.precision), len(data.train.files) + len(data.val.files),
-                config.max_bad, exported, world, folder,
+                config.augment.label_smoothing, mixup, settings.epochs, settings.val_epochs,
+                validation, autocast_dtype(settings.precision),
+                len(data.train.files) + len(data.val.files), config.max_bad, exported, world,
+                folder,
             )  # fmt: skip
             if folder is not None:
                 data.train.files.save(folder.path / TRAIN_LIST)
@@ -220,11 +224,16 @@ def _announce(
         f"{world.device}, {settings.precision}, {torch.get_num_threads()} threads, "
         f"{settings.workers} workers, {world.size} process{'es' if world.size > 1 else ''}",
         f"{plan.total_steps} steps of {config.batch_size} images of {settings.img_size[0]}×"
-        f"{settings.img_size[1]}: {config.epochs} epochs over {len(data.train.files)}; learning "
+        f"{settings.img_size[1]}: {settings.epochs} epochs over {len(data.train.files)}; learning "
         f"rate {plan.peak:.3g} after {plan.warmup} steps, layer decay "
         f"{settings.layer_decay:g}",
         disk_line(config, size),
     ]
+    if config.epochs == "auto":
+        lines.append(
+            f"epochs auto: {settings.epochs}, the more the fewer images there are "
+            f"({FEWEST_EPOCHS} to {MOST_EPOCHS}, about {CROPS:,} crops in all)"
+        )
     recoloured = config.augment.color_jitter or config.augment.randaugment
     if recoloured and config.in_chans not in (1, 3):
         lines.append("randaugment and color_jitter need 1 or 3 channels and are not used")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fcmae.data.labelled import find_classes, labels_of
 from finetune.config import FinetuneAugmentConfig, FinetuneConfig, FinetuneOptimConfig
 from finetune.evaluate import evaluate, summarise
 from finetune.predict import predict
+from finetune.settings import resolve_epochs
 from finetune.task import Ema
 from finetune.tool_config import EvaluateConfig, PredictConfig
 from finetune.train import finetune
@@ -421,3 +423,13 @@ def test_near_duplicates_of_the_validation_pictures_are_listed(
     (line,) = (out / "near_duplicates.jsonl").read_text().splitlines()
     found = json.loads(line)
     assert (found["path"], found["of"]) == ("larger.png", "class 1/2.png")
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs", "val_epochs"),
+    [(1, 200, 7), (300, 200, 7), (301, 200, 7), (600, 100, 4), (3000, 20, 1), (10**6, 20, 1)],
+)
+def test_fewer_images_are_passed_over_more_often(images: int, epochs: int, val_epochs: int) -> None:
+    given = FinetuneConfig(data="photos", out="run")
+    assert resolve_epochs(given, images) == (epochs, val_epochs)
+    assert resolve_epochs(replace(given, epochs=3, val_epochs=2), images) == (3, 2)
