@@ -80,20 +80,27 @@ class Study:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def pretrain(self, name: str, data: Path, *options: object) -> Path:
-        """A run of pretraining; one that was stopped goes on."""
+    def pretrain(self, name: str, data: Path, *options: object, module: str = "fcmae") -> Path:
+        """A run of pretraining; one that was stopped goes on.
+
+        module: takes the options of `fcmae pretrain`, where it is another.
+        """
         run = self.out / name
-        self._fcmae("pretrain", "--data", data, "--out", run, *self._readers(), *options)
+        command = ["pretrain"] if module == "fcmae" else []
+        given = [*command, "--data", data, "--out", run, *self._readers(), *options]
+        self._run(module, *given)
         return run
 
     def finetune(self, name: str, data: Path, *options: object) -> dict[str, float]:
         """Top-1 in percent on val and, where there is one, on test, of the best weights on val."""
         run = self.out / name
-        self._fcmae("finetune", "--data", data, "--out", run, *self._readers(), *options)
+        self._run("fcmae", "finetune", "--data", data, "--out", run, *self._readers(), *options)
         found = {}
         for split in ("val", "test"):
             if (data / split).is_dir():
-                said = self._fcmae("evaluate", run, "--data", data, "--split", split, "--json")
+                said = self._run(
+                    "fcmae", "evaluate", run, "--data", data, "--split", split, "--json"
+                )
                 found[split] = json.loads(said)["top1"]
         speeds = [line["images_per_s"] for line in logged(run, "images_per_s")]
         found["images_per_s"] = float(np.median(speeds))
@@ -103,7 +110,7 @@ class Study:
 
     def probe(self, source: Path, data: Path, *options: object) -> dict[str, Any]:
         """What `fcmae probe` says, as `{"knn5": …, "knn20": …, "linear": …}`."""
-        said = self._fcmae("probe", source, "--data", data, "--json", *options)
+        said = self._run("fcmae", "probe", source, "--data", data, "--json", *options)
         found: dict[str, Any] = json.loads(said)
         return found
 
@@ -115,7 +122,8 @@ class Study:
         from chance.
         """
         out = self.out / f"features-{source.name}.npz"
-        self._fcmae("embed", source, "--images", data, "--out", out, *self._readers(), *options)
+        given = ["--images", data, "--out", out, *self._readers(), *options]
+        self._run("fcmae", "embed", source, *given)
         with np.load(out) as file:
             values, paths = torch.from_numpy(file["features"]), file["paths"]
         out.unlink()
@@ -126,13 +134,13 @@ class Study:
     def _readers(self) -> list[object]:
         return ["--workers", 0] if self._jobs > 1 else []
 
-    def _fcmae(self, *arguments: object) -> str:
+    def _run(self, module: str, *arguments: object) -> str:
         """Run one command as a user would, and return what it printed."""
-        words = [str(argument) for argument in arguments]
-        print(f"\n$ fcmae {' '.join(words)}", file=sys.stderr, flush=True)
+        words = [module, *(str(argument) for argument in arguments)]
+        print(f"\n$ python -m {' '.join(words)}", file=sys.stderr, flush=True)
         threads = max(1, len(os.sched_getaffinity(0)) // self._jobs)
         shared = {"OMP_NUM_THREADS": str(threads)} if self._jobs > 1 else {}
-        command = [sys.executable, "-m", "fcmae", *words]
+        command = [sys.executable, "-m", *words]
         return subprocess.run(
             command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | shared
         ).stdout

@@ -1,0 +1,56 @@
+"""`fcmae pretrain` with ordinary convolutions, for the paper's comparison; takes its options.
+
+The picture's hidden patches are greyed out, and nothing else is: what is visible leaks into hidden
+places and back, and with every layer the mask's edges fade. The decoder puts its mask token where
+patches are hidden, as ever.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fcmae.config import PretrainConfig
+from fcmae.options import parse
+from fcmae.pretrain import pretrain
+from sparse.engines.dense import DenseSites
+from sparse.sizes import PATCH, STRIDES
+
+
+class _ShownAsGrey(DenseSites):
+    """All sites of the first stage, the images' hidden patches zeroed (their mean)."""
+
+    def __init__(self, mask_BHW: Tensor, side: int, device: torch.device) -> None:
+        super().__init__(torch.zeros_like(mask_BHW), side, device)
+        self._visible_B1HW = (~mask_BHW)[:, None].to(device, torch.float32)
+
+    def stem(self, images_BCHW: Tensor, weight_OI44: Tensor, bias_O: Tensor) -> Tensor:
+        shown = F.interpolate(self._visible_B1HW, scale_factor=PATCH, mode="nearest")
+        return super().stem(images_BCHW * shown, weight_OI44, bias_O)
+
+
+class Unmasked:
+    """An engine that skips nothing."""
+
+    name = "dense"
+
+    def sites(self, mask_BHW: Tensor, device: torch.device) -> Sequence[DenseSites]:
+        first = _ShownAsGrey(mask_BHW, PATCH // STRIDES[0], device)
+        nothing = torch.zeros_like(mask_BHW)
+        return [first, *(DenseSites(nothing, PATCH // stride, device) for stride in STRIDES[1:])]
+
+
+def main() -> int:
+    config = parse(PretrainConfig, sys.argv[1:], "")
+    assert config is not None
+    with mock.patch("fcmae.pretrain.get_engine", return_value=Unmasked()):
+        return pretrain(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
