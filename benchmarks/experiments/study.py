@@ -116,7 +116,7 @@ class Study:
 
     def frozen(self, source: Path, data: Path, *options: object) -> dict[str, float]:
         """Top-1 in percent of frozen features within one folder of classes, each picture judged by
-        others: `knn20` and `linear` by nine tenths of them, `few` by a linear probe of one tenth.
+        others: `knn20` and `linear` by nine tenths of them.
 
         With thousands of pictures to judge instead of a val of hundreds, a point or two can be told
         from chance.
@@ -130,6 +130,12 @@ class Study:
         names, labels = np.unique([Path(path).parts[0] for path in paths], return_inverse=True)
         folds = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)) % FOLDS)
         return across(values, torch.from_numpy(labels), len(names), folds)
+
+    def few_labels(self, run: Path, data: Path, *options: object) -> float:
+        """Top-1 in percent after fine-tuning on a folder made by `tenth`."""
+        name = f"runs/{run.name}-tenth"
+        given = ["--weights", run, "--epochs", 30, "--val_epochs", 30, *options]
+        return self.finetune(name, data, *given)["val"]
 
     def _readers(self) -> list[object]:
         return ["--workers", 0] if self._jobs > 1 else []
@@ -153,27 +159,18 @@ def logged(run: Path, key: str) -> list[dict[str, Any]]:
 
 
 def across(values_NC: Tensor, labels_N: Tensor, classes: int, folds_N: Tensor) -> dict[str, float]:
-    """Top-1 in percent of `frozen`, over all folds of the pictures."""
-    hits = {"knn20": 0, "linear": 0, "few": 0}
-    judged = dict.fromkeys(hits, 0)
-
-    def count(name: str, guess_M: Tensor, of_M: Tensor) -> None:
-        hits[name] += int((guess_M == of_M).sum())
-        judged[name] += len(of_M)
-
+    """Top-1 in percent of `knn20` and `linear`, over all folds of the pictures."""
+    hits = {"knn20": 0, "linear": 0}
     for fold in range(FOLDS):
         one = folds_N == fold
-        for name, train in (("linear", ~one), ("few", one)):
-            chosen = torch.arange(int(train.sum())) % 5 == 0
-            some = Labelled(
-                values_NC[train], labels_N[train], values_NC[~train], labels_N[~train], classes,
-                chosen.nonzero().flatten(),
-            )  # fmt: skip
-            count(name, linear_probe(some)[0], some.val_labels)
-            if name == "linear":
-                near = knn(some.train, some.train_labels, some.val, (20,), classes)[0]
-                count("knn20", near, some.val_labels)
-    return {name: 100 * hits[name] / judged[name] for name in hits}
+        chosen = torch.arange(0, int((~one).sum()), 5)
+        some = Labelled(
+            values_NC[~one], labels_N[~one], values_NC[one], labels_N[one], classes, chosen
+        )
+        near = knn(some.train, some.train_labels, some.val, (20,), classes)[0]
+        for name, guess in (("knn20", near), ("linear", linear_probe(some)[0])):
+            hits[name] += int((guess == some.val_labels).sum())
+    return {name: 100 * count / len(labels_N) for name, count in hits.items()}
 
 
 def shrink(data: Path, out: Path, side: int) -> Path:
@@ -223,6 +220,17 @@ def label_share(data: Path, percent: int, out: Path) -> Path:
         for split in ("val", "test"):
             (partial / split).symlink_to((data / split).resolve())
         _link(_halves(data / "train", percent / 100)[1], partial / "train")
+    return out
+
+
+def tenth(data: Path, out: Path) -> Path:
+    """A folder of links that trains on a tenth of a folder of classes and validates on the rest:
+    with thousands of pictures to judge, a point or two can be told from chance."""
+    if out.is_dir():
+        return out
+    with _built(out) as partial:
+        for split, chosen in zip(("val", "train"), _halves(data, 0.1), strict=True):
+            _link(chosen, partial / split)
     return out
 
 
