@@ -27,12 +27,11 @@ from fcmae.data.statistics import imagenet_mean_std
 from fcmae.distributed import World
 from fcmae.loop import Loop
 from fcmae.plan import Signals, make_plan
-from finetune.config import FinetuneConfig
+from finetune.config import FinetuneConfig, FinetuneOptimConfig
 from finetune.optim import make_optimizer
 from finetune.task import FinetuneTask
 
 CLASSES = 10
-LAYER_DECAY = 0.75
 EPOCHS = 30
 MEAN, STD = imagenet_mean_std(3)
 CPU = torch.device("cpu")
@@ -44,7 +43,7 @@ class Done(Exception):
 
 def plain_step(model: nn.Module, config: FinetuneConfig) -> Callable[[Tensor, Tensor], None]:
     """What one would write around a timm model."""
-    optimizer = make_optimizer(model, config.optim, LAYER_DECAY)
+    optimizer = make_optimizer(model, config.optim)
     ema = ModelEmaV3(model, decay=config.ema_decay or 0.0, foreach=True)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.augment.label_smoothing)
     model.train()
@@ -63,7 +62,7 @@ def make_loop(model: nn.Module, config: FinetuneConfig, steps: int) -> Loop:
     world = World(0, 1, CPU)
     nothing: DataLoader[tuple[Tensor, ...]] = DataLoader(TensorDataset(torch.empty(0)))
     task = FinetuneTask(
-        model, make_optimizer(model, config.optim, LAYER_DECAY), False, config.ema_decay, MEAN,
+        model, make_optimizer(model, config.optim), False, config.ema_decay, MEAN,
         STD, config.augment.label_smoothing, None, 1, 1, nothing, None, 1, config.max_bad, {},
         world, None,
     )  # fmt: skip
@@ -77,7 +76,8 @@ def main() -> int:
     parser.add_argument("--img_size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    config = FinetuneConfig(data="-", out="-", batch_size=options.batch_size)
+    optim = FinetuneOptimConfig(layer_decay=0.75)
+    config = FinetuneConfig(data="-", out="-", batch_size=options.batch_size, optim=optim)
     ours = timm.create_model(options.model, num_classes=CLASSES, drop_path_rate=config.drop_path)
     theirs = plain_step(copy.deepcopy(ours), config)
     shape = (options.batch_size, 3, options.img_size, options.img_size)

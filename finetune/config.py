@@ -31,9 +31,9 @@ class FinetuneOptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """AdamW's two averaging rates, '[FIRST,SECOND]'."""
 
-    layer_decay: float | None = None
+    layer_decay: float = 1.0
     """Factor on the learning rate from each layer to the one before it, which spares the early
-    layers; 1 treats all alike. null takes 0.75 with pretrained weights and 1 from scratch."""
+    layers; 1 treats all alike. Weights that saw a million pictures want less, such as 0.9."""
 
     layer_group: Literal["single", "group"] = "single"
     """What layer_decay counts as a layer: a block, or a group of three blocks (the paper's choice

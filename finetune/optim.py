@@ -17,11 +17,9 @@ from sparse.errors import InputError
 BLOCKS_A_GROUP = 3
 
 
-def make_optimizer(
-    model: nn.Module, optim: FinetuneOptimConfig, layer_decay: float
-) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, optim: FinetuneOptimConfig) -> torch.optim.Optimizer:
     """AdamW over what is trained; the loop sets a group's rate to the schedule's x `lr_scale`."""
-    groups = layer_groups(model, optim.weight_decay, layer_decay, optim.layer_group)
+    groups = layer_groups(model, optim.weight_decay, optim.layer_decay, optim.layer_group)
     betas = (optim.betas[0], optim.betas[1])
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 

@@ -23,9 +23,6 @@ from finetune.config import FinetuneConfig
 from finetune.model import Start, classifier_names
 from sparse.errors import InputError
 
-LAYER_DECAY = 0.75
-"""What `layer_decay: null` takes with pretrained weights."""
-
 HEAD_SCALE = 0.001
 """What `head_init_scale: null` takes with pretrained weights (P Tables 9 to 11)."""
 
@@ -53,7 +50,6 @@ class Settings:
     steps_per_epoch: int
     epochs: int
     val_epochs: int
-    layer_decay: float
 
 
 def resolve_settings(
@@ -68,9 +64,6 @@ def resolve_settings(
     per_epoch = steps_per_epoch(len(data.train.files), config.batch_size)
     mean, std = _mean_std(config, img_size, data.train, origin, start)
     epochs, val_epochs = resolve_epochs(config, len(data.train.files))
-    layer_decay = config.optim.layer_decay
-    if layer_decay is None:
-        layer_decay = 1.0 if config.weights == "none" else LAYER_DECAY
     return Settings(
         img_size=img_size,
         mean=mean,
@@ -80,7 +73,6 @@ def resolve_settings(
         steps_per_epoch=per_epoch,
         epochs=epochs,
         val_epochs=val_epochs,
-        layer_decay=layer_decay,
     )
 
 
@@ -167,7 +159,6 @@ def settings_json(
         "model_args": args,
         "label_names": list(label_names),
         "epochs": settings.epochs,
-        "layer_decay": settings.layer_decay,
         "precision": settings.precision,
         "workers": settings.workers,
     }

@@ -93,7 +93,7 @@ def finetune(config: FinetuneConfig) -> int:
             exported = exported_config(config, settings, origin.name, args, model, data.names)
             validation = _validation(config, settings, data, world)
             task = FinetuneTask(
-                model, make_optimizer(model, config.optim, settings.layer_decay),
+                model, make_optimizer(model, config.optim),
                 config.freeze == "backbone", config.ema_decay, settings.mean, settings.std,
                 config.augment.label_smoothing, mixup, settings.epochs, settings.val_epochs,
                 validation, autocast_dtype(settings.precision),
@@ -226,7 +226,7 @@ def _announce(
         f"{plan.total_steps} steps of {config.batch_size} images of {settings.img_size[0]}×"
         f"{settings.img_size[1]}: {settings.epochs} epochs over {len(data.train.files)}; learning "
         f"rate {plan.peak:.3g} after {plan.warmup} steps, layer decay "
-        f"{settings.layer_decay:g}",
+        f"{config.optim.layer_decay:g}",
         disk_line(config, size),
     ]
     if config.epochs == "auto":

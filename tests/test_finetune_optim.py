@@ -105,7 +105,7 @@ def test_a_layer_decay_of_one_makes_two_groups() -> None:
 def test_what_is_frozen_is_left_out() -> None:
     model = tiny_convnext().requires_grad_(False)
     model.get_submodule("head").requires_grad_(True)
-    optimizer = make_optimizer(model, FinetuneOptimConfig(), 0.75)
+    optimizer = make_optimizer(model, FinetuneOptimConfig(layer_decay=0.75))
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in model.get_submodule("head").parameters()}
     assert isinstance(optimizer, torch.optim.AdamW)
