@@ -196,6 +196,10 @@ class FinetuneConfig:
     workers: Literal["auto"] | int = "auto"
     """Processes that read images, per training process; 0 reads in the training process."""
 
+    compile: bool = False
+    """Compile training's forward and backward with torch.compile: a minute at the start of a run
+    for faster steps. Needs a C++ compiler."""
+
     resume: str = "auto"
     """auto goes on from the newest good checkpoint in out; never wants an empty out; or the path of
     a checkpoint."""
@@ -245,7 +249,7 @@ class FinetuneConfig:
 
 RUNTIME_KEYS = frozenset(
     {
-        *("out", "device", "precision", "workers"),
+        *("out", "device", "precision", "workers", "compile"),
         "resume",
         "checkpoint_steps",
         "checkpoint_minutes",

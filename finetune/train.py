@@ -47,6 +47,7 @@ from finetune.settings import (
     settings_json,
 )
 from finetune.task import BEST, FinetuneTask
+from sparse.encoder import check_compiler
 
 TRAIN_LIST, VAL_LIST = "files-train.bin", "files-val.bin"
 
@@ -69,6 +70,8 @@ def finetune(config: FinetuneConfig) -> int:
     recolouring(config.augment, img_size, [0.5])
     with join_world(resolve_device(config.device)) as world, Signals() as signals:
         check_parts(config.batch_size, world.size, config.accumulate)
+        if config.compile:
+            check_compiler()
         start = find_start(config, "finetune", RUNTIME_KEYS)
         origin = _find_model(config, start)
         data = _find_data(config, start)
@@ -100,6 +103,8 @@ def finetune(config: FinetuneConfig) -> int:
                 len(data.train.files) + len(data.val.files), config.max_bad, exported, world,
                 folder,
             )  # fmt: skip
+            if config.compile:
+                model.compile()  # in place: the average was copied before, and stays as it is
             if folder is not None:
                 data.train.files.save(folder.path / TRAIN_LIST)
                 data.val.files.save(folder.path / VAL_LIST)

@@ -134,12 +134,7 @@ class SparseConvNeXtV2(nn.Module):
                 "compile can't take MinkowskiEngine's operators: use engine 'patch', which gives "
                 "the same numbers"
             )
-        compilers = [os.environ.get("CXX", "g++"), "clang++"]
-        if not any(map(shutil.which, compilers)):
-            raise InputError(
-                f"compile needs a C++ compiler, and none of {compilers} is installed: install one "
-                "(Debian: g++) or leave compile false"
-            )
+        check_compiler()
         self.encode = torch.compile(self.encode, fullgraph=True)  # type: ignore[method-assign]
 
     def encode(self, images_BCHW: Tensor, sites: Sequence[Sites]) -> Tensor:
@@ -178,6 +173,16 @@ def init_weights(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         assert module.bias is not None
         nn.init.zeros_(module.bias)
+
+
+def check_compiler() -> None:
+    """Raise InputError where `torch.compile` would find no C++ compiler."""
+    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    if not any(map(shutil.which, compilers)):
+        raise InputError(
+            f"compile needs a C++ compiler, and none of {compilers} is installed: install one "
+            "(Debian: g++) or leave compile false"
+        )
 
 
 def init_fan_in(model: nn.Module, spare: Collection[nn.Module] = ()) -> None:

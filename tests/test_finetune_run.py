@@ -433,3 +433,26 @@ def test_fewer_images_are_passed_over_more_often(images: int, epochs: int, val_e
     given = FinetuneConfig(data="photos", out="run")
     assert resolve_epochs(given, images) == (epochs, val_epochs)
     assert resolve_epochs(replace(given, epochs=3, val_epochs=2), images) == (3, 2)
+
+
+def test_compiled_steps_train_and_eager_ones_measure(classes: Path, tmp_path: Path) -> None:
+    """The same numbers as without, and torch compiles one graph: none for measuring."""
+    losses = []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for name in ("eager", "compiled"):
+        out = tmp_path / name
+        assert finetune(config(classes, out, compile=name == "compiled", drop_path=0.0)) == 0
+        losses.append([line["loss"] for line in metrics(out) if "loss" in line])
+        assert {"val_top1", "ema_top1"} <= metrics(out)[-1].keys()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_no_compiler_is_said(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(InputError, match="needs a C\\+\\+ compiler"):
+        finetune(config(classes, tmp_path / "run", compile=True))
+    assert not (tmp_path / "run").exists()
