@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--side", type=int, default=192, help="shorter side of the copies read")
     options = parser.parse_args()
-    study = Study(options.out, options.jobs)
+    study = Study(options)
     data = shrink(options.data, study.out / "pictures", options.side)
     labelled = tenth(data, study.out / "tenth")
     common = ["--img_size", options.img_size, "--precision", options.precision]

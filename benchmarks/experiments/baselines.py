@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--rates", type=float, nargs="+", default=(4e-3, 1.6e-2))
     parser.add_argument("--side", type=int, default=256, help="shorter side of the copies read")
     options = parser.parse_args()
-    study = Study(options.out, options.jobs)
+    study = Study(options)
     data = shrink(options.data, study.out / "pictures", options.side)
     common = [
         "--img_size", options.img_size, "--epochs", options.epochs, "--val_epochs", 5,

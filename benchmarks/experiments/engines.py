@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--img_size", type=int, default=96)
     parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()
-    study = Study(options.out, options.jobs)
+    study = Study(options)
     common = ["--img_size", options.img_size, "--epochs", options.epochs, "--log_steps", 1]
     losses, held = {}, {}
     for engine in ENGINES:

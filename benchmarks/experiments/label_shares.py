@@ -29,9 +29,9 @@ from benchmarks.experiments.study import (
 )
 
 SHARES = (10, 30, 100)
-RATES = (4e-3, 8e-3, 1.6e-2)
+RATES = (8e-3, 1.6e-2, 3.2e-2)
 """Where the search begins: base_lr, for a batch of 256."""
-EPOCHS = {10: (60, 150), 30: (30, 60), 100: (12, 30)}
+EPOCHS = {10: (60, 150), 30: (30, 60), 100: (12, 24)}
 SEEDS = (0, 1, 2)
 SIDES = ("pretrained", "scratch")
 
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--shares", type=int, nargs="+", default=SHARES)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     options = parser.parse_args()
-    study = Study(options.out, options.jobs)
+    study = Study(options)
     data = shrink(options.data, study.out / "pictures", options.side)
     data = with_test(data, study.out / "splits")
     common = ["--img_size", options.img_size, "--precision", options.precision]

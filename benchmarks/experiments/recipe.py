@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--side", type=int, default=256, help="shorter side of the copies read")
     parser.add_argument("--only", nargs="+", choices=CHANGES, default=list(CHANGES))
     options = parser.parse_args()
-    study = Study(options.out, options.jobs)
+    study = Study(options)
     data = shrink(options.data, study.out / "pictures", options.side)
     labelled = tenth(data, study.out / "tenth")
     common = ["--img_size", options.img_size, "--precision", options.precision]

@@ -43,18 +43,20 @@ def arguments(description: str, out: str) -> argparse.ArgumentParser:
         "--jobs", type=int, default=1,
         help="runs at the same time; two of one thread do more on two cores than one of two",
     )  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="fine-tuning; needs a compiler")
     return parser
 
 
 class Study:
     """Results by name, on disk as soon as they are there."""
 
-    def __init__(self, out: Path, jobs: int = 1) -> None:
-        self.out = out
-        out.mkdir(parents=True, exist_ok=True)
-        self._jobs = jobs
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.out: Path = options.out
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._jobs: int = options.jobs
+        self._compiled = ["--compile", "true"] if options.compile else []
         self._lock = threading.Lock()
-        self._file = out / "results.json"
+        self._file = self.out / "results.json"
         self.results: dict[str, Any] = (
             json.loads(self._file.read_text()) if self._file.exists() else {}
         )
@@ -94,7 +96,8 @@ class Study:
     def finetune(self, name: str, data: Path, *options: object) -> dict[str, float]:
         """Top-1 in percent on val and, where there is one, on test, of the best weights on val."""
         run = self.out / name
-        self._run("fcmae", "finetune", "--data", data, "--out", run, *self._readers(), *options)
+        given = ["--data", data, "--out", run, *self._readers(), *self._compiled, *options]
+        self._run("fcmae", "finetune", *given)
         found = {}
         for split in ("val", "test"):
             if (data / split).is_dir():
