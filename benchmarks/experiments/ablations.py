@@ -39,20 +39,15 @@ def main() -> int:
 
     def tried(name: str) -> dict[str, Any]:
         def measured() -> dict[str, Any]:
-            folder = name.replace(" ", "-").replace("%", "percent")
             module = "benchmarks.experiments.unmasked" if name == UNMASKED else "fcmae"
             run = study.pretrain(
-                folder, data, *common, "--epochs", options.epochs, "--engine", "patch",
+                name, data, *common, "--epochs", options.epochs, "--engine", "patch",
                 *RUNS[name], module=module,
             )  # fmt: skip
-            last = (logged(run, "holdout_loss") or [{"holdout_loss": float("nan")}])[-1]
+            last = (logged(run, "holdout_loss") or [{}])[-1]
             spread = {key: value for key, value in last.items() if key.startswith("diversity/")}
-            return {
-                "tuned": study.few_labels(run, labelled, *common),
-                **study.frozen(run, data),
-                "holdout_loss": last["holdout_loss"],
-                "diversity": spread,
-            }
+            found = study.judged(run, data, labelled, options.img_size, options.precision)
+            return {**found, "diversity": spread}
 
         found: dict[str, Any] = study.once(name, measured)
         return found

@@ -8,7 +8,7 @@ FOLDER is one of classes, whose labels are used to judge alone: take train, neve
 
 from __future__ import annotations
 
-from benchmarks.experiments.study import Study, arguments, logged, shrink, tenth
+from benchmarks.experiments.study import Study, arguments, shrink, tenth
 
 CHANGES: dict[str, list[object]] = {
     "the defaults": [],
@@ -44,15 +44,12 @@ def main() -> int:
 
     def tried(name: str) -> dict[str, float]:
         def measured() -> dict[str, float]:
-            folder = name.replace(" ", "-").replace("%", "percent")
             given = [*common, "--epochs", options.epochs, *CHANGES[name]]
-            run = study.pretrain(folder, data, *given)
-            held = logged(run, "holdout_loss")
-            return {
-                "tuned": study.few_labels(run, labelled, *common),
-                **study.frozen(run, data, "--img_size", options.img_size),
-                "holdout_loss": held[-1]["holdout_loss"] if held else float("nan"),
-            }
+            run = study.pretrain(name, data, *given)
+            found: dict[str, float] = study.judged(
+                run, data, labelled, options.img_size, options.precision
+            )
+            return found
 
         found: dict[str, float] = study.once(name, measured)
         return found

@@ -87,7 +87,7 @@ class Study:
 
         module: takes the options of `fcmae pretrain`, where it is another.
         """
-        run = self.out / name
+        run = self.out / name.replace(" ", "-").replace("%", "percent")
         command = ["pretrain"] if module == "fcmae" else []
         given = [*command, "--data", data, "--out", run, *self._readers(), *options]
         self._run(module, *given)
@@ -139,6 +139,16 @@ class Study:
         name = f"runs/{run.name}-tenth"
         given = ["--weights", run, "--epochs", 30, "--val_epochs", 30, *options]
         return self.finetune(name, data, *given)["val"]
+
+    def judged(self, run: Path, data: Path, labelled: Path, img_size: int, precision: str) -> Any:
+        """`few_labels` as `tuned`, `frozen`, and the last held-out loss of a run."""
+        size = ["--img_size", img_size]
+        held = logged(run, "holdout_loss")
+        return {
+            "tuned": self.few_labels(run, labelled, *size, "--precision", precision),
+            **self.frozen(run, data, *size),
+            "holdout_loss": held[-1]["holdout_loss"] if held else float("nan"),
+        }
 
     def _readers(self) -> list[object]:
         return ["--workers", 0] if self._jobs > 1 else []
