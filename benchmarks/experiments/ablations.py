@@ -9,6 +9,7 @@ Held-out losses compare only where the target and the share of hidden patches ar
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from benchmarks.experiments.study import Study, arguments, logged, plot, shrink, tenth
@@ -52,9 +53,7 @@ def main() -> int:
         found: dict[str, Any] = study.once(name, measured)
         return found
 
-    with study.pool() as pool:
-        results = {name: pool.submit(tried, name) for name in RUNS}
-    _show(study, {name: future.result() for name, future in results.items()})
+    _show(study, study.together({name: partial(tried, name) for name in RUNS}))
     return 0
 
 

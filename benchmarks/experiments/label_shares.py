@@ -2,8 +2,7 @@
 
 Both sides get the same search, each for its own best learning rate and length, judged on val with
 one seed: rates a factor of two apart at the shorter length until neither neighbour of the best is
-better, then the best and half of it at the longer. The best of all runs with further seeds, and
-test is measured.
+better, then the best at the longer. The best of all runs with further seeds, and test is measured.
 
     python -m benchmarks.experiments.label_shares --data FOLDER
 
@@ -13,6 +12,7 @@ pretrained on, without labels.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from benchmarks.experiments.study import (
 SHARES = (10, 30, 100)
 RATES = (8e-3, 1.6e-2, 3.2e-2)
 """Where the search begins: base_lr, for a batch of 256."""
-EPOCHS = {10: (60, 150), 30: (30, 60), 100: (12, 24)}
+EPOCHS = {10: (60, 150), 30: (20, 50), 100: (8, 16)}
 SEEDS = (0, 1, 2)
 SIDES = ("pretrained", "scratch")
 
@@ -39,7 +39,8 @@ SIDES = ("pretrained", "scratch")
 def main() -> int:
     parser = arguments(__doc__ or "", "label_shares")
     parser.add_argument("--img_size", type=int, default=128)
-    parser.add_argument("--epochs", type=int, default=300, help="of pretraining")
+    parser.add_argument("--epochs", type=int, default=100, help="of pretraining")
+    parser.add_argument("--batch_size", type=int, default=32, help="of pretraining")
     parser.add_argument("--side", type=int, default=256, help="shorter side of the copies read")
     parser.add_argument("--shares", type=int, nargs="+", default=SHARES)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
@@ -48,40 +49,36 @@ def main() -> int:
     data = shrink(options.data, study.out / "pictures", options.side)
     data = with_test(data, study.out / "splits")
     common = ["--img_size", options.img_size, "--precision", options.precision]
-    name = f"pretrain-{options.epochs}"
-
-    def pretrained() -> Path:
-        weights = study.pretrain(
-            name, data / "train", *common, "--epochs", options.epochs,
-            "--probe.data", data, "--probe.epochs", max(1, options.epochs // 5),
-        )  # fmt: skip
-        study.once(
-            f"probe/{options.epochs}",
-            lambda: study.probe(weights, data, "--baseline", "--near_duplicates", data / "train"),
-        )
-        return weights
 
     labelled = {
         share: label_share(data, share, study.out / f"labels-{share}") for share in options.shares
     }
 
-    def side(side: str, share: int) -> dict[str, Any]:
-        given = ["--model", "atto", "--weights", weights.result() if side == SIDES[0] else "none"]
-        place = f"{share}/{name if side == SIDES[0] else side}"
-        return _side(study, place, EPOCHS[share], labelled[share], [*common, *given])
+    def side(name: str, weights: str | Path) -> dict[int, dict[str, Any]]:
+        given = [*common, "--model", "atto", "--weights", weights]
+        return study.together(
+            {
+                share: partial(_side, study, f"{share}/{name}", EPOCHS[share], folder, given)
+                for share, folder in labelled.items()
+            }
+        )
 
-    with study.pool() as pool:
-        if SIDES[0] in options.sides:
-            weights = pool.submit(pretrained)
-        order = [(name, share) for share in options.shares for name in reversed(options.sides)]
-        found = {key: pool.submit(side, *key) for key in order}
-        table = {
-            share: {name: found[name, share].result() for name in options.sides}
-            for share in options.shares
-        }
-    _show(study, table)
-    if SIDES[0] in options.sides:
-        _show_frozen(study, weights.result())
+    def pretrained() -> dict[int, dict[str, Any]]:
+        name = f"pretrain-{options.epochs}"
+        weights = study.pretrain(
+            name, data / "train", *common, "--epochs", options.epochs,
+            "--batch_size", options.batch_size, "--probe.data", data,
+            "--probe.epochs", max(1, options.epochs // 5),
+        )  # fmt: skip
+        study.once(
+            f"probe/{options.epochs}",
+            lambda: study.probe(weights, data, "--baseline", "--near_duplicates", data / "train"),
+        )
+        _show_frozen(study, weights)
+        return side(name, weights)
+
+    sides = {"pretrained": pretrained, "scratch": lambda: side("scratch", "none")}
+    _show(study, study.together({name: sides[name] for name in options.sides}))
     return 0
 
 
@@ -102,43 +99,45 @@ def _side(
         return found
 
     short, long = epochs
-    values = {rate: tried(rate, short)["val"] for rate in RATES}
+    values = {
+        rate: found["val"]
+        for rate, found in study.together(
+            {rate: partial(tried, rate, short) for rate in RATES}
+        ).items()
+    }
     while (best := max(values, key=lambda rate: values[rate])) in (min(values), max(values)):
         rate = best / 2 if best == min(values) else best * 2
         values[rate] = tried(rate, short)["val"]
-    cells = {(rate, short): value for rate, value in values.items()}
-    cells |= {(rate, long): tried(rate, long)["val"] for rate in (best, best / 2)}
-    rate, length = max(cells, key=lambda cell: cells[cell])
-    seeds = [tried(rate, length, seed) for seed in SEEDS]
+    length = long if tried(best, long)["val"] > values[best] else short
+    seeds = study.together({seed: partial(tried, best, length, seed) for seed in SEEDS})
     return {
-        "rate": rate,
+        "rate": best,
         "epochs": length,
-        **{split: [found[split] for found in seeds] for split in ("val", "test")},
+        **{split: [found[split] for found in seeds.values()] for split in ("val", "test")},
     }
 
 
-def _show(study: Study, table: dict[int, dict[str, Any]]) -> None:
+def _show(study: Study, sides: dict[str, dict[int, dict[str, Any]]]) -> None:
     print("| labels | | rate, epochs | val top-1 % | test top-1 % | gain on test |")
     print("|---|---|---|---:|---:|---:|")
-    lines = []
-    for share, sides in table.items():
-        for side, found in sides.items():
+    for share in next(iter(sides.values())):
+        for side, shares in sides.items():
+            found = shares[share]
             val, test = (
                 f"{np.mean(found[split]):.1f} ± {np.std(found[split], ddof=1):.1f}"
                 for split in ("val", "test")
             )
-            gain = (
-                np.mean(found["test"]) - np.mean(sides[SIDES[1]]["test"]) if len(sides) > 1 else 0
-            )
-            shown = f"{gain:+.1f}" if gain else ""
-            print(
-                f"| {share} % | {side} | {found['rate']:g}, {found['epochs']} | {val} | {test} | "
-                f"{shown} |"
-            )
-    for side in next(iter(table.values())):
-        tests = [sides[side]["test"] for sides in table.values()]
+            gain = ""
+            if side != "scratch" and "scratch" in sides:
+                against = np.mean(sides["scratch"][share]["test"])
+                gain = f"{np.mean(found['test']) - against:+.1f}"
+            settings = f"{found['rate']:g}, {found['epochs']}"
+            print(f"| {share} % | {side} | {settings} | {val} | {test} | {gain} |")
+    lines = []
+    for side, shares in sides.items():
+        tests = [found["test"] for found in shares.values()]
         means, spread = np.mean(tests, axis=1), np.std(tests, axis=1, ddof=1)
-        lines.append((side, [*table], means.tolist(), spread.tolist()))
+        lines.append((side, [*shares], means.tolist(), spread.tolist()))
     plot(lines, ("labels, % of train", "test top-1 %"), study.out / "label_shares.png", log_x=True)
 
 

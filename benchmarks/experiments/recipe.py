@@ -8,6 +8,8 @@ FOLDER is one of classes, whose labels are used to judge alone: take train, neve
 
 from __future__ import annotations
 
+from functools import partial
+
 from benchmarks.experiments.study import Study, arguments, shrink, tenth
 
 CHANGES: dict[str, list[object]] = {
@@ -54,12 +56,10 @@ def main() -> int:
         found: dict[str, float] = study.once(name, measured)
         return found
 
-    with study.pool() as pool:
-        found = {name: pool.submit(tried, name) for name in options.only}
+    found = study.together({name: partial(tried, name) for name in options.only})
     print("| | fine-tuned, a tenth of the labels | linear | kNN 20 | held-out loss |")
     print("|---|---:|---:|---:|---:|")
-    for name, future in found.items():
-        row = future.result()
+    for name, row in found.items():
         print(
             f"| {name} | {row['tuned']:.1f} | {row['linear']:.1f} | {row['knn20']:.1f} | "
             f"{row['holdout_loss']:.3f} |"

@@ -13,11 +13,11 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ from fcmae.data.labelled import find_classes, labels_of, split_by_hash
 from fcmae.probing import Labelled, knn, linear_probe
 
 FOLDS = 10
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 def arguments(description: str, out: str) -> argparse.ArgumentParser:
@@ -56,6 +58,8 @@ class Study:
         self._jobs: int = options.jobs
         self._compiled = ["--compile", "true"] if options.compile else []
         self._lock = threading.Lock()
+        self._slots = threading.Semaphore(options.jobs)
+        self._failed = threading.Event()
         self._file = self.out / "results.json"
         self.results: dict[str, Any] = (
             json.loads(self._file.read_text()) if self._file.exists() else {}
@@ -71,15 +75,15 @@ class Study:
                     path.write_text(json.dumps(self.results, indent=1))
         return self.results[name]
 
-    @contextmanager
-    def pool(self) -> Iterator[ThreadPoolExecutor]:
-        """Runs `jobs` of what is submitted at a time, the earliest first; after an error, no more
-        are begun. What waits for another has to be submitted after it."""
-        with ThreadPoolExecutor(self._jobs) as pool:
+    def together(self, steps: Mapping[K, Callable[[], V]]) -> dict[K, V]:
+        """What all steps return. Of their commands, `jobs` run at a time, first come first served,
+        however the steps are nested; after one that fails, no more are begun."""
+        with ThreadPoolExecutor(len(steps)) as pool:
             try:
-                yield pool
+                begun = {name: pool.submit(step) for name, step in steps.items()}
+                return {name: future.result() for name, future in begun.items()}
             except BaseException:
-                pool.shutdown(cancel_futures=True)
+                self._failed.set()
                 raise
 
     def pretrain(self, name: str, data: Path, *options: object, module: str = "fcmae") -> Path:
@@ -156,13 +160,20 @@ class Study:
     def _run(self, module: str, *arguments: object) -> str:
         """Run one command as a user would, and return what it printed."""
         words = [module, *(str(argument) for argument in arguments)]
-        print(f"\n$ python -m {' '.join(words)}", file=sys.stderr, flush=True)
         threads = max(1, len(os.sched_getaffinity(0)) // self._jobs)
         shared = {"OMP_NUM_THREADS": str(threads)} if self._jobs > 1 else {}
         command = [sys.executable, "-m", *words]
-        return subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | shared
-        ).stdout
+        with self._slots:
+            if self._failed.is_set():
+                raise RuntimeError(f"not begun, another failed: {' '.join(words)}")
+            print(f"\n$ python -m {' '.join(words)}", file=sys.stderr, flush=True)
+            try:
+                return subprocess.run(
+                    command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | shared
+                ).stdout
+            except BaseException:
+                self._failed.set()
+                raise
 
 
 def logged(run: Path, key: str) -> list[dict[str, Any]]:
