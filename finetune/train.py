@@ -25,6 +25,7 @@ from fcmae.resume import find_start, stored_files
 from fcmae.run import RunFolder
 from fcmae.settings import height_width
 from finetune.augment import TrainDataset, recolouring
+from finetune.blocks import speed_up
 from finetune.config import RUNTIME_KEYS, FinetuneConfig
 from finetune.model import (
     Start,
@@ -87,6 +88,8 @@ def finetune(config: FinetuneConfig) -> int:
         mixup = make_mixup(config, len(data.names), world)
         model, args = _build(config, origin, len(data.names), img_size)
         model = model.to(world.device)
+        if world.device.type == "cpu":
+            speed_up(model, config.compile)
         size = checkpoint_bytes(model, copies=1 + (config.ema_decay is not None))
         check_disk(config, size)
         duplicates = _find_duplicates(config, data, world)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,6 +12,9 @@ from sparse.engines.base import ImageRows, Sites, hide
 
 GRN_EPS = 1e-6
 LAYER_NORM_EPS = 1e-6
+
+Pair: TypeAlias = tuple[Tensor, Tensor]
+"""Weight and bias."""
 
 
 class GlobalResponseNorm(nn.Module):
@@ -133,23 +138,32 @@ def _relative(norm_BC: Tensor) -> Tensor:
 
 
 def grn_mlp(
-    x_NC: Tensor, norm: nn.LayerNorm, mlp: SparseMlp, sites: Sites, recompute: bool = False
+    x_NC: Tensor,
+    norm: Pair,
+    fc1: Pair,
+    grn: Pair,
+    fc2: Pair,
+    images: ImageRows,
+    visible_N1: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """LayerNorm, then fc1, GELU, GRN with statistics per image over visible sites, fc2 → (N, C).
 
     Args:
+        norm, fc1, grn, fc2: weights and biases.
+        images: which rows are which image's.
+        visible_N1: 1 where a row counts, 0 where it is hidden; None where all count.
         recompute: compute fc1 again in the backward pass, instead of keeping its output.
     """
-    assert mlp.grn is not None
-    parameters = [*norm.parameters(), *weight_and_bias(mlp.fc1), *weight_and_bias(mlp.fc2)]
+    parameters = [*norm, *fc1, *fc2]
     if torch.is_autocast_enabled(x_NC.device.type):
         dtype = torch.get_autocast_dtype(x_NC.device.type)
         x_NC, *parameters = (tensor.to(dtype) for tensor in (x_NC, *parameters))
     norm_w_C, norm_b_C, w1_KC, b1_K, w2_CK, b2_C = parameters
     with torch.autocast(x_NC.device.type, enabled=False):
         return _GrnMlp.apply(
-            x_NC, norm_w_C, norm_b_C, w1_KC, b1_K, mlp.grn.weight, mlp.grn.bias, w2_CK, b2_C,
-            sites.images, sites.visible_N1, recompute,
+            x_NC, norm_w_C, norm_b_C, w1_KC, b1_K, *grn, w2_CK, b2_C,
+            images, visible_N1, recompute,
         )  # fmt: skip
 
 
@@ -194,7 +208,11 @@ class SparseBlock(nn.Module):
     def forward(self, x_NC: Tensor, sites: Sites) -> Tensor:
         y_NC = sites.depthwise(x_NC, *weight_and_bias(self.conv_dw))
         if self.mlp.grn is not None:
-            y_NC = grn_mlp(y_NC, self.norm, self.mlp, sites, self.recompute)
+            y_NC = grn_mlp(
+                y_NC, weight_and_bias(self.norm), weight_and_bias(self.mlp.fc1),
+                weight_and_bias(self.mlp.grn), weight_and_bias(self.mlp.fc2),
+                sites.images, sites.visible_N1, self.recompute,
+            )  # fmt: skip
         else:
             y_NC = self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm(y_NC))))
         if self.gamma is not None:
@@ -218,11 +236,12 @@ class SparseBlock(nn.Module):
         return hide(sites, scaled.view_as(a_NK) + self.mlp.grn.bias)
 
 
-def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor]:
+def weight_and_bias(layer: nn.Module) -> Pair:
     """Parameters of a layer that has a bias, as all of ours have."""
-    assert isinstance(layer, nn.Conv2d | nn.Linear)
-    assert layer.bias is not None
-    return layer.weight, layer.bias
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    assert isinstance(bias, Tensor)
+    return weight, bias
 
 
 def drop_images(y_NC: Tensor, rate: float, images: ImageRows) -> Tensor:

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 from sparse import SparseConvNeXtV2
 from sparse.convert import to_timm
 from sparse.engines.base import ImageRows
-from sparse.layers import SparseMlp, drop_images, grn_mlp
+from sparse.layers import SparseMlp, drop_images, grn_mlp, weight_and_bias
 from sparse.sizes import SIZES
 from tests.test_engines import FAST_ENGINES, random_encoder
 
@@ -65,6 +65,11 @@ def sites_of(counts, visible=None):
     )
 
 
+def apply_mlp(x, norm, mlp, sites, recompute=False):
+    layers = map(weight_and_bias, (norm, mlp.fc1, mlp.grn, mlp.fc2))
+    return grn_mlp(x, *layers, sites.images, sites.visible_N1, recompute)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("piece", [1, 2**22])
 @pytest.mark.parametrize("counts", [(5, 5), (2, 2, 2, 2, 2), (3, 7), (0, 10)])
@@ -72,7 +77,7 @@ def test_grn_mlp_is_the_formula_image_by_image(counts, piece, recompute, monkeyp
     monkeypatch.setattr("sparse.engines.base.PIECE", piece)
     norm, mlp, parameters = random_mlp(3)
     x = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
-    found = grn_mlp(x, norm, mlp, sites_of(counts), recompute)
+    found = apply_mlp(x, norm, mlp, sites_of(counts), recompute)
     expected = torch.cat([mlp_by_the_formula(part, norm, mlp) for part in x.split(counts)])
     torch.testing.assert_close(found, expected)
     upstream = torch.randn_like(found)
@@ -91,7 +96,7 @@ def test_grn_mlp_gradcheck(visible, piece, monkeypatch):
     norm, mlp, parameters = random_mlp(2)
     x = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
     sites = sites_of((4, 4), visible)
-    assert gradcheck(lambda x, *_: grn_mlp(x, norm, mlp, sites), (x, *parameters))
+    assert gradcheck(lambda x, *_: apply_mlp(x, norm, mlp, sites), (x, *parameters))
 
 
 def test_gradient_at_a_channel_of_zeros_is_finite():
@@ -99,7 +104,7 @@ def test_gradient_at_a_channel_of_zeros_is_finite():
     with torch.no_grad():
         mlp.fc1.weight[1], mlp.fc1.bias[1] = 0, 0
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    grn_mlp(x, norm, mlp, sites_of((6,))).sum().backward()
+    apply_mlp(x, norm, mlp, sites_of((6,))).sum().backward()
     assert x.grad is not None
     assert x.grad.isfinite().all()
 

