@@ -27,6 +27,7 @@ from fcmae.data.statistics import imagenet_mean_std
 from fcmae.distributed import World
 from fcmae.loop import Loop
 from fcmae.plan import Signals, make_plan
+from finetune.blocks import speed_up
 from finetune.config import FinetuneConfig, FinetuneOptimConfig
 from finetune.optim import make_optimizer
 from finetune.task import FinetuneTask
@@ -80,6 +81,7 @@ def main() -> int:
     config = FinetuneConfig(data="-", out="-", batch_size=options.batch_size, optim=optim)
     ours = timm.create_model(options.model, num_classes=CLASSES, drop_path_rate=config.drop_path)
     theirs = plain_step(copy.deepcopy(ours), config)
+    speed_up(ours)
     shape = (options.batch_size, 3, options.img_size, options.img_size)
     images = torch.randint(256, shape, dtype=torch.uint8)
     labels = torch.randint(CLASSES, shape[:1])

@@ -50,14 +50,16 @@ def _linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return weight.flatten(1), bias
 
 
-def speed_up(model: nn.Module, compiled: bool) -> None:
-    """Have a model's ConvNeXt blocks, if it has any, computed this way from now on.
+def speed_up(model: nn.Module, compiled: bool = False) -> None:
+    """Have the ConvNeXt blocks of a model that is on a CPU computed this way from now on.
 
-    A layer that is not as in a published ConvNeXt is left as it is.
+    Another model, and layers that are not as in a published ConvNeXt, are left as they are.
 
     Args:
         compiled: the model will be. The compiler then does better with timm's MLP.
     """
+    if next(model.parameters()).device.type != "cpu":
+        return
     for block in model.modules():
         if not isinstance(block, ConvNeXtBlock):
             continue

@@ -18,6 +18,7 @@ from fcmae.data.files import FileList
 from fcmae.data.labelled import Labels
 from fcmae.resources import resolve_workers
 from fcmae.weights import CONFIG_FILE, WEIGHTS_FILE, read_json, read_state
+from finetune.blocks import speed_up
 from finetune.model import Start, build_model
 from sparse.errors import InputError
 
@@ -94,8 +95,10 @@ def load_classifier(
     model, _ = build_model(start, len(names), channels, size)
     state, _ = read_state(folder / WEIGHTS_FILE)
     _load_all(model, state, folder)
+    model = model.to(device).eval()
+    speed_up(model)
     return Classifier(
-        model.to(device).eval(),
+        model,
         tuple(map(str, names)),
         folder,
         size,

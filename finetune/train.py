@@ -88,8 +88,7 @@ def finetune(config: FinetuneConfig) -> int:
         mixup = make_mixup(config, len(data.names), world)
         model, args = _build(config, origin, len(data.names), img_size)
         model = model.to(world.device)
-        if world.device.type == "cpu":
-            speed_up(model, config.compile)
+        speed_up(model, config.compile)
         size = checkpoint_bytes(model, copies=1 + (config.ema_decay is not None))
         check_disk(config, size)
         duplicates = _find_duplicates(config, data, world)

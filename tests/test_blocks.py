@@ -57,7 +57,7 @@ def test_outputs_and_gradients_are_timms(name, options, compiled, fused, size):
 def test_in_bfloat16_as_near_as_timm():
     exact = random_model("convnextv2_atto")
     fused = copy.deepcopy(exact)
-    speed_up(fused, compiled=False)
+    speed_up(fused)
     images = torch.randn(4, 3, 64, 64)
     want = exact(images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -68,7 +68,7 @@ def test_in_bfloat16_as_near_as_timm():
 def test_stochastic_depth_draws_the_same():
     expected = random_model("convnextv2_atto", drop_path_rate=0.5)
     found = copy.deepcopy(expected)
-    speed_up(found, compiled=False)
+    speed_up(found)
     images = torch.randn(4, 3, 64, 64)
     results = []
     for model in (expected, found):
@@ -80,11 +80,11 @@ def test_stochastic_depth_draws_the_same():
 def test_other_models_and_layers_are_left_alone():
     model = timm.create_model("resnet18")
     before = [type(module) for module in model.modules()]
-    speed_up(model, compiled=False)
+    speed_up(model)
     assert [type(module) for module in model.modules()] == before
     odd = timm.create_model("convnextv2_atto", output_stride=8, conv_bias=True)
     odd.stages[0].blocks[0].norm.eps = 1e-3
-    speed_up(odd, compiled=False)
+    speed_up(odd)
     dilated = [b.conv_dw for s in odd.stages for b in s.blocks if b.conv_dw.dilation != (1, 1)]
     assert dilated
     assert all(type(conv) is torch.nn.Conv2d for conv in dilated)
