@@ -76,7 +76,7 @@ class Study:
         return self.results[name]
 
     def together(self, steps: Mapping[K, Callable[[], V]]) -> dict[K, V]:
-        """What all steps return. Of their commands, `jobs` run at a time, first come first served,
+        """What all steps return. Of the runs in them, `jobs` go at a time, first come first served,
         however the steps are nested; after one that fails, no more are begun."""
         with ThreadPoolExecutor(len(steps)) as pool:
             try:
@@ -92,23 +92,22 @@ class Study:
         module: takes the options of `fcmae pretrain`, where it is another.
         """
         run = self.out / name.replace(" ", "-").replace("%", "percent")
-        command = ["pretrain"] if module == "fcmae" else []
-        given = [*command, "--data", data, "--out", run, *self._readers(), *options]
-        self._run(module, *given)
+        command = [module, "pretrain"] if module == "fcmae" else [module]
+        self._run([*command, "--data", data, "--out", run, *self._readers(), *options])
         return run
 
     def finetune(self, name: str, data: Path, *options: object) -> dict[str, float]:
         """Top-1 in percent on val and, where there is one, on test, of the best weights on val."""
         run = self.out / name
         given = ["--data", data, "--out", run, *self._readers(), *self._compiled, *options]
-        self._run("fcmae", "finetune", *given)
-        found = {}
-        for split in ("val", "test"):
-            if (data / split).is_dir():
-                said = self._run(
-                    "fcmae", "evaluate", run, "--data", data, "--split", split, "--json"
-                )
-                found[split] = json.loads(said)["top1"]
+        splits = [split for split in ("val", "test") if (data / split).is_dir()]
+        evaluate = ["fcmae", "evaluate", run, "--data", data, "--json", "--split"]
+        _, *said = self._run(
+            ["fcmae", "finetune", *given], *([*evaluate, split] for split in splits)
+        )
+        found = {
+            split: json.loads(words)["top1"] for split, words in zip(splits, said, strict=True)
+        }
         speeds = [line["images_per_s"] for line in logged(run, "images_per_s")]
         found["images_per_s"] = float(np.median(speeds))
         for part in ("checkpoints", "exported", "best"):
@@ -117,7 +116,7 @@ class Study:
 
     def probe(self, source: Path, data: Path, *options: object) -> dict[str, Any]:
         """What `fcmae probe` says, as `{"knn5": …, "knn20": …, "linear": …}`."""
-        said = self._run("fcmae", "probe", source, "--data", data, "--json", *options)
+        (said,) = self._run(["fcmae", "probe", source, "--data", data, "--json", *options])
         found: dict[str, Any] = json.loads(said)
         return found
 
@@ -130,7 +129,7 @@ class Study:
         """
         out = self.out / f"features-{source.name}.npz"
         given = ["--images", data, "--out", out, *self._readers(), *options]
-        self._run("fcmae", "embed", source, *given)
+        self._run(["fcmae", "embed", source, *given])
         with np.load(out) as file:
             values, paths = torch.from_numpy(file["features"]), file["paths"]
         out.unlink()
@@ -157,23 +156,26 @@ class Study:
     def _readers(self) -> list[object]:
         return ["--workers", 0] if self._jobs > 1 else []
 
-    def _run(self, module: str, *arguments: object) -> str:
-        """Run one command as a user would, and return what it printed."""
-        words = [module, *(str(argument) for argument in arguments)]
+    def _run(self, *commands: Sequence[object]) -> list[str]:
+        """Run commands one after the other as a user would, and return what each printed."""
         threads = max(1, len(os.sched_getaffinity(0)) // self._jobs)
         shared = {"OMP_NUM_THREADS": str(threads)} if self._jobs > 1 else {}
-        command = [sys.executable, "-m", *words]
         with self._slots:
-            if self._failed.is_set():
-                raise RuntimeError(f"not begun, another failed: {' '.join(words)}")
-            print(f"\n$ python -m {' '.join(words)}", file=sys.stderr, flush=True)
             try:
-                return subprocess.run(
-                    command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | shared
-                ).stdout
+                return [self._output(command, shared) for command in commands]
             except BaseException:
                 self._failed.set()
                 raise
+
+    def _output(self, command: Sequence[object], environment: dict[str, str]) -> str:
+        if self._failed.is_set():
+            raise RuntimeError("not begun: another run failed")
+        words = ["-m", *map(str, command)]
+        print(f"\n$ python {' '.join(words)}", file=sys.stderr, flush=True)
+        return subprocess.run(
+            [sys.executable, *words], stdout=subprocess.PIPE, text=True, check=True,
+            env=os.environ | environment,
+        ).stdout  # fmt: skip
 
 
 def logged(run: Path, key: str) -> list[dict[str, Any]]:
