@@ -2,54 +2,68 @@
 
     python -m benchmarks.experiments.baselines --data FOLDER --weights RUN
 
-FOLDER has train, val and test; RUN is a run of pretraining, such as that of label_shares.
+FOLDER has train, val and perhaps test; RUN is a run of pretraining, such as that of label_shares.
+Each model takes the better of two learning rates, judged on val with one seed.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 
-from benchmarks.experiments.study import Study, arguments, shrink
+from benchmarks.experiments.study import Study, arguments, label_share, shrink, with_test
 
-MODELS = ("atto", "convnext_atto", "resnet50", "swin_tiny_patch4_window7_224")
+OURS = "atto"
+MODELS = (OURS, "convnext_atto", "resnet50", "swin_tiny_patch4_window7_224")
 
 
 def main() -> int:
     parser = arguments(__doc__ or "", "baselines")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--img_size", type=int, default=128)
+    parser.add_argument("--share", type=int, default=30, help="labels, in percent of train")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--rates", type=float, nargs="+", default=(4e-3, 1.6e-2))
     parser.add_argument("--side", type=int, default=256, help="shorter side of the copies read")
     options = parser.parse_args()
     study = Study(options)
-    data = shrink(options.data, study.out / "pictures", options.side)
+    data = with_test(shrink(options.data, study.out / "pictures", options.side), study.out / "all")
+    data = label_share(data, options.share, study.out / f"labels-{options.share}")
     common = [
-        "--img_size", options.img_size, "--epochs", options.epochs, "--val_epochs", 5,
+        "--img_size", options.img_size, "--epochs", options.epochs, "--val_epochs", 2,
         "--precision", options.precision,
     ]  # fmt: skip
+
+    def tried(model: str, weights: Path | str, name: str, rate: float) -> dict[str, float]:
+        given = [*common, "--model", model, "--weights", weights, "--optim.base_lr", rate]
+        found: dict[str, float] = study.once(
+            f"{name}/{rate:g}", lambda: study.finetune(f"runs/{name}-{rate:g}", data, *given)
+        )
+        return found
+
+    def best(model: str, weights: Path | str, name: str) -> dict[str, Any]:
+        found = study.together({r: partial(tried, model, weights, name, r) for r in options.rates})
+        rate = max(found, key=lambda rate: found[rate]["val"])
+        return {"model": model, "rate": rate, **found[rate]}
+
+    rows = {f"{model}, from scratch": partial(best, model, "none", model) for model in MODELS}
+    rows[f"{OURS}, pretrained"] = partial(best, OURS, options.weights, f"{OURS}-pretrained")
     print("| model | weights M | images/s | rate | val top-1 % | test top-1 % |")
     print("|---|---:|---:|---:|---:|---:|")
-    for model, weights in [*((model, None) for model in MODELS), ("atto", options.weights)]:
-        name = f"{model}-{'pretrained' if weights else 'scratch'}"
-        tried = {}
-        for rate in options.rates:
-            given = ["--model", model, "--weights", weights or "none", "--optim.base_lr", rate]
-            tried[rate] = study.once(
-                f"{name}/{rate:g}",
-                lambda: study.finetune(f"runs/{name}-{rate:g}", data, *common, *given),  # noqa: B023
-            )
-        rate = max(tried, key=lambda rate: tried[rate]["val"])
-        full = f"convnextv2_{model}" if model == "atto" else model
-        size = sum(p.numel() for p in timm.create_model(full, num_classes=10).parameters()) / 1e6
-        found = tried[rate]
+    for name, found in study.together(rows).items():
         print(
-            f"| {name} | {size:.1f} | {found['images_per_s']:.0f} | {rate:g} | "
-            f"{found['val']:.1f} | {found['test']:.1f} |", flush=True,
-        )  # fmt: skip
+            f"| {name} | {_millions(found['model']):.1f} | {found['images_per_s']:.0f} | "
+            f"{found['rate']:g} | {found['val']:.1f} | {found['test']:.1f} |"
+        )
     return 0
+
+
+def _millions(model: str) -> float:
+    full = f"convnextv2_{model}" if model == OURS else model
+    return sum(p.numel() for p in timm.create_model(full, num_classes=10).parameters()) / 1e6
 
 
 if __name__ == "__main__":
