@@ -70,11 +70,11 @@ def main() -> int:
             "--batch_size", options.batch_size, "--probe.data", data,
             "--probe.epochs", max(1, options.epochs // 5),
         )  # fmt: skip
-        study.once(
+        probed = study.once(
             f"probe/{options.epochs}",
             lambda: study.probe(weights, data, "--baseline", "--near_duplicates", data / "train"),
         )
-        _show_frozen(study, weights)
+        _show_frozen(study, weights, probed["random"])
         return side(name, weights)
 
     sides = {"pretrained": pretrained, "scratch": lambda: side("scratch", "none")}
@@ -141,12 +141,15 @@ def _show(study: Study, sides: dict[str, dict[int, dict[str, Any]]]) -> None:
     plot(lines, ("labels, % of train", "test top-1 %"), study.out / "label_shares.png", log_x=True)
 
 
-def _show_frozen(study: Study, weights: Path) -> None:
+def _show_frozen(study: Study, weights: Path, random: dict[str, Any]) -> None:
+    """Top-1 of frozen features as pretraining goes on; random weights are its beginning."""
     curves = []
-    for key in ("probe_knn5", "probe_knn20", "probe_linear"):
-        found = logged(weights, key)
-        epochs, values = ([entry[name] for entry in found] for name in ("epoch", key))
-        curves.append((key.removeprefix("probe_"), epochs, values, None))
+    names = {"knn5": "5 nearest", "knn20": "20 nearest", "linear": "linear"}
+    for key, name in names.items():
+        found = logged(weights, f"probe_{key}")
+        epochs = [0, *(entry["epoch"] for entry in found)]
+        values = [random[key]["top1"], *(entry[f"probe_{key}"] for entry in found)]
+        curves.append((name, epochs, values, None))
     plot(curves, ("epochs of pretraining", "val top-1 %"), study.out / "frozen_features.png")
 
 
