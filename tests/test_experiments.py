@@ -51,6 +51,9 @@ def test_shares_of_labels_hold_for_every_class_and_lie_within_each_other(labelle
     assert sum(name.startswith("cat") for name in found[30]) == 12
     assert found[10] < found[30] < found[100]
     assert names(shares[10] / "val") == names(labelled / "val")
+    rest = set(names(shares[30] / "rest"))
+    assert rest.isdisjoint(found[30])
+    assert rest | found[30] == found[100]
 
 
 def test_a_test_split_is_half_of_val_where_there_is_none(labelled, tmp_path):

@@ -2,7 +2,9 @@
 
 Both sides get the same search, each for its own best learning rate and length, judged on val with
 one seed: rates a factor of two apart at the shorter length until neither neighbour of the best is
-better, then the best at the longer. The best of all runs with further seeds, and test is measured.
+better, then the best at the longer. The best of all runs with further seeds, and is measured on
+test and on the training pictures whose labels it has not seen: those are many more, so that a point
+can be told from chance, but pretraining has seen them, without labels.
 
     python -m benchmarks.experiments.label_shares --data FOLDER
 
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiments.study import (
+    JUDGES,
     Study,
     arguments,
     label_share,
@@ -113,32 +116,38 @@ def _side(
     return {
         "rate": best,
         "epochs": length,
-        **{split: [found[split] for found in seeds.values()] for split in ("val", "test")},
+        **{
+            split: [found[split] for found in seeds.values()]
+            for split in JUDGES
+            if split in seeds[0]
+        },
     }
 
 
 def _show(study: Study, sides: dict[str, dict[int, dict[str, Any]]]) -> None:
-    print("| labels | | rate, epochs | val top-1 % | test top-1 % | gain on test |")
+    print("| labels | | rate, epochs | val top-1 % | test top-1 % | rest of train, top-1 % |")
     print("|---|---|---|---:|---:|---:|")
     for share in next(iter(sides.values())):
         for side, shares in sides.items():
             found = shares[share]
-            val, test = (
-                f"{np.mean(found[split]):.1f} ± {np.std(found[split], ddof=1):.1f}"
-                for split in ("val", "test")
-            )
-            gain = ""
-            if side != "scratch" and "scratch" in sides:
-                against = np.mean(sides["scratch"][share]["test"])
-                gain = f"{np.mean(found['test']) - against:+.1f}"
+            against = sides["scratch"][share] if {*sides} > {"scratch"} != {side} else {}
+            scores = [_score(found.get(split), against.get(split)) for split in JUDGES]
             settings = f"{found['rate']:g}, {found['epochs']}"
-            print(f"| {share} % | {side} | {settings} | {val} | {test} | {gain} |")
+            print(f"| {share} % | {side} | {settings} | {' | '.join(scores)} |")
     lines = []
     for side, shares in sides.items():
         tests = [found["test"] for found in shares.values()]
         means, spread = np.mean(tests, axis=1), np.std(tests, axis=1, ddof=1)
         lines.append((side, [*shares], means.tolist(), spread.tolist()))
     plot(lines, ("labels, % of train", "test top-1 %"), study.out / "label_shares.png", log_x=True)
+
+
+def _score(tops: list[float] | None, against: list[float] | None) -> str:
+    """Mean and deviation over the seeds, and how much more than `against` that is."""
+    if tops is None:
+        return ""
+    gain = "" if against is None else f" ({np.mean(tops) - np.mean(against):+.1f})"
+    return f"{np.mean(tops):.1f} ± {np.std(tops, ddof=1):.1f}{gain}"
 
 
 def _show_frozen(study: Study, weights: Path, random: dict[str, Any]) -> None:

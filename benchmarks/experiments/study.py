@@ -31,6 +31,8 @@ from fcmae.data.labelled import find_classes, labels_of, split_by_hash
 from fcmae.probing import Labelled, knn, linear_probe
 
 FOLDS = 10
+JUDGES = ("val", "test", "rest")
+"""Folders that a fine-tuned model is measured on, where they are."""
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -97,10 +99,11 @@ class Study:
         return run
 
     def finetune(self, name: str, data: Path, *options: object) -> dict[str, float]:
-        """Top-1 in percent on val and, where there is one, on test, of the best weights on val."""
+        """Top-1 in percent on each of `JUDGES` that there is, of the best weights on val; and the
+        median of `images_per_s`."""
         run = self.out / name
         given = ["--data", data, "--out", run, *self._readers(), *self._compiled, *options]
-        splits = [split for split in ("val", "test") if (data / split).is_dir()]
+        splits = [split for split in JUDGES if (data / split).is_dir()]
         evaluate = ["fcmae", "evaluate", run, "--data", data, "--json", "--split"]
         _, *said = self._run(
             ["fcmae", "finetune", *given], *([*evaluate, split] for split in splits)
@@ -237,7 +240,7 @@ def with_test(data: Path, out: Path) -> Path:
 
 def label_share(data: Path, percent: int, out: Path) -> Path:
     """A folder of links with `percent` of the training pictures of each class, chosen by a hash of
-    their paths; the other splits as they are."""
+    their paths; val and test as they are, and as `rest` the training pictures left out."""
     if percent == 100:
         return data
     if out.is_dir():
@@ -245,7 +248,10 @@ def label_share(data: Path, percent: int, out: Path) -> Path:
     with _built(out) as partial:
         for split in ("val", "test"):
             (partial / split).symlink_to((data / split).resolve())
-        _link(_halves(data / "train", percent / 100)[1], partial / "train")
+        for name, chosen in zip(
+            ("rest", "train"), _halves(data / "train", percent / 100), strict=True
+        ):
+            _link(chosen, partial / name)
     return out
 
 
