@@ -1,16 +1,19 @@
 """The FCMAE decoder (arXiv 2301.00808, section 3): projection, mask token, ConvNeXt block, pixels.
 
-It is dense: every patch position takes part, the hidden ones starting from a learned token.
+It is dense: every patch position takes part, the hidden ones starting from a learned token. Inside,
+a map is rows (B·h·w, D), as in the encoder.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from sparse.depthwise import depthwise
 from sparse.encoder import init_weights
-from sparse.engines.dense import DenseSites
-from sparse.layers import SparseBlock
+from sparse.engines.dense import DenseSites, rows_of
+from sparse.layers import SparseBlock, weight_and_bias
 from sparse.sizes import PATCH
 
 
@@ -43,11 +46,26 @@ class Decoder(nn.Module):
         Returns:
             (B, out_chans·32², h, w), the channel axis in the order (row, column, channel).
         """
-        x_BDHW = self.proj(features_BCHW)
-        x_BDHW = torch.where(mask_BHW[:, None], self.mask_token.to(x_BDHW.dtype), x_BDHW)
-        nothing_hidden = torch.zeros(mask_BHW.shape, dtype=torch.bool)
-        sites = DenseSites(nothing_hidden, 1, features_BCHW.device)
-        x_ND = x_BDHW.permute(0, 2, 3, 1).flatten(0, 2)
+        sites = _AllSites(mask_BHW.shape, features_BCHW.device)
+        x_ND = _linear(self.proj, rows_of(features_BCHW))
+        token_D = self.mask_token.flatten().to(x_ND.dtype)
+        x_ND = torch.where(mask_BHW.reshape(-1, 1), token_D, x_ND)
         for block in self.blocks:
             x_ND = block(x_ND, sites)
-        return self.pred(sites.densify(x_ND))
+        return sites.densify(_linear(self.pred, x_ND))
+
+
+class _AllSites(DenseSites):
+    """Every site of a map (B, h, w), with a depthwise convolution that is fast on CPUs."""
+
+    def __init__(self, shape: torch.Size, device: torch.device) -> None:
+        super().__init__(torch.zeros(shape, dtype=torch.bool), 1, device)
+
+    def depthwise(self, x_NC: Tensor, weight_C1KK: Tensor, bias_C: Tensor) -> Tensor:
+        return rows_of(depthwise(self.map_of(x_NC), weight_C1KK, bias_C))
+
+
+def _linear(conv: nn.Conv2d, x_NC: Tensor) -> Tensor:
+    """A 1×1 convolution of rows."""
+    weight, bias = weight_and_bias(conv)
+    return F.linear(x_NC, weight.flatten(1), bias)

@@ -1,6 +1,7 @@
 """The reconstruction target and loss (arXiv 2301.00808, section 3; He et al., MAE, section 3).
 
-Everything keeps patches on a (B, C·32², h, w) map whose channel axis runs (row, column, channel).
+Everything keeps patches on a (B, C·32², h, w) map whose channel axis runs (row, column, channel) and
+lies innermost in memory, as the decoder's predictions have it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ def patchify(images_BCHW: Tensor) -> Tensor:
     b, c, height, width = images_BCHW.shape
     h, w = height // PATCH, width // PATCH
     blocks = images_BCHW.reshape(b, c, h, PATCH, w, PATCH)
-    return blocks.permute(0, 3, 5, 1, 2, 4).reshape(b, PATCH * PATCH * c, h, w)
+    patches_BHWP = blocks.permute(0, 2, 4, 3, 5, 1).reshape(b, h, w, PATCH * PATCH * c)
+    return patches_BHWP.permute(0, 3, 1, 2)
 
 
 def unpatchify(patches_BPHW: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Depthwise convolution of dense maps with a weight gradient that CPUs compute fast."""
+"""Depthwise convolution of dense maps, with a weight gradient that CPUs compute fast."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ def depthwise(x_BCHW: Tensor, weight_C1KK: Tensor, bias_C: Tensor) -> Tensor:
     The same as `F.conv2d(x, weight, bias, padding=K // 2, groups=C)`, under autocast too; the
     backward pass is 1.5 to 10 times as fast on a CPU, most for bfloat16 and small maps.
     """
+    if x_BCHW.device.type != "cpu":
+        pad = weight_C1KK.shape[-1] // 2
+        return F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=pad, groups=len(weight_C1KK))
     if torch.is_autocast_enabled(x_BCHW.device.type):
         dtype = torch.get_autocast_dtype(x_BCHW.device.type)
         x_BCHW, weight_C1KK, bias_C = x_BCHW.to(dtype), weight_C1KK.to(dtype), bias_C.to(dtype)

@@ -33,27 +33,29 @@ class DenseSites:
             self.visible_N1 = (~hidden).reshape(-1, 1).to(device, torch.float32, non_blocking=True)
         self.images = ImageRows.equal(self.shape[0], self.shape[1] * self.shape[2], device)
 
-    def _map(self, x_NC: Tensor) -> Tensor:
+    def map_of(self, x_NC: Tensor) -> Tensor:
+        """Rows → (B, C, H, W), channels last in memory."""
         return x_NC.view(*self.shape, x_NC.shape[1]).permute(0, 3, 1, 2)
 
     def stem(self, images_BCHW: Tensor, weight_OI44: Tensor, bias_O: Tensor) -> Tensor:
         images = images_BCHW.contiguous(memory_format=torch.channels_last)
-        return _rows(F.conv2d(images, weight_OI44, bias_O, stride=4))
+        return rows_of(F.conv2d(images, weight_OI44, bias_O, stride=4))
 
     def depthwise(self, x_NC: Tensor, weight_C1KK: Tensor, bias_C: Tensor) -> Tensor:
         pad = weight_C1KK.shape[-1] // 2
-        return _rows(
-            F.conv2d(self._map(x_NC), weight_C1KK, bias_C, padding=pad, groups=len(bias_C))
+        return rows_of(
+            F.conv2d(self.map_of(x_NC), weight_C1KK, bias_C, padding=pad, groups=len(bias_C))
         )
 
     def downsample(self, x_NC: Tensor, weight_OI22: Tensor, bias_O: Tensor) -> Tensor:
-        return _rows(F.conv2d(self._map(x_NC), weight_OI22, bias_O, stride=2))
+        return rows_of(F.conv2d(self.map_of(x_NC), weight_OI22, bias_O, stride=2))
 
     def densify(self, x_NC: Tensor) -> Tensor:
-        return self._map(hide(self, x_NC))
+        return self.map_of(hide(self, x_NC))
 
 
-def _rows(x_BCHW: Tensor) -> Tensor:
+def rows_of(x_BCHW: Tensor) -> Tensor:
+    """(B, C, H, W) → rows (B·H·W, C), a view of maps that have channels last in memory."""
     return x_BCHW.permute(0, 2, 3, 1).reshape(-1, x_BCHW.shape[1])
 
 
