@@ -1,7 +1,7 @@
 """The reconstruction target and loss (arXiv 2301.00808, section 3; He et al., MAE, section 3).
 
-Everything keeps patches on a (B, C·32², h, w) map whose channel axis runs (row, column, channel) and
-lies innermost in memory, as the decoder's predictions have it.
+Everything keeps patches on a (B, C·32², h, w) map whose channel axis runs (row, column, channel)
+and lies innermost in memory, as the decoder's predictions have it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 from benchmarks.experiments import label_shares
-from benchmarks.experiments.study import Study, across, label_share, shrink, tenth, with_test
+from benchmarks.experiments.folders import label_share, shrink, tenth, with_test
+from benchmarks.experiments.judge import across, compare, judging
+from benchmarks.experiments.study import Study
 
 
 def study(tmp_path, jobs=2):
@@ -132,6 +134,69 @@ def test_the_search_goes_on_while_the_best_rate_is_the_last(tmp_path, monkeypatc
         8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1
     ]  # fmt: skip
     assert len(asked) == 5 + 3
+
+
+def test_tables_and_plots_are_made_again_from_results_alone(
+    labelled, tmp_path, monkeypatch, capsys
+):
+    """A copy of results.json is enough: nothing is trained, and no weights need to be there."""
+    out = tmp_path / "out"
+    out.mkdir()
+    found = {
+        "pretrain-8": {key: [[4, 30.0], [8, 40.0]] for key in label_shares.FROZEN},
+        "probe/8": {"random": {name: {"top1": 20.0} for name in ("knn5", "knn20", "linear")}},
+    }
+    for side, top in (("scratch", 40.0), ("pretrain-8", 50.0)):
+        for rate, epochs, seed in [
+            *((rate, 60, 0) for rate in label_shares.RATES),
+            *((1.6e-2, 150, seed) for seed in label_shares.SEEDS),
+        ]:
+            tops = top + seed - abs(np.log2(rate / 1.6e-2)) + epochs / 60
+            name = f"10/{side}/rate-{rate:g}-epochs-{epochs}-seed-{seed}"
+            found[name] = dict.fromkeys(("val", "test", "rest"), tops)
+    (out / "results.json").write_text(json.dumps(found))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("nothing is to be run"))
+    argv = ["_", "--data", str(labelled), "--out", str(out), "--epochs", "8", "--shares", "10"]
+    monkeypatch.setattr("sys.argv", argv)
+    assert label_shares.main() == 0
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0].count("53.5 ± 1.0 (+10.0)") == 3
+    assert last[1].count("43.5 ± 1.0") == 3
+    assert {path.name for path in out.glob("*.png")} == {"label_shares.png", "frozen_features.png"}
+
+
+def test_runs_of_pretraining_are_judged_by_what_follows(labelled, tmp_path, monkeypatch):
+    """Fine-tuning learns from a tenth and is judged by the rest; features are those of all."""
+    asked = {}
+
+    def pretrain(self, name, data, *options, module):
+        asked[name] = (module, options)
+        run = self.out / name
+        run.mkdir()
+        held = {"epoch": 2, "holdout_loss": 0.5, "diversity/stages.0.blocks.0": 0.4}
+        (run / "metrics.jsonl").write_text(json.dumps(held) + "\n")
+        return run
+
+    def finetune(self, name, data, *options):
+        return {"val": 10.0 * len(names(data / "train"))}
+
+    def embed(self, source, data, *options):
+        paths = names(data)
+        return torch.tensor([[1.0, 0] if p.startswith("cat") else [0, 1.0] for p in paths]), paths
+
+    for fake in (pretrain, finetune, embed):
+        monkeypatch.setattr(Study, fake.__name__, fake)
+    options = judging("", "", img_size=32, epochs=2, side=20).parse_args(
+        ["--data", str(labelled / "train"), "--out", str(tmp_path / "out")]
+    )
+    runs = {"a": [], "b": ["--mask_ratio", 0.3]}
+    found = compare(Study(options), options, runs, lambda name: f"module_{name}")
+    assert asked["b"][0] == "module_b"
+    assert asked["b"][1][-2:] == ("--mask_ratio", 0.3)
+    assert found["a"] == {
+        "tuned": 80.0, "knn20": 100.0, "linear": 100.0, "holdout_loss": 0.5,
+        "diversity": {"diversity/stages.0.blocks.0": 0.4},
+    }  # fmt: skip
 
 
 def test_top1_over_all_folds_is_one_for_features_that_are_the_label():

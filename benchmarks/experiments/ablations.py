@@ -9,10 +9,10 @@ Held-out losses compare only where the target and the share of hidden patches ar
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from benchmarks.experiments.study import Study, arguments, logged, plot, shrink, tenth
+from benchmarks.experiments.judge import compare, judging
+from benchmarks.experiments.study import Study, plot
 
 UNMASKED = "unmasked convolutions"
 RUNS: dict[str, list[object]] = {
@@ -28,32 +28,11 @@ RUNS: dict[str, list[object]] = {
 
 
 def main() -> int:
-    parser = arguments(__doc__ or "", "ablations")
-    parser.add_argument("--img_size", type=int, default=96)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--side", type=int, default=192, help="shorter side of the copies read")
-    options = parser.parse_args()
+    options = judging(__doc__ or "", "ablations", img_size=96, epochs=40, side=192).parse_args()
     study = Study(options)
-    data = shrink(options.data, study.out / "pictures", options.side)
-    labelled = tenth(data, study.out / "tenth")
-    common = ["--img_size", options.img_size, "--precision", options.precision]
-
-    def tried(name: str) -> dict[str, Any]:
-        def measured() -> dict[str, Any]:
-            module = "benchmarks.experiments.unmasked" if name == UNMASKED else "fcmae"
-            run = study.pretrain(
-                name, data, *common, "--epochs", options.epochs, "--engine", "patch",
-                *RUNS[name], module=module,
-            )  # fmt: skip
-            last = (logged(run, "holdout_loss") or [{}])[-1]
-            spread = {key: value for key, value in last.items() if key.startswith("diversity/")}
-            found = study.judged(run, data, labelled, options.img_size, options.precision)
-            return {**found, "diversity": spread}
-
-        found: dict[str, Any] = study.once(name, measured)
-        return found
-
-    _show(study, study.together({name: partial(tried, name) for name in RUNS}))
+    runs = {name: ["--engine", "patch", *changed] for name, changed in RUNS.items()}
+    where = {UNMASKED: "benchmarks.experiments.unmasked"}
+    _show(study, compare(study, options, runs, lambda name: where.get(name, "fcmae")))
     return 0
 
 

@@ -14,10 +14,15 @@ from typing import Any
 
 import timm
 
-from benchmarks.experiments.study import Study, arguments, label_share, shrink, with_test
+from benchmarks.experiments.folders import label_share, shrink, with_test
+from benchmarks.experiments.study import Study, arguments
 
 OURS = "atto"
-MODELS = (OURS, "convnext_atto", "resnet50", "swin_tiny_patch4_window7_224")
+ROWS = {
+    "pretrained": OURS,
+    **{name: name for name in (OURS, "convnext_atto", "resnet50", "swin_tiny_patch4_window7_224")},
+}
+"""Name of a row → model; all but the first from scratch."""
 
 
 def main() -> int:
@@ -26,8 +31,9 @@ def main() -> int:
     parser.add_argument("--img_size", type=int, default=128)
     parser.add_argument("--share", type=int, default=30, help="labels, in percent of train")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--rates", type=float, nargs="+", default=(4e-3, 1.6e-2))
+    parser.add_argument("--rates", type=float, nargs="+", default=(2e-3, 8e-3))
     parser.add_argument("--side", type=int, default=256, help="shorter side of the copies read")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
     options = parser.parse_args()
     study = Study(options)
     data = with_test(shrink(options.data, study.out / "pictures", options.side), study.out / "all")
@@ -37,25 +43,25 @@ def main() -> int:
         "--precision", options.precision,
     ]  # fmt: skip
 
-    def tried(model: str, weights: Path | str, name: str, rate: float) -> dict[str, float]:
-        given = [*common, "--model", model, "--weights", weights, "--optim.base_lr", rate]
+    def tried(row: str, rate: float) -> dict[str, float]:
+        weights = options.weights if row == "pretrained" else "none"
+        given = [*common, "--model", ROWS[row], "--weights", weights, "--optim.base_lr", rate]
         found: dict[str, float] = study.once(
-            f"{name}/{rate:g}", lambda: study.finetune(f"runs/{name}-{rate:g}", data, *given)
+            f"{row}/{rate:g}", lambda: study.finetune(f"runs/{row}-{rate:g}", data, *given)
         )
         return found
 
-    def best(model: str, weights: Path | str, name: str) -> dict[str, Any]:
-        found = study.together({r: partial(tried, model, weights, name, r) for r in options.rates})
+    def best(row: str) -> dict[str, Any]:
+        found = study.together({rate: partial(tried, row, rate) for rate in options.rates})
         rate = max(found, key=lambda rate: found[rate]["val"])
-        return {"model": model, "rate": rate, **found[rate]}
+        return {"rate": rate, **found[rate]}
 
-    rows = {f"{model}, from scratch": partial(best, model, "none", model) for model in MODELS}
-    rows[f"{OURS}, pretrained"] = partial(best, OURS, options.weights, f"{OURS}-pretrained")
     print("| model | weights M | images/s | rate | val top-1 % | test top-1 % |")
     print("|---|---:|---:|---:|---:|---:|")
-    for name, found in study.together(rows).items():
+    for row, found in study.together({row: partial(best, row) for row in options.only}).items():
+        name = f"{ROWS[row]}, {'pretrained' if row == 'pretrained' else 'from scratch'}"
         print(
-            f"| {name} | {_millions(found['model']):.1f} | {found['images_per_s']:.0f} | "
+            f"| {name} | {_millions(ROWS[row]):.1f} | {found['images_per_s']:.0f} | "
             f"{found['rate']:g} | {found['val']:.1f} | {found['test']:.1f} |"
         )
     return 0

@@ -7,33 +7,45 @@ FOLDER is any folder of pictures.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 
-from benchmarks.experiments.study import Study, arguments, logged, plot
+from benchmarks.experiments.folders import shrink
+from benchmarks.experiments.judge import judging
+from benchmarks.experiments.study import Study, curve, plot
 
 ENGINES = ("patch", "minkowski", "dense")
 
 
 def main() -> int:
-    parser = arguments(__doc__ or "", "engines")
-    parser.add_argument("--img_size", type=int, default=96)
-    parser.add_argument("--epochs", type=int, default=10)
-    options = parser.parse_args()
+    options = judging(__doc__ or "", "engines", img_size=96, epochs=10, side=192).parse_args()
     study = Study(options)
-    common = ["--img_size", options.img_size, "--epochs", options.epochs, "--log_steps", 1]
-    losses, held = {}, {}
-    for engine in ENGINES:
-        run = study.pretrain(
-            engine, options.data, *common, "--engine", engine, "--precision", options.precision
-        )
-        losses[engine] = np.array([entry["loss"] for entry in logged(run, "loss")])
-        ends = logged(run, "holdout_loss")
-        held[engine] = ends[-1]["holdout_loss"] if ends else float("nan")  # under 500 pictures
+    data = shrink(options.data, study.out / "pictures", options.side)
+    common = [
+        "--img_size", options.img_size, "--epochs", options.epochs, "--log_steps", 1,
+        "--precision", options.precision,
+    ]  # fmt: skip
+
+    def trained(engine: str) -> dict[str, Any]:
+        run = study.pretrain(engine, data, *common, "--engine", engine)
+        held = curve(run, "holdout_loss")
+        return {
+            "loss": [loss for _, loss in curve(run, "loss", over="step")],
+            "holdout_loss": held[-1][1] if held else float("nan"),  # none under 500 pictures
+        }
+
+    steps = {name: partial(study.once, name, partial(trained, name)) for name in ENGINES}
+    found = study.together(steps)
+    losses = {engine: np.array(run["loss"]) for engine, run in found.items()}
     print("| engine | last loss | held-out loss | largest difference of a step's loss to patch |")
     print("|---|---:|---:|---:|")
     for engine, values in losses.items():
         far = np.abs(values - losses["patch"]).max()
-        print(f"| `{engine}` | {values[-1]:.6f} | {held[engine]:.6f} | {far:.1e} |")
+        print(
+            f"| `{engine}` | {values[-1]:.6f} | {found[engine]['holdout_loss']:.6f} | {far:.1e} |"
+        )
     lines = [(name, range(1, len(y) + 1), y.tolist(), None) for name, y in losses.items()]
     plot(lines, ("step", "loss"), study.out / "engines.png")
     return 0

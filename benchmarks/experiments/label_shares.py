@@ -20,30 +20,23 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.experiments.study import (
-    JUDGES,
-    Study,
-    arguments,
-    label_share,
-    logged,
-    plot,
-    shrink,
-    with_test,
-)
+from benchmarks.experiments.folders import label_share, shrink, with_test
+from benchmarks.experiments.study import JUDGES, Study, arguments, curve, plot
 
 SHARES = (10, 30, 100)
 RATES = (8e-3, 1.6e-2, 3.2e-2)
 """Where the search begins: base_lr, for a batch of 256."""
-EPOCHS = {10: (60, 150), 30: (20, 50), 100: (8, 16)}
+EPOCHS = {10: (60, 150), 30: (20, 40), 100: (6, 12)}
 SEEDS = (0, 1, 2)
 SIDES = ("pretrained", "scratch")
+FROZEN = {"probe_knn5": "5 nearest", "probe_knn20": "20 nearest", "probe_linear": "linear"}
 
 
 def main() -> int:
     parser = arguments(__doc__ or "", "label_shares")
     parser.add_argument("--img_size", type=int, default=128)
-    parser.add_argument("--epochs", type=int, default=100, help="of pretraining")
-    parser.add_argument("--batch_size", type=int, default=32, help="of pretraining")
+    parser.add_argument("--epochs", type=int, default=200, help="of pretraining")
+    parser.add_argument("--batch_size", type=int, default=64, help="of pretraining")
     parser.add_argument("--side", type=int, default=256, help="shorter side of the copies read")
     parser.add_argument("--shares", type=int, nargs="+", default=SHARES)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
@@ -68,16 +61,22 @@ def main() -> int:
 
     def pretrained() -> dict[int, dict[str, Any]]:
         name = f"pretrain-{options.epochs}"
-        weights = study.pretrain(
-            name, data / "train", *common, "--epochs", options.epochs,
-            "--batch_size", options.batch_size, "--probe.data", data,
-            "--probe.epochs", max(1, options.epochs // 5),
-        )  # fmt: skip
+        weights = study.out / name
+
+        def trained() -> dict[str, list[list[float]]]:
+            study.pretrain(
+                name, data / "train", *common, "--epochs", options.epochs,
+                "--batch_size", options.batch_size, "--probe.data", data,
+                "--probe.epochs", max(1, options.epochs // 5),
+            )  # fmt: skip
+            return {key: curve(weights, key) for key in ("holdout_loss", *FROZEN)}
+
+        curves = study.once(name, trained)
         probed = study.once(
             f"probe/{options.epochs}",
             lambda: study.probe(weights, data, "--baseline", "--near_duplicates", data / "train"),
         )
-        _show_frozen(study, weights, probed["random"])
+        _show_frozen(study, curves, probed["random"])
         return side(name, weights)
 
     sides = {"pretrained": pretrained, "scratch": lambda: side("scratch", "none")}
@@ -150,16 +149,14 @@ def _score(tops: list[float] | None, against: list[float] | None) -> str:
     return f"{np.mean(tops):.1f} ± {np.std(tops, ddof=1):.1f}{gain}"
 
 
-def _show_frozen(study: Study, weights: Path, random: dict[str, Any]) -> None:
+def _show_frozen(study: Study, curves: dict[str, Any], random: dict[str, Any]) -> None:
     """Top-1 of frozen features as pretraining goes on; random weights are its beginning."""
-    curves = []
-    names = {"knn5": "5 nearest", "knn20": "20 nearest", "linear": "linear"}
-    for key, name in names.items():
-        found = logged(weights, f"probe_{key}")
-        epochs = [0, *(entry["epoch"] for entry in found)]
-        values = [random[key]["top1"], *(entry[f"probe_{key}"] for entry in found)]
-        curves.append((name, epochs, values, None))
-    plot(curves, ("epochs of pretraining", "val top-1 %"), study.out / "frozen_features.png")
+    lines = []
+    for key, name in FROZEN.items():
+        begin = random[key.removeprefix("probe_")]["top1"]
+        epochs, values = zip((0, begin), *curves[key], strict=True)
+        lines.append((name, epochs, values, None))
+    plot(lines, ("epochs of pretraining", "val top-1 %"), study.out / "frozen_features.png")
 
 
 if __name__ == "__main__":

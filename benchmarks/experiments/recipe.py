@@ -8,9 +8,8 @@ FOLDER is one of classes, whose labels are used to judge alone: take train, neve
 
 from __future__ import annotations
 
-from functools import partial
-
-from benchmarks.experiments.study import Study, arguments, shrink, tenth
+from benchmarks.experiments.judge import compare, judging
+from benchmarks.experiments.study import Study
 
 CHANGES: dict[str, list[object]] = {
     "the defaults": [],
@@ -33,33 +32,13 @@ CHANGES: dict[str, list[object]] = {
 
 
 def main() -> int:
-    parser = arguments(__doc__ or "", "recipe")
-    parser.add_argument("--img_size", type=int, default=128)
-    parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--side", type=int, default=256, help="shorter side of the copies read")
+    parser = judging(__doc__ or "", "recipe", img_size=128, epochs=25, side=256)
     parser.add_argument("--only", nargs="+", choices=CHANGES, default=list(CHANGES))
     options = parser.parse_args()
-    study = Study(options)
-    data = shrink(options.data, study.out / "pictures", options.side)
-    labelled = tenth(data, study.out / "tenth")
-    common = ["--img_size", options.img_size, "--precision", options.precision]
-
-    def tried(name: str) -> dict[str, float]:
-        def measured() -> dict[str, float]:
-            given = [*common, "--epochs", options.epochs, *CHANGES[name]]
-            run = study.pretrain(name, data, *given)
-            found: dict[str, float] = study.judged(
-                run, data, labelled, options.img_size, options.precision
-            )
-            return found
-
-        found: dict[str, float] = study.once(name, measured)
-        return found
-
-    found = study.together({name: partial(tried, name) for name in options.only})
+    runs = {name: CHANGES[name] for name in options.only}
     print("| | fine-tuned, a tenth of the labels | linear | kNN 20 | held-out loss |")
     print("|---|---:|---:|---:|---:|")
-    for name, row in found.items():
+    for name, row in compare(Study(options), options, runs).items():
         print(
             f"| {name} | {row['tuned']:.1f} | {row['linear']:.1f} | {row['knn20']:.1f} | "
             f"{row['holdout_loss']:.3f} |"

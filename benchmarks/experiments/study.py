@@ -1,4 +1,4 @@
-"""What all experiments share: steps that are done once, folders of pictures, plots.
+"""What all experiments share: steps that are done once, runs side by side, plots.
 
 An experiment is a list of steps, each a few `fcmae` commands and a result. Results are kept in
 `OUT/results.json`: stopped at any moment and started again, an experiment goes on where it was.
@@ -13,24 +13,18 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from fcmae.atomic import atomic_write
-from fcmae.data.files import find_images
-from fcmae.data.labelled import find_classes, labels_of, split_by_hash
-from fcmae.probing import Labelled, knn, linear_probe
 
-FOLDS = 10
 JUDGES = ("val", "test", "rest")
 """Folders that a fine-tuned model is measured on, where they are."""
 K = TypeVar("K")
@@ -98,6 +92,16 @@ class Study:
         self._run([*command, "--data", data, "--out", run, *self._readers(), *options])
         return run
 
+    def embed(self, source: Path, data: Path, *options: object) -> tuple[Tensor, list[str]]:
+        """Features (N, C) of the pictures of a folder, and their paths in it."""
+        out = self.out / f"features-{source.name}.npz"
+        given = ["--images", data, "--out", out, *self._readers(), *options]
+        self._run(["fcmae", "embed", source, *given])
+        with np.load(out) as file:
+            found = torch.from_numpy(file["features"]), file["paths"].tolist()
+        out.unlink()
+        return found
+
     def finetune(self, name: str, data: Path, *options: object) -> dict[str, float]:
         """Top-1 in percent on each of `JUDGES` that there is, of the best weights on val; and the
         median of `images_per_s`."""
@@ -122,39 +126,6 @@ class Study:
         (said,) = self._run(["fcmae", "probe", source, "--data", data, "--json", *options])
         found: dict[str, Any] = json.loads(said)
         return found
-
-    def frozen(self, source: Path, data: Path, *options: object) -> dict[str, float]:
-        """Top-1 in percent of frozen features within one folder of classes, each picture judged by
-        others: `knn20` and `linear` by nine tenths of them.
-
-        With thousands of pictures to judge instead of a val of hundreds, a point or two can be told
-        from chance.
-        """
-        out = self.out / f"features-{source.name}.npz"
-        given = ["--images", data, "--out", out, *self._readers(), *options]
-        self._run(["fcmae", "embed", source, *given])
-        with np.load(out) as file:
-            values, paths = torch.from_numpy(file["features"]), file["paths"]
-        out.unlink()
-        names, labels = np.unique([Path(path).parts[0] for path in paths], return_inverse=True)
-        folds = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)) % FOLDS)
-        return across(values, torch.from_numpy(labels), len(names), folds)
-
-    def few_labels(self, run: Path, data: Path, *options: object) -> float:
-        """Top-1 in percent after fine-tuning on a folder made by `tenth`."""
-        name = f"runs/{run.name}-tenth"
-        given = ["--weights", run, "--epochs", 30, "--val_epochs", 30, *options]
-        return self.finetune(name, data, *given)["val"]
-
-    def judged(self, run: Path, data: Path, labelled: Path, img_size: int, precision: str) -> Any:
-        """`few_labels` as `tuned`, `frozen`, and the last held-out loss of a run."""
-        size = ["--img_size", img_size]
-        held = logged(run, "holdout_loss")
-        return {
-            "tuned": self.few_labels(run, labelled, *size, "--precision", precision),
-            **self.frozen(run, data, *size),
-            "holdout_loss": held[-1]["holdout_loss"] if held else float("nan"),
-        }
 
     def _readers(self) -> list[object]:
         return ["--workers", 0] if self._jobs > 1 else []
@@ -187,112 +158,9 @@ def logged(run: Path, key: str) -> list[dict[str, Any]]:
     return [entry for entry in map(json.loads, lines) if key in entry]
 
 
-def across(values_NC: Tensor, labels_N: Tensor, classes: int, folds_N: Tensor) -> dict[str, float]:
-    """Top-1 in percent of `knn20` and `linear`, over all folds of the pictures."""
-    hits = {"knn20": 0, "linear": 0}
-    for fold in range(FOLDS):
-        one = folds_N == fold
-        chosen = torch.arange(0, int((~one).sum()), 5)
-        some = Labelled(
-            values_NC[~one], labels_N[~one], values_NC[one], labels_N[one], classes, chosen
-        )
-        near = knn(some.train, some.train_labels, some.val, (20,), classes)[0]
-        for name, guess in (("knn20", near), ("linear", linear_probe(some)[0])):
-            hits[name] += int((guess == some.val_labels).sum())
-    return {name: 100 * count / len(labels_N) for name, count in hits.items()}
-
-
-def shrink(data: Path, out: Path, side: int) -> Path:
-    """Copy a folder of pictures, the shorter sides of larger ones reduced to `side` pixels.
-
-    Decoding is most of what reading costs: small copies make a hundred epochs cheaper.
-    """
-    if out.is_dir():
-        return out
-    files = find_images(str(data))
-    with _built(out) as partial:
-        for index in range(len(files)):
-            path = Path(os.fsdecode(files.path(index)))
-            target = (partial / os.fsdecode(files.relative(index))).with_suffix(".jpg")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with Image.open(path) as picture:
-                image = ImageOps.exif_transpose(picture).convert("RGB")
-            scale = side / min(image.size)
-            if scale < 1:
-                size = (round(image.width * scale), round(image.height * scale))
-                image = image.resize(size, Image.Resampling.BICUBIC)
-            image.save(target, quality=95)
-    return out
-
-
-def with_test(data: Path, out: Path) -> Path:
-    """The folder itself if it has a test split, else one of links whose test is half of its val."""
-    if (data / "test").is_dir():
-        return data
-    if out.is_dir():
-        return out
-    with _built(out) as partial:
-        (partial / "train").symlink_to((data / "train").resolve())
-        for split, chosen in zip(("val", "test"), _halves(data / "val", 0.5), strict=True):
-            _link(chosen, partial / split)
-    return out
-
-
-def label_share(data: Path, percent: int, out: Path) -> Path:
-    """A folder of links with `percent` of the training pictures of each class, chosen by a hash of
-    their paths; val and test as they are, and as `rest` the training pictures left out."""
-    if percent == 100:
-        return data
-    if out.is_dir():
-        return out
-    with _built(out) as partial:
-        for split in ("val", "test"):
-            (partial / split).symlink_to((data / split).resolve())
-        for name, chosen in zip(
-            ("rest", "train"), _halves(data / "train", percent / 100), strict=True
-        ):
-            _link(chosen, partial / name)
-    return out
-
-
-def tenth(data: Path, out: Path) -> Path:
-    """A folder of links that trains on a tenth of a folder of classes and validates on the rest:
-    with thousands of pictures to judge, a point or two can be told from chance."""
-    if out.is_dir():
-        return out
-    with _built(out) as partial:
-        for split, chosen in zip(("val", "train"), _halves(data, 0.1), strict=True):
-            _link(chosen, partial / split)
-    return out
-
-
-def _halves(folder: Path, share: float) -> list[dict[str, str]]:
-    """Pictures of a folder of classes, relative to real path, in two parts of 1 - share and share
-    of each class."""
-    files, names = find_classes(folder)
-    return [
-        {
-            os.fsdecode(files.relative(index)): os.path.realpath(os.fsdecode(files.path(index)))
-            for index in part.tolist()
-        }
-        for part in split_by_hash(files, labels_of(files, names), share)
-    ]
-
-
-def _link(chosen: dict[str, str], out: Path) -> None:
-    for name, path in chosen.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).symlink_to(path)
-
-
-@contextmanager
-def _built(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when all is in it."""
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    partial.rename(out)
+def curve(run: Path, key: str, over: str = "epoch") -> list[list[float]]:
+    """What a run logged of `key`, as [epoch or step, value]."""
+    return [[entry[over], entry[key]] for entry in logged(run, key)]
 
 
 def plot(

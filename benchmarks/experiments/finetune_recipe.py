@@ -1,0 +1,66 @@
+"""A search for the recipe of fine-tuning with few labels: one change at a time, from given weights.
+
+    python -m benchmarks.experiments.finetune_recipe --data FOLDER --weights RUN
+
+FOLDER is one of classes: take train, never val or test. A tenth of it is trained on, the rest
+judges the last weights (of the average where there is one): nothing is chosen by looking at it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from benchmarks.experiments.folders import shrink, tenth
+from benchmarks.experiments.judge import judging
+from benchmarks.experiments.study import Study
+
+CHANGES: dict[str, list[object]] = {
+    "the defaults": [],
+    "rate 8e-3": ["--optim.base_lr", 8e-3],
+    "rate 3.2e-2": ["--optim.base_lr", 3.2e-2],
+    "layer decay 0.9": ["--optim.layer_decay", 0.9],
+    "layer decay 0.75": ["--optim.layer_decay", 0.75],
+    "no average of the weights": ["--ema_decay", "null"],
+    "a shorter average, 0.99": ["--ema_decay", 0.99],
+    "no drop path": ["--drop_path", 0],
+    "drop path 0.2": ["--drop_path", 0.2],
+    "crops from 8 %": ["--augment.crop_scale", "[0.08,1]"],
+    "crops from 60 %": ["--augment.crop_scale", "[0.6,1]"],
+    "no label smoothing": ["--augment.label_smoothing", 0],
+    "weight decay 0.3": ["--optim.weight_decay", 0.3],
+    "mixup 0.2": ["--augment.mixup", 0.2],
+    "random erasing 0.25": ["--augment.random_erasing", 0.25],
+    "colour jitter 0.3": ["--augment.color_jitter", 0.3],
+    "batches of 16": ["--batch_size", 16],
+    "head not scaled down": ["--head_init_scale", 1],
+}
+
+
+def main() -> int:
+    parser = judging(__doc__ or "", "finetune_recipe", img_size=128, epochs=60, side=256)
+    parser.add_argument("--weights", type=Path, required=True, help="a run of pretraining")
+    parser.add_argument("--only", nargs="+", choices=CHANGES, default=list(CHANGES))
+    options = parser.parse_args()
+    study = Study(options)
+    data = shrink(options.data, study.out / "pictures", options.side)
+    labelled = tenth(data, study.out / "tenth")
+    common = [
+        "--img_size", options.img_size, "--precision", options.precision,
+        "--weights", options.weights, "--epochs", options.epochs, "--val_epochs", options.epochs,
+    ]  # fmt: skip
+
+    def tried(name: str) -> float:
+        run = f"runs/{name}".replace(" ", "-").replace("%", "percent")
+        return study.finetune(run, labelled, *common, *CHANGES[name])["val"]
+
+    steps = {name: partial(study.once, name, partial(tried, name)) for name in options.only}
+    print("| | top-1 % |")
+    print("|---|---:|")
+    for name, top1 in study.together(steps).items():
+        print(f"| {name} | {top1:.1f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

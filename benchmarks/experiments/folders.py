@@ -1,0 +1,107 @@
+"""Folders of pictures that experiments read: small copies, and links to some of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from fcmae.data.files import find_images
+from fcmae.data.labelled import find_classes, labels_of, split_by_hash
+
+
+def shrink(data: Path, out: Path, side: int) -> Path:
+    """Copy a folder of pictures, the shorter sides of larger ones reduced to `side` pixels.
+
+    Decoding is most of what reading costs: small copies make a hundred epochs cheaper.
+    """
+    if out.is_dir():
+        return out
+    files = find_images(str(data))
+    with _built(out) as partial:
+        for index in range(len(files)):
+            path = Path(os.fsdecode(files.path(index)))
+            target = (partial / os.fsdecode(files.relative(index))).with_suffix(".jpg")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with Image.open(path) as picture:
+                image = ImageOps.exif_transpose(picture).convert("RGB")
+            scale = side / min(image.size)
+            if scale < 1:
+                size = (round(image.width * scale), round(image.height * scale))
+                image = image.resize(size, Image.Resampling.BICUBIC)
+            image.save(target, quality=95)
+    return out
+
+
+def with_test(data: Path, out: Path) -> Path:
+    """The folder itself if it has a test split, else one of links whose test is half of its val."""
+    if (data / "test").is_dir():
+        return data
+    if out.is_dir():
+        return out
+    with _built(out) as partial:
+        (partial / "train").symlink_to((data / "train").resolve())
+        for split, chosen in zip(("val", "test"), _halves(data / "val", 0.5), strict=True):
+            _link(chosen, partial / split)
+    return out
+
+
+def label_share(data: Path, percent: int, out: Path) -> Path:
+    """A folder of links with `percent` of the training pictures of each class, chosen by a hash of
+    their paths; val and test as they are, and as `rest` the training pictures left out."""
+    if percent == 100:
+        return data
+    if out.is_dir():
+        return out
+    with _built(out) as partial:
+        for split in ("val", "test"):
+            (partial / split).symlink_to((data / split).resolve())
+        for name, chosen in zip(
+            ("rest", "train"), _halves(data / "train", percent / 100), strict=True
+        ):
+            _link(chosen, partial / name)
+    return out
+
+
+def tenth(data: Path, out: Path) -> Path:
+    """A folder of links that trains on a tenth of a folder of classes and validates on the rest:
+    with thousands of pictures to judge, a point or two can be told from chance."""
+    if out.is_dir():
+        return out
+    with _built(out) as partial:
+        for split, chosen in zip(("val", "train"), _halves(data, 0.1), strict=True):
+            _link(chosen, partial / split)
+    return out
+
+
+def _halves(folder: Path, share: float) -> list[dict[str, str]]:
+    """Pictures of a folder of classes, relative to real path, in two parts of 1 - share and share
+    of each class."""
+    files, names = find_classes(folder)
+    return [
+        {
+            os.fsdecode(files.relative(index)): os.path.realpath(os.fsdecode(files.path(index)))
+            for index in part.tolist()
+        }
+        for part in split_by_hash(files, labels_of(files, names), share)
+    ]
+
+
+def _link(chosen: dict[str, str], out: Path) -> None:
+    for name, path in chosen.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).symlink_to(path)
+
+
+@contextmanager
+def _built(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when all is in it."""
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(out)

@@ -1,0 +1,104 @@
+"""Short runs of pretraining side by side, each judged by what its weights are worth.
+
+Labels are used to judge alone: thousands of training pictures instead of a val of hundreds, so that
+a point or two can be told from chance.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.experiments.folders import shrink, tenth
+from benchmarks.experiments.study import Study, arguments, curve, logged
+from fcmae.probing import Labelled, knn, linear_probe
+
+FOLDS = 10
+
+
+def judging(
+    description: str, out: str, img_size: int, epochs: int, side: int
+) -> argparse.ArgumentParser:
+    """Options of an experiment that `compare` runs, with these defaults."""
+    parser = arguments(description, out)
+    parser.add_argument("--img_size", type=int, default=img_size)
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--side", type=int, default=side, help="shorter side of the copies read")
+    return parser
+
+
+def compare(
+    study: Study,
+    options: argparse.Namespace,
+    runs: Mapping[str, Sequence[object]],
+    module: Callable[[str], str] = lambda _: "fcmae",
+) -> dict[str, dict[str, Any]]:
+    """Pretrain with each of the settings and judge each run.
+
+    Args:
+        options: of `judging`; `data` is a folder of classes.
+        runs: name → options of `fcmae pretrain` after the common ones.
+        module: from a name to what takes these options.
+
+    Returns:
+        By name: `tuned`, top-1 in percent on nine tenths of the pictures after fine-tuning on the
+        other tenth; `knn20` and `linear`, of frozen features; `holdout_loss`; and `diversity` of
+        every block, both at the end of pretraining.
+    """
+    data = shrink(options.data, study.out / "pictures", options.side)
+    labelled = tenth(data, study.out / "tenth")
+    size = ["--img_size", options.img_size]
+    trained = [*size, "--precision", options.precision]
+
+    def judged(name: str) -> dict[str, Any]:
+        run = study.pretrain(
+            name, data, *trained, "--epochs", options.epochs, *runs[name], module=module(name)
+        )
+        tuned = study.finetune(
+            f"runs/{run.name}-tenth", labelled, *trained, "--weights", run, "--epochs", 30,
+            "--val_epochs", 30,
+        )  # fmt: skip
+        held = curve(run, "holdout_loss")
+        return {
+            "tuned": tuned["val"],
+            **_frozen(study, run, data, size),
+            "holdout_loss": held[-1][1] if held else float("nan"),  # none under 500 pictures
+            "diversity": diversity(run),
+        }
+
+    return study.together({name: partial(study.once, name, partial(judged, name)) for name in runs})
+
+
+def diversity(run: Path) -> dict[str, float]:
+    """Of every block, as pretraining last logged it."""
+    last = (logged(run, "holdout_loss") or [{}])[-1]
+    return {key: value for key, value in last.items() if key.startswith("diversity/")}
+
+
+def _frozen(study: Study, run: Path, data: Path, size: Sequence[object]) -> dict[str, float]:
+    values, paths = study.embed(run, data, *size)
+    names, labels = np.unique([Path(path).parts[0] for path in paths], return_inverse=True)
+    folds = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)) % FOLDS)
+    return across(values, torch.from_numpy(labels), len(names), folds)
+
+
+def across(values_NC: Tensor, labels_N: Tensor, classes: int, folds_N: Tensor) -> dict[str, float]:
+    """Top-1 in percent of `knn20` and `linear`, each fold of the pictures judged by the others."""
+    hits = {"knn20": 0, "linear": 0}
+    for fold in range(FOLDS):
+        one = folds_N == fold
+        chosen = torch.arange(0, int((~one).sum()), 5)
+        some = Labelled(
+            values_NC[~one], labels_N[~one], values_NC[one], labels_N[one], classes, chosen
+        )
+        near = knn(some.train, some.train_labels, some.val, (20,), classes)[0]
+        for name, guess in (("knn20", near), ("linear", linear_probe(some)[0])):
+            hits[name] += int((guess == some.val_labels).sum())
+    return {name: 100 * count / len(labels_N) for name, count in hits.items()}
