@@ -114,6 +114,15 @@ def test_bad_folders_are_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_ten_thousand_classes(tmp_path: Path) -> None:
+    names = [f"{label:05d}" for label in range(10_000)]
+    touch(tmp_path, *(f"train/{name}/0.jpg" for name in names), "val/00007/1.jpg")
+    data = find_labelled(str(tmp_path), 0.0)
+    assert data.names == tuple(names)
+    assert labels_of(data.train.files, data.names).tolist() == [*range(10_000)]
+    assert labels_of(data.val.files, data.names).tolist() == [7]
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere.* is no folder"):
         find_labelled(str(tmp_path / "nowhere"), 0.0)
