@@ -122,9 +122,12 @@ class Study:
         return found
 
     def probe(self, source: Path, data: Path, *options: object) -> dict[str, Any]:
-        """What `fcmae probe` says, as `{"knn5": …, "knn20": …, "linear": …}`."""
+        """What `fcmae probe` says, as `{"knn5": …, "knn20": …, "linear": …}`, but for the place of
+        the weights, which is this machine's."""
         (said,) = self._run(["fcmae", "probe", source, "--data", data, "--json", *options])
         found: dict[str, Any] = json.loads(said)
+        for measured in (found, found.get("random", {})):
+            measured.pop("weights", None)
         return found
 
     def _readers(self) -> list[object]:
