@@ -71,7 +71,13 @@ def report(config: ReportConfig) -> Path:
             path.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise RunError(f"out {str(out)!r} could not be written: {error}") from error
-    _log.info("%s: %d runs, %.1f MB", out, len(runs), out.stat().st_size / 1e6)
+    _log.info(
+        "%s: %d run%s, %.1f MB",
+        out,
+        len(runs),
+        "" if len(runs) == 1 else "s",
+        out.stat().st_size / 1e6,
+    )
     return out
 
 
