@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.experiments.folders import shrink
 from benchmarks.experiments.judge import judging
-from benchmarks.experiments.study import Study, curve, plot
+from benchmarks.experiments.study import Study, curve, last_holdout_loss, plot
 
 ENGINES = ("patch", "minkowski", "dense")
 
@@ -30,10 +30,9 @@ def main() -> int:
 
     def trained(engine: str) -> dict[str, Any]:
         run = study.pretrain(engine, data, *common, "--engine", engine)
-        held = curve(run, "holdout_loss")
         return {
             "loss": [loss for _, loss in curve(run, "loss", over="step")],
-            "holdout_loss": held[-1][1] if held else float("nan"),  # none under 500 pictures
+            "holdout_loss": last_holdout_loss(run),
         }
 
     steps = {name: partial(study.once, name, partial(trained, name)) for name in ENGINES}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.experiments.folders import shrink, tenth
-from benchmarks.experiments.study import Study, arguments, curve, logged
+from benchmarks.experiments.study import Study, arguments, last_holdout_loss, logged
 from fcmae.probing import Labelled, knn, linear_probe
 
 FOLDS = 10
@@ -65,11 +65,10 @@ def compare(
             f"runs/{run.name}-tenth", labelled, *trained, "--weights", run, "--epochs", 30,
             "--val_epochs", 30,
         )  # fmt: skip
-        held = curve(run, "holdout_loss")
         return {
             "tuned": tuned["val"],
             **_frozen(study, run, data, size),
-            "holdout_loss": held[-1][1] if held else float("nan"),  # none under 500 pictures
+            "holdout_loss": last_holdout_loss(run),
             "diversity": diversity(run),
         }
 

@@ -129,7 +129,8 @@ def _show(study: Study, sides: dict[str, dict[int, dict[str, Any]]]) -> None:
     for share in next(iter(sides.values())):
         for side, shares in sides.items():
             found = shares[share]
-            against = sides["scratch"][share] if {*sides} > {"scratch"} != {side} else {}
+            compared = "scratch" in sides and side != "scratch"
+            against = sides["scratch"][share] if compared else {}
             scores = [_score(found.get(split), against.get(split)) for split in JUDGES]
             settings = f"{found['rate']:g}, {found['epochs']}"
             print(f"| {share} % | {side} | {settings} | {' | '.join(scores)} |")

@@ -166,6 +166,12 @@ def curve(run: Path, key: str, over: str = "epoch") -> list[list[float]]:
     return [[entry[over], entry[key]] for entry in logged(run, key)]
 
 
+def last_holdout_loss(run: Path) -> float:
+    """NaN where nothing was held out, as under 500 pictures."""
+    held = curve(run, "holdout_loss")
+    return held[-1][1] if held else float("nan")
+
+
 def plot(
     lines: Sequence[tuple[str, Sequence[float], Sequence[float], Sequence[float] | None]],
     labels: tuple[str, str],
