@@ -14,8 +14,8 @@ from PIL import Image
 
 from benchmarks.experiments import label_shares
 from benchmarks.experiments.folders import label_share, shrink, tenth, with_test
-from benchmarks.experiments.judge import across, compare, judging
-from benchmarks.experiments.study import Study
+from benchmarks.experiments.judge import across, compare
+from benchmarks.experiments.study import Study, arguments
 
 
 def study(tmp_path, jobs=2):
@@ -116,24 +116,27 @@ def test_after_a_failure_nothing_more_is_begun(tmp_path, monkeypatch):
 
 
 def test_the_search_goes_on_while_the_best_rate_is_the_last(tmp_path, monkeypatch):
-    """Top-1 peaks at 6.4e-2 and, of the two lengths, at the longer; test is of the seeds."""
+    """Top-1 peaks at 6.4e-2 and, of four lengths, at the second; test is of the seeds."""
     asked = []
 
     def finetune(name, data, *options):
         given = dict(zip(options[::2], options[1::2], strict=True))
         rate, epochs, seed = (given[k] for k in ("--optim.base_lr", "--epochs", "--seed"))
         asked.append((rate, epochs, seed))
-        return {"val": 50 - abs(np.log2(rate / 6.4e-2)) + epochs / 100, "test": 40.0 + seed}
+        return {
+            "val": 50 - abs(np.log2(rate / 6.4e-2)) + min(epochs, 150) / 100,
+            "test": 40.0 + seed,
+        }
 
     one = study(tmp_path)
     monkeypatch.setattr(one, "finetune", finetune)
-    found = label_shares._side(one, "10/scratch", (60, 150), tmp_path, [])
+    found = label_shares._side(one, "10/scratch", (60, 150, 300, 600), tmp_path, [])
     assert (found["rate"], found["epochs"]) == (6.4e-2, 150)
     assert found["test"] == [40, 41, 42]
     assert sorted(rate for rate, epochs, _ in asked if epochs == 60) == [
         8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1
     ]  # fmt: skip
-    assert len(asked) == 5 + 3
+    assert sorted(epochs for _, epochs, _ in asked)[5:] == [150, 150, 150, 300]
 
 
 def test_tables_and_plots_are_made_again_from_results_alone(
@@ -186,7 +189,7 @@ def test_runs_of_pretraining_are_judged_by_what_follows(labelled, tmp_path, monk
 
     for fake in (pretrain, finetune, embed):
         monkeypatch.setattr(Study, fake.__name__, fake)
-    options = judging("", "", img_size=32, epochs=2, side=20).parse_args(
+    options = arguments("", "", img_size=32, epochs=2, side=20).parse_args(
         ["--data", str(labelled / "train"), "--out", str(tmp_path / "out")]
     )
     runs = {"a": [], "b": ["--mask_ratio", 0.3]}

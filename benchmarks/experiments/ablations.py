@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.experiments.judge import compare, judging
-from benchmarks.experiments.study import Study, plot
+from benchmarks.experiments.judge import compare
+from benchmarks.experiments.study import Study, arguments, plot
 
 UNMASKED = "unmasked convolutions"
 RUNS: dict[str, list[object]] = {
@@ -28,7 +28,7 @@ RUNS: dict[str, list[object]] = {
 
 
 def main() -> int:
-    options = judging(__doc__ or "", "ablations", img_size=96, epochs=40, side=192).parse_args()
+    options = arguments(__doc__ or "", "ablations", img_size=96, epochs=40, side=192).parse_args()
     study = Study(options)
     runs = {name: ["--engine", "patch", *changed] for name, changed in RUNS.items()}
     where = {UNMASKED: "benchmarks.experiments.unmasked"}

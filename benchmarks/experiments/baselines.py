@@ -26,13 +26,10 @@ ROWS = {
 
 
 def main() -> int:
-    parser = arguments(__doc__ or "", "baselines")
+    parser = arguments(__doc__ or "", "baselines", img_size=128, epochs=20, side=256)
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--img_size", type=int, default=128)
     parser.add_argument("--share", type=int, default=30, help="labels, in percent of train")
-    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--rates", type=float, nargs="+", default=(2e-3, 8e-3))
-    parser.add_argument("--side", type=int, default=256, help="shorter side of the copies read")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
     options = parser.parse_args()
     study = Study(options)

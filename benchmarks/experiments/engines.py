@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiments.folders import shrink
-from benchmarks.experiments.judge import judging
-from benchmarks.experiments.study import Study, curve, last_holdout_loss, plot
+from benchmarks.experiments.study import Study, arguments, curve, last_holdout_loss, plot
 
 ENGINES = ("patch", "minkowski", "dense")
 
 
 def main() -> int:
-    options = judging(__doc__ or "", "engines", img_size=96, epochs=10, side=192).parse_args()
+    options = arguments(__doc__ or "", "engines", img_size=96, epochs=10, side=192).parse_args()
     study = Study(options)
     data = shrink(options.data, study.out / "pictures", options.side)
     common = [

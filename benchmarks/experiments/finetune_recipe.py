@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.experiments.folders import shrink, tenth
-from benchmarks.experiments.judge import judging
-from benchmarks.experiments.study import Study
+from benchmarks.experiments.study import Study, arguments
 
 CHANGES: dict[str, list[object]] = {
     "the defaults": [],
@@ -38,7 +37,7 @@ CHANGES: dict[str, list[object]] = {
 
 
 def main() -> int:
-    parser = judging(__doc__ or "", "finetune_recipe", img_size=128, epochs=60, side=256)
+    parser = arguments(__doc__ or "", "finetune_recipe", img_size=128, epochs=60, side=256)
     parser.add_argument("--weights", type=Path, required=True, help="a run of pretraining")
     parser.add_argument("--only", nargs="+", choices=CHANGES, default=list(CHANGES))
     options = parser.parse_args()

@@ -17,21 +17,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.experiments.folders import shrink, tenth
-from benchmarks.experiments.study import Study, arguments, last_holdout_loss, logged
+from benchmarks.experiments.study import Study, last_holdout_loss, logged
 from fcmae.probing import Labelled, knn, linear_probe
 
 FOLDS = 10
-
-
-def judging(
-    description: str, out: str, img_size: int, epochs: int, side: int
-) -> argparse.ArgumentParser:
-    """Options of an experiment that `compare` runs, with these defaults."""
-    parser = arguments(description, out)
-    parser.add_argument("--img_size", type=int, default=img_size)
-    parser.add_argument("--epochs", type=int, default=epochs)
-    parser.add_argument("--side", type=int, default=side, help="shorter side of the copies read")
-    return parser
 
 
 def compare(
@@ -43,7 +32,7 @@ def compare(
     """Pretrain with each of the settings and judge each run.
 
     Args:
-        options: of `judging`; `data` is a folder of classes.
+        options: of `arguments`; `data` is a folder of classes.
         runs: name → options of `fcmae pretrain` after the common ones.
         module: from a name to what takes these options.
 

@@ -1,10 +1,11 @@
 """Does pretraining pay? Fine-tuning after FCMAE against from scratch, with few and many labels.
 
 Both sides get the same search, each for its own best learning rate and length, judged on val with
-one seed: rates a factor of two apart at the shorter length until neither neighbour of the best is
-better, then the best at the longer. The best of all runs with further seeds, and is measured on
-test and on the training pictures whose labels it has not seen: those are many more, so that a point
-can be told from chance, but pretraining has seen them, without labels.
+one seed: rates a factor of two apart at the shortest length until neither neighbour of the best is
+better, then the best at longer lengths while they are better. The side without pretraining may take
+longer ones. The best of all runs with further seeds, and is measured on test and on the training
+pictures whose labels it has not seen: those are many more, so that a point can be told from chance,
+but pretraining has seen them, without labels.
 
     python -m benchmarks.experiments.label_shares --data FOLDER
 
@@ -26,19 +27,19 @@ from benchmarks.experiments.study import JUDGES, Study, arguments, curve, plot
 SHARES = (10, 30, 100)
 RATES = (8e-3, 1.6e-2, 3.2e-2)
 """Where the search begins: base_lr, for a batch of 256."""
-EPOCHS = {10: (60, 150), 30: (20, 40), 100: (6, 12)}
+EPOCHS: dict[str, dict[int, tuple[int, ...]]] = {
+    "pretrained": {10: (60, 150), 30: (20, 40), 100: (6, 12)},
+    "scratch": {10: (60, 150), 30: (20, 40, 80), 100: (6, 12, 24)},
+}
 SEEDS = (0, 1, 2)
-SIDES = ("pretrained", "scratch")
+SIDES = tuple(EPOCHS)
 FROZEN = {"probe_knn5": "5 nearest", "probe_knn20": "20 nearest", "probe_linear": "linear"}
 
 
 def main() -> int:
-    parser = arguments(__doc__ or "", "label_shares")
-    parser.add_argument("--img_size", type=int, default=128)
-    parser.add_argument("--epochs", type=int, default=200, help="of pretraining")
+    parser = arguments(__doc__ or "", "label_shares", img_size=128, epochs=200, side=256)
     parser.add_argument("--batch_size", type=int, default=64, help="of pretraining")
-    parser.add_argument("--side", type=int, default=256, help="shorter side of the copies read")
-    parser.add_argument("--shares", type=int, nargs="+", default=SHARES)
+    parser.add_argument("--shares", type=int, nargs="+", choices=SHARES, default=SHARES)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     options = parser.parse_args()
     study = Study(options)
@@ -50,11 +51,11 @@ def main() -> int:
         share: label_share(data, share, study.out / f"labels-{share}") for share in options.shares
     }
 
-    def side(name: str, weights: str | Path) -> dict[int, dict[str, Any]]:
+    def tuned(side: str, name: str, weights: str | Path) -> dict[int, dict[str, Any]]:
         given = [*common, "--model", "atto", "--weights", weights]
         return study.together(
             {
-                share: partial(_side, study, f"{share}/{name}", EPOCHS[share], folder, given)
+                share: partial(_side, study, f"{share}/{name}", EPOCHS[side][share], folder, given)
                 for share, folder in labelled.items()
             }
         )
@@ -77,15 +78,15 @@ def main() -> int:
             lambda: study.probe(weights, data, "--baseline", "--near_duplicates", data / "train"),
         )
         _show_frozen(study, curves, probed["random"])
-        return side(name, weights)
+        return tuned("pretrained", name, weights)
 
-    sides = {"pretrained": pretrained, "scratch": lambda: side("scratch", "none")}
+    sides = {"pretrained": pretrained, "scratch": lambda: tuned("scratch", "scratch", "none")}
     _show(study, study.together({name: sides[name] for name in options.sides}))
     return 0
 
 
 def _side(
-    study: Study, place: str, epochs: tuple[int, int], data: Path, common: list[Any]
+    study: Study, place: str, lengths: tuple[int, ...], data: Path, common: list[Any]
 ) -> dict[str, Any]:
     """Search, then repeat the best; returns its settings and top-1 of all seeds."""
 
@@ -100,7 +101,7 @@ def _side(
         )
         return found
 
-    short, long = epochs
+    short, *longer = lengths
     values = {
         rate: found["val"]
         for rate, found in study.together(
@@ -110,7 +111,11 @@ def _side(
     while (best := max(values, key=lambda rate: values[rate])) in (min(values), max(values)):
         rate = best / 2 if best == min(values) else best * 2
         values[rate] = tried(rate, short)["val"]
-    length = long if tried(best, long)["val"] > values[best] else short
+    length, top = short, values[best]
+    for more in longer:
+        if (value := tried(best, more)["val"]) <= top:
+            break
+        length, top = more, value
     seeds = study.together({seed: partial(tried, best, length, seed) for seed in SEEDS})
     return {
         "rate": best,

@@ -8,8 +8,8 @@ FOLDER is one of classes, whose labels are used to judge alone: take train, neve
 
 from __future__ import annotations
 
-from benchmarks.experiments.judge import compare, judging
-from benchmarks.experiments.study import Study
+from benchmarks.experiments.judge import compare
+from benchmarks.experiments.study import Study, arguments
 
 CHANGES: dict[str, list[object]] = {
     "the defaults": [],
@@ -32,7 +32,7 @@ CHANGES: dict[str, list[object]] = {
 
 
 def main() -> int:
-    parser = judging(__doc__ or "", "recipe", img_size=128, epochs=25, side=256)
+    parser = arguments(__doc__ or "", "recipe", img_size=128, epochs=25, side=256)
     parser.add_argument("--only", nargs="+", choices=CHANGES, default=list(CHANGES))
     options = parser.parse_args()
     runs = {name: CHANGES[name] for name in options.only}

@@ -31,11 +31,18 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-def arguments(description: str, out: str) -> argparse.ArgumentParser:
-    """Options that every experiment has."""
+def arguments(
+    description: str, out: str, *, img_size: int, epochs: int, side: int
+) -> argparse.ArgumentParser:
+    """Options that every experiment has, with the defaults of this one."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--data", type=Path, required=True, help="train/CLASS, val/CLASS, …")
     parser.add_argument("--out", type=Path, default=Path("build/experiments") / out)
+    parser.add_argument("--img_size", type=int, default=img_size)
+    parser.add_argument(
+        "--epochs", type=int, default=epochs, help="of pretraining, where the experiment has any"
+    )
+    parser.add_argument("--side", type=int, default=side, help="shorter side of the copies read")
     parser.add_argument("--precision", default="fp32", help="of all training: fp32 or bf16")
     parser.add_argument(
         "--jobs", type=int, default=1,
