@@ -69,7 +69,7 @@ def _measured(backbone: Backbone, data: LabelledData, config: ProbeConfig) -> di
     features, bad = labelled_features(backbone, data, config.batch_size, workers, shown=True)
     tell_left_out(bad)
     return {
-        **measure(features, config.neighbours),
+        **measure(features, config.neighbours, backbone.device, shown=True),
         "train": len(features.train),
         "val": len(features.val),
         "classes": features.classes,

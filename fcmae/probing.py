@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fcmae.console import tracked
 from fcmae.data.labelled import LabelledData, labels_of, split_by_hash
 from fcmae.distributed import World
 from fcmae.features import Backbone, extract
@@ -28,6 +29,7 @@ KEPT_BACK = 0.2
 
 _Z95 = 1.959964
 _AT_ONCE = 1 << 24
+_CPU = torch.device("cpu")
 
 
 class NothingToRead(RunError):
@@ -86,16 +88,22 @@ def labelled_features(
     return Labelled(parts[0].values, labels[0], parts[1].values, labels[1], names, chosen), bad
 
 
-def measure(features: Labelled, neighbours: Sequence[int]) -> dict[str, dict[str, float]]:
+def measure(
+    features: Labelled, neighbours: Sequence[int], device: torch.device = _CPU, shown: bool = False
+) -> dict[str, dict[str, float]]:
     """Top-1 in percent with its 95 % interval, of `knnK` for each K and of `linear`.
 
     `linear` also has the penalty that was chosen.
+
+    Args:
+        device: where the linear probe is fitted.
+        shown: with a progress bar, on terminals.
     """
     result = {}
     guesses = knn(features.train, features.train_labels, features.val, neighbours, features.classes)
     for k, guess in zip(neighbours, guesses, strict=True):
         result[f"knn{k}"] = _score(guess, features.val_labels)
-    guess, penalty = linear_probe(features)
+    guess, penalty = linear_probe(features, device, shown)
     result["linear"] = {**_score(guess, features.val_labels), "penalty": penalty}
     return result
 
@@ -108,9 +116,7 @@ def knn(
     # In double: where features share a large offset, their cosines are all next to 1.
     train = F.normalize(train_NC.double(), dim=1)
     guesses: list[list[Tensor]] = [[] for _ in neighbours]
-    for some in F.normalize(val_MC.double(), dim=1).split(
-        max(1, _AT_ONCE // (len(train) + classes))
-    ):
+    for some in F.normalize(val_MC.double(), dim=1).split(_rows(len(train) + classes)):
         near = (some @ train.T).topk(most)
         weights, voted = (near.values / TEMPERATURE).exp(), labels_N[near.indices]
         for k, into in zip(neighbours, guesses, strict=True):
@@ -119,30 +125,34 @@ def knn(
     return [torch.cat(parts) for parts in guesses]
 
 
-def linear_probe(features: Labelled) -> tuple[Tensor, float]:
+def linear_probe(
+    features: Labelled, device: torch.device = _CPU, shown: bool = False
+) -> tuple[Tensor, float]:
     """Classes (M,) of a linear classifier, and the weight penalty it was fitted with.
 
-    The penalty is the one with the lowest loss on a fifth of the training pictures, or 0.01 where
-    every class has a single one.
+    The penalty is the one with the lowest loss on a fifth of the training pictures, the first that
+    the next weaker one does not better; or 0.01 where every class has a single picture.
     """
     std, mean = torch.std_mean(features.train, dim=0, correction=0)
     scale = torch.where(std > 0, 1 / std, 0.0)
-    train, val = ((part - mean) * scale for part in (features.train, features.val))
-    penalty = 0.01
+    train, val = (((part - mean) * scale).to(device) for part in (features.train, features.val))
+    labels, classes = features.train_labels.to(device), features.classes
+    penalty, best = 0.01, None
     if len(features.chosen):
         kept = torch.ones(len(train), dtype=torch.bool)
         kept[features.chosen] = False
-        losses = {}
-        start = None
-        for candidate in PENALTIES:
-            start = fit_linear(
-                train[kept], features.train_labels[kept], features.classes, candidate, start
-            )
-            logits = torch.addmm(start[1], train[~kept], start[0])
-            losses[candidate] = float(F.cross_entropy(logits, features.train_labels[~kept]))
-        penalty = min(losses, key=losses.__getitem__)
-    weight, bias = fit_linear(train, features.train_labels, features.classes, penalty)
-    return torch.addmm(bias, val, weight).argmax(1), penalty
+        back = ~kept
+        least = math.inf
+        what = "linear probe" if shown else None
+        for candidate in tracked(PENALTIES, len(PENALTIES), what):
+            found = fit_linear(train[kept], labels[kept], classes, candidate, best)
+            loss = _cross_entropy(train[back], labels[back], *found)
+            if loss >= least:
+                break
+            penalty, best, least = candidate, found, loss
+    weight, bias = fit_linear(train, labels, classes, penalty, best)
+    guesses = [torch.addmm(bias, some, weight).argmax(1) for some in val.split(_rows(classes))]
+    return torch.cat(guesses).cpu(), penalty
 
 
 def fit_linear(
@@ -157,16 +167,34 @@ def fit_linear(
         line_search_fn="strong_wolfe",
     )  # fmt: skip
 
-    def closure() -> Tensor:
+    def closure() -> float:
         optimizer.zero_grad()
-        logits = torch.addmm(bias, x_NC, weight)
-        loss = F.cross_entropy(logits, labels_N) + penalty / 2 * weight.square().sum()
-        loss.backward()
-        return loss
+        shrinkage = penalty / 2 * weight.square().sum()
+        shrinkage.backward()
+        return shrinkage.item() + _cross_entropy(x_NC, labels_N, weight, bias, backward=True)
 
     with torch.enable_grad():
         optimizer.step(closure)
     return weight.detach(), bias.detach()
+
+
+def _cross_entropy(
+    x_NC: Tensor, labels_N: Tensor, weight: Tensor, bias: Tensor, backward: bool = False
+) -> float:
+    """The mean; a million pictures of a thousand classes have 4 GB of logits: some at a time."""
+    rows = _rows(weight.shape[1])
+    mean = 0.0
+    for x, labels in zip(x_NC.split(rows), labels_N.split(rows), strict=True):
+        logits = torch.addmm(bias, x, weight)
+        part = F.cross_entropy(logits, labels, reduction="sum") / len(x_NC)
+        if backward:
+            part.backward()
+        mean += part.item()
+    return mean
+
+
+def _rows(columns: int) -> int:
+    return max(1, _AT_ONCE // columns)
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:

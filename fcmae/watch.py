@@ -101,7 +101,7 @@ class ProbeWatcher:
             )  # fmt: skip
         # Fitted on every process: the threads and the sums are the same, so all log the same.
         with torch.autocast(self._world.device.type, enabled=False):
-            scores = measure(features, NEIGHBOURS)
+            scores = measure(features, NEIGHBOURS, self._world.device)
         return {f"probe_{name}": score["top1"] for name, score in scores.items()}
 
 

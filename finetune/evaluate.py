@@ -25,6 +25,8 @@ from finetune.tool_config import EvaluateConfig
 from sparse.errors import InputError, RunError
 
 TOP = 5
+MOST_ROWS = 100
+"""With more classes than this, a table shows only this many, the worst."""
 
 Counts = npt.NDArray[np.int64]
 
@@ -187,7 +189,12 @@ def _print_table(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['weights']} on {result['split']}")
     for name in ("class", "top-1 %", "images"):
         table.add_column(name, justify="left" if name == "class" else "right")
-    for name, entry in result["per_class"].items():
+    classes = result["per_class"]
+    if len(classes) > MOST_ROWS:
+        table.caption = f"the worst {MOST_ROWS} of {len(classes)} classes; --json has all"
+        worst = sorted(classes, key=lambda name: classes[name]["top1"])[:MOST_ROWS]
+        classes = {name: classes[name] for name in worst}
+    for name, entry in classes.items():
         table.add_row(name, f"{entry['top1']:.1f}", str(entry["n"]))
     table.add_section()
     table.add_row("all: top-1", f"{result['top1']:.2f}", str(result["n"]))

@@ -325,6 +325,17 @@ def test_evaluate_prints_a_table_and_draws(
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+def test_of_very_many_classes_the_worst_are_shown(
+    run: Path, classes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.evaluate.MOST_ROWS", 1)
+    found = evaluate(EvaluateConfig(str(run), str(classes)))["per_class"]
+    worst = min(found, key=lambda name: found[name]["top1"])
+    said = capsys.readouterr().out
+    assert [name for name in found if f" {name} " in said] == [worst]
+    assert f"the worst 1 of {len(found)} classes" in " ".join(said.split())
+
+
 def test_evaluate_summary_of_classes_that_are_not_there() -> None:
     result = summarise(np.array([[3, 1, 0], [0, 0, 0], [2, 0, 2]]), 7, ("a", "b", "c"))
     assert result["top1"] == pytest.approx(62.5)

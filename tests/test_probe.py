@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from fcmae import probing
 from fcmae.cli import main
 from fcmae.data.files import find_images
 from fcmae.features import extract, load_backbone, random_backbone
@@ -85,8 +86,12 @@ def fit_by_hand(x: Array, labels: Array, classes: int, penalty: float) -> tuple[
     return flat[classes:].reshape(-1, classes), flat[:classes]
 
 
-@pytest.mark.parametrize("penalty", [1.0, 0.1, 0.01])
-def test_linear_fit_against_scipy(penalty: float) -> None:
+@pytest.mark.parametrize(("penalty", "at_once"), [(1.0, 1 << 24), (0.1, 29), (0.01, 3)])
+def test_linear_fit_against_scipy(
+    penalty: float, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all logits at once, those of seven pictures and of one."""
+    monkeypatch.setattr(probing, "_AT_ONCE", at_once)
     x, labels = blobs(100, 4, 3)
     weight, bias = fit_by_hand(x.numpy(), labels.numpy(), 4, penalty)
     elsewhere = fit_linear(x, labels, 4, 10 * penalty)
