@@ -2,10 +2,9 @@
 
 Both sides get the same search, each for its own best learning rate and length, judged on val with
 one seed: rates a factor of two apart at the shortest length until neither neighbour of the best is
-better, then the best at longer lengths while they are better. The side without pretraining may take
-longer ones. The best of all runs with further seeds, and is measured on test and on the training
-pictures whose labels it has not seen: those are many more, so that a point can be told from chance,
-but pretraining has seen them, without labels.
+better, then the best at longer lengths while they are better. The best of all runs with further
+seeds, and is measured on test and on the training pictures whose labels it has not seen: those are
+many more, so that a point can be told from chance, but pretraining has seen them, without labels.
 
     python -m benchmarks.experiments.label_shares --data FOLDER
 
@@ -27,12 +26,9 @@ from benchmarks.experiments.study import JUDGES, Study, arguments, curve, plot
 SHARES = (10, 30, 100)
 RATES = (8e-3, 1.6e-2, 3.2e-2)
 """Where the search begins: base_lr, for a batch of 256."""
-EPOCHS: dict[str, dict[int, tuple[int, ...]]] = {
-    "pretrained": {10: (60, 150), 30: (20, 40), 100: (6, 12)},
-    "scratch": {10: (60, 150), 30: (20, 40, 80), 100: (6, 12, 24)},
-}
+EPOCHS = {10: (60, 150), 30: (20, 40, 80), 100: (6, 12, 24)}
 SEEDS = (0, 1, 2)
-SIDES = tuple(EPOCHS)
+SIDES = ("pretrained", "scratch")
 FROZEN = {"probe_knn5": "5 nearest", "probe_knn20": "20 nearest", "probe_linear": "linear"}
 
 
@@ -51,11 +47,11 @@ def main() -> int:
         share: label_share(data, share, study.out / f"labels-{share}") for share in options.shares
     }
 
-    def tuned(side: str, name: str, weights: str | Path) -> dict[int, dict[str, Any]]:
+    def tuned(name: str, weights: str | Path) -> dict[int, dict[str, Any]]:
         given = [*common, "--model", "atto", "--weights", weights]
         return study.together(
             {
-                share: partial(_side, study, f"{share}/{name}", EPOCHS[side][share], folder, given)
+                share: partial(_side, study, f"{share}/{name}", EPOCHS[share], folder, given)
                 for share, folder in labelled.items()
             }
         )
@@ -78,9 +74,9 @@ def main() -> int:
             lambda: study.probe(weights, data, "--baseline", "--near_duplicates", data / "train"),
         )
         _show_frozen(study, curves, probed["random"])
-        return tuned("pretrained", name, weights)
+        return tuned(name, weights)
 
-    sides = {"pretrained": pretrained, "scratch": lambda: tuned("scratch", "scratch", "none")}
+    sides = {"pretrained": pretrained, "scratch": lambda: tuned("scratch", "none")}
     _show(study, study.together({name: sides[name] for name in options.sides}))
     return 0
 
