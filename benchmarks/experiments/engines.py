@@ -45,7 +45,7 @@ def main() -> int:
             f"| `{engine}` | {values[-1]:.6f} | {found[engine]['holdout_loss']:.6f} | {far:.1e} |"
         )
     lines = [(name, range(1, len(y) + 1), y.tolist(), None) for name, y in losses.items()]
-    plot(lines, ("step", "loss"), study.out / "engines.png")
+    plot(lines, ("step", "loss"), study.out / "engines.png", nested=True)
     return 0
 
 

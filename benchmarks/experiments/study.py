@@ -184,13 +184,20 @@ def plot(
     labels: tuple[str, str],
     out: Path,
     log_x: bool = False,
+    nested: bool = False,
 ) -> None:
-    """Draw lines (name, x, y, deviations or None) as a PNG."""
+    """Draw lines (name, x, y, deviations or None) as a PNG.
+
+    nested: lines that may lie on each other, each drawn narrower than the one before.
+    """
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    for name, x, y, deviations in lines:
+    for index, (name, x, y, deviations) in enumerate(lines):
         marker = "o" if len(x) < 30 else None
-        axes.errorbar(x, y, deviations, label=name, marker=marker, markersize=4, capsize=3)
+        width = 1 + 2.5 * (len(lines) - 1 - index) if nested else 1.5
+        axes.errorbar(
+            x, y, deviations, label=name, marker=marker, markersize=4, capsize=3, linewidth=width
+        )
     if log_x:
         axes.set_xscale("log")
         ticks = sorted({value for _, x, _, _ in lines for value in x})
