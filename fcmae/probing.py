@@ -141,12 +141,12 @@ def linear_probe(
     if len(features.chosen):
         kept = torch.ones(len(train), dtype=torch.bool)
         kept[features.chosen] = False
-        back = ~kept
+        fitted, held = (train[kept], labels[kept]), (train[~kept], labels[~kept])
         least = math.inf
         what = "linear probe" if shown else None
         for candidate in tracked(PENALTIES, len(PENALTIES), what):
-            found = fit_linear(train[kept], labels[kept], classes, candidate, best)
-            loss = _cross_entropy(train[back], labels[back], *found)
+            found = fit_linear(*fitted, classes, candidate, best)
+            loss = _cross_entropy(*held, *found)
             if loss >= least:
                 break
             penalty, best, least = candidate, found, loss

@@ -50,8 +50,7 @@ def main() -> int:
     ]  # fmt: skip
 
     def tried(name: str) -> float:
-        run = f"runs/{name}".replace(" ", "-").replace("%", "percent")
-        return study.finetune(run, labelled, *common, *CHANGES[name])["val"]
+        return study.finetune(f"runs/{name}", labelled, *common, *CHANGES[name])["val"]
 
     steps = {name: partial(study.once, name, partial(tried, name)) for name in options.only}
     print("| | top-1 % |")

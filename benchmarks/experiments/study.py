@@ -94,7 +94,7 @@ class Study:
 
         module: takes the options of `fcmae pretrain`, where it is another.
         """
-        run = self.out / name.replace(" ", "-").replace("%", "percent")
+        run = self._folder(name)
         command = [module, "pretrain"] if module == "fcmae" else [module]
         self._run([*command, "--data", data, "--out", run, *self._readers(), *options])
         return run
@@ -112,7 +112,7 @@ class Study:
     def finetune(self, name: str, data: Path, *options: object) -> dict[str, float]:
         """Top-1 in percent on each of `JUDGES` that there is, of the best weights on val; and the
         median of `images_per_s`."""
-        run = self.out / name
+        run = self._folder(name)
         given = ["--data", data, "--out", run, *self._readers(), *self._compiled, *options]
         splits = [split for split in JUDGES if (data / split).is_dir()]
         evaluate = ["fcmae", "evaluate", run, "--data", data, "--json", "--split"]
@@ -136,6 +136,9 @@ class Study:
         for measured in (found, found.get("random", {})):
             measured.pop("weights", None)
         return found
+
+    def _folder(self, name: str) -> Path:
+        return self.out / name.replace(" ", "-").replace("%", "percent")
 
     def _readers(self) -> list[object]:
         return ["--workers", 0] if self._jobs > 1 else []
