@@ -1,5 +1,6 @@
-"""The paper's ablations in small: one seed, a fixed budget, judged by frozen features and by
-fine-tuning on a tenth of the labels.
+"""The paper's ablations in small, and the search for the recipe of pretraining on small data: one
+change at a time, one seed, a fixed budget, judged by frozen features and by fine-tuning on a tenth
+of the labels.
 
     python -m benchmarks.experiments.ablations --data FOLDER
 
@@ -15,8 +16,9 @@ from benchmarks.experiments.judge import compare
 from benchmarks.experiments.study import Study, arguments, plot
 
 UNMASKED = "unmasked convolutions"
-RUNS: dict[str, list[object]] = {
-    "the defaults": [],
+DEFAULTS = "the defaults"
+PAPER: dict[str, list[object]] = {
+    DEFAULTS: [],
     "30 % hidden": ["--mask_ratio", 0.3],
     "80 % hidden": ["--mask_ratio", 0.8],
     UNMASKED: [],
@@ -25,12 +27,26 @@ RUNS: dict[str, list[object]] = {
     "decoder of 4 blocks": ["--decoder.depth", 4],
     "pixels as they are": ["--norm_pix_loss", "false"],
 }
+RECIPE: dict[str, list[object]] = {
+    "crops from 8 %": ["--augment.crop_scale", "[0.08,1]"],
+    "crops from 50 %": ["--augment.crop_scale", "[0.5,1]"],
+    "decoder 128 wide": ["--decoder.dim", 128],
+    "decoder 256 wide": ["--decoder.dim", 256],
+    "rate 3e-3": ["--optim.base_lr", 3e-3],
+    "rate 1.2e-2": ["--optim.base_lr", 1.2e-2],
+    "batches of 32": ["--batch_size", 32],
+    "weight decay 0.3": ["--optim.weight_decay", 0.3],
+    "init 0.02": ["--init", "model"],
+}
+RUNS = PAPER | RECIPE
 
 
 def main() -> int:
-    options = arguments(__doc__ or "", "ablations", img_size=96, epochs=40, side=192).parse_args()
+    parser = arguments(__doc__ or "", "ablations", img_size=96, epochs=40, side=192)
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    options = parser.parse_args()
     study = Study(options)
-    runs = {name: ["--engine", "patch", *changed] for name, changed in RUNS.items()}
+    runs = {name: ["--engine", "patch", *RUNS[name]] for name in options.only}
     where = {UNMASKED: "benchmarks.experiments.unmasked"}
     _show(study, compare(study, options, runs, lambda name: where.get(name, "fcmae")))
     return 0
@@ -49,7 +65,7 @@ def _show(study: Study, results: dict[str, dict[str, Any]]) -> None:
             f"| {name} | {found['tuned']:.1f} | {found['linear']:.1f} | {found['knn20']:.1f} | "
             f"{found['holdout_loss']:.3f} | {sum(spread) / len(spread):.3f}, {min(spread):.3f} |"
         )
-        if name in ("the defaults", "no GRN", "ConvNeXt V1 blocks", UNMASKED):
+        if name in (DEFAULTS, "no GRN", "ConvNeXt V1 blocks", UNMASKED):
             lines.append((name, range(1, len(spread) + 1), spread, None))
     plot(lines, ("block", "mean cosine distance of channels"), study.out / "diversity.png")
 
