@@ -181,7 +181,8 @@ def test_runs_of_pretraining_are_judged_by_what_follows(labelled, tmp_path, monk
         return run
 
     def finetune(self, name, data, *options):
-        return {"val": 10.0 * len(names(data / "train"))}
+        learnt = options[options.index("--weights") + 1] != "none"
+        return {"val": 10.0 * len(names(data / "train")) + learnt}
 
     def embed(self, source, data, *options):
         paths = names(data)
@@ -196,8 +197,10 @@ def test_runs_of_pretraining_are_judged_by_what_follows(labelled, tmp_path, monk
     found = compare(Study(options), options, runs, lambda name: f"module_{name}")
     assert asked["b"][0] == "module_b"
     assert asked["b"][1][-2:] == ("--mask_ratio", 0.3)
+    assert [*found] == ["no pretraining", "a", "b"]
+    assert found["no pretraining"] == {"tuned": 80.0}
     assert found["a"] == {
-        "tuned": 80.0, "knn20": 100.0, "linear": 100.0, "holdout_loss": 0.5,
+        "tuned": 81.0, "knn20": 100.0, "linear": 100.0, "holdout_loss": 0.5,
         "diversity": {"diversity/stages.0.blocks.0": 0.4},
     }  # fmt: skip
 

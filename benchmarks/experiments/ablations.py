@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.experiments.judge import compare
+from benchmarks.experiments.judge import NOTHING, compare
 from benchmarks.experiments.study import Study, arguments, plot
 
 UNMASKED = "unmasked convolutions"
@@ -60,6 +60,9 @@ def _show(study: Study, results: dict[str, dict[str, Any]]) -> None:
     print("|---|---:|---:|---:|---:|---:|")
     lines = []
     for name, found in results.items():
+        if name == NOTHING:
+            print(f"| {name} | {found['tuned']:.1f} | | | | |")
+            continue
         spread = [*found["diversity"].values()] or [float("nan")]
         print(
             f"| {name} | {found['tuned']:.1f} | {found['linear']:.1f} | {found['knn20']:.1f} | "

@@ -21,6 +21,7 @@ from benchmarks.experiments.study import Study, last_holdout_loss, logged
 from fcmae.probing import Labelled, knn, linear_probe
 
 FOLDS = 10
+NOTHING = "no pretraining"
 
 
 def compare(
@@ -39,29 +40,35 @@ def compare(
     Returns:
         By name: `tuned`, top-1 in percent on nine tenths of the pictures after fine-tuning on the
         other tenth; `knn20` and `linear`, of frozen features; `holdout_loss`; and `diversity` of
-        every block, both at the end of pretraining.
+        every block, both at the end of pretraining. `NOTHING` comes first and has `tuned` alone.
     """
     data = shrink(options.data, study.out / "pictures", options.side)
     labelled = tenth(data, study.out / "tenth")
     size = ["--img_size", options.img_size]
     trained = [*size, "--precision", options.precision]
 
+    def tuned(name: str, weights: str | Path) -> float:
+        return study.finetune(
+            f"runs/{name}-tenth", labelled, *trained, "--weights", weights, "--epochs", 30,
+            "--val_epochs", 30,
+        )["val"]  # fmt: skip
+
     def judged(name: str) -> dict[str, Any]:
+        if name == NOTHING:
+            return {"tuned": tuned(name, "none")}
         run = study.pretrain(
             name, data, *trained, "--epochs", options.epochs, *runs[name], module=module(name)
         )
-        tuned = study.finetune(
-            f"runs/{run.name}-tenth", labelled, *trained, "--weights", run, "--epochs", 30,
-            "--val_epochs", 30,
-        )  # fmt: skip
         return {
-            "tuned": tuned["val"],
+            "tuned": tuned(name, run),
             **_frozen(study, run, data, size),
             "holdout_loss": last_holdout_loss(run),
             "diversity": diversity(run),
         }
 
-    return study.together({name: partial(study.once, name, partial(judged, name)) for name in runs})
+    return study.together(
+        {name: partial(study.once, name, partial(judged, name)) for name in (NOTHING, *runs)}
+    )
 
 
 def diversity(run: Path) -> dict[str, float]:
