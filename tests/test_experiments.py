@@ -12,10 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.experiments import label_shares
+from benchmarks.experiments import ablations, finetune_recipe, label_shares
 from benchmarks.experiments.folders import label_share, shrink, tenth, with_test
 from benchmarks.experiments.judge import across, compare
 from benchmarks.experiments.study import Study, arguments
+from fcmae.config import PretrainConfig
+from fcmae.options import parse
+from finetune.config import FinetuneConfig
 
 
 def study(tmp_path, jobs=2):
@@ -41,9 +44,15 @@ def names(folder):
 def test_copies_are_shrunk_never_grown(labelled, tmp_path):
     out = shrink(labelled, tmp_path / "small", 10)
     for name, size in (("5", (15, 10)), ("0", (8, 6))):
-        with Image.open(out / f"train/cat/{name}.jpg") as picture:
+        with Image.open(out / f"train/cat/{name}.png.jpg") as picture:
             assert picture.size == size
     assert len(names(out)) == 100
+
+
+def test_copies_of_pictures_that_differ_in_their_endings_are_two(tmp_path):
+    for ending in ("png", "jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"a.{ending}")
+    assert names(shrink(tmp_path, tmp_path / "small", 8)) == ["a.jpg", "a.png.jpg"]
 
 
 def test_shares_of_labels_hold_for_every_class_and_lie_within_each_other(labelled, tmp_path):
@@ -77,6 +86,32 @@ def test_a_tenth_trains_and_the_rest_judges(labelled, tmp_path):
 def test_a_step_is_done_once_and_outlives_the_process(tmp_path):
     assert study(tmp_path).once("a", lambda: {"top1": 3.0}) == {"top1": 3.0}
     assert study(tmp_path).once("a", lambda: pytest.fail("done before")) == {"top1": 3.0}
+
+
+def test_results_of_other_settings_are_refused(tmp_path):
+    given = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    parse = arguments("", "", img_size=96, epochs=40, side=192).parse_args
+    Study(parse([*given, "--precision", "bf16"])).once("a", lambda: 1.0)
+    assert Study(parse([*given, "--precision", "bf16", "--jobs", "2"])).results["a"] == 1.0
+    with pytest.raises(SystemExit, match="results of --precision bf16, not fp32: give --precision"):
+        Study(parse(given))
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        *(pytest.param(PretrainConfig, given, id=name) for name, given in ablations.RUNS.items()),
+        *(
+            pytest.param(FinetuneConfig, given, id=name)
+            for name, given in finetune_recipe.CHANGES.items()
+        ),
+    ],
+)
+def test_what_is_tried_are_options_that_change_something(config, options):
+    given = ["--data", "photos", "--out", "run"]
+    assert (parse(config, [*given, *map(str, options)], "") != parse(config, given, "")) == bool(
+        options
+    )
 
 
 def test_no_more_runs_at_a_time_than_asked_for_however_steps_nest(tmp_path, monkeypatch):
@@ -177,7 +212,8 @@ def test_runs_of_pretraining_are_judged_by_what_follows(labelled, tmp_path, monk
         run = self.out / name
         run.mkdir()
         held = {"epoch": 2, "holdout_loss": 0.5, "diversity/stages.0.blocks.0": 0.4}
-        (run / "metrics.jsonl").write_text(json.dumps(held) + "\n")
+        steps = [{"step": 10 * n, "images_per_s": 100.0 + n} for n in range(3)]
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, (*steps, held))))
         return run
 
     def finetune(self, name, data, *options):
@@ -201,7 +237,7 @@ def test_runs_of_pretraining_are_judged_by_what_follows(labelled, tmp_path, monk
     assert found["no pretraining"] == {"tuned": 80.0}
     assert found["a"] == {
         "tuned": 81.0, "knn20": 100.0, "linear": 100.0, "holdout_loss": 0.5,
-        "diversity": {"diversity/stages.0.blocks.0": 0.4},
+        "diversity": {"diversity/stages.0.blocks.0": 0.4}, "images_per_s": 101.0,
     }  # fmt: skip
 
 

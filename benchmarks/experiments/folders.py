@@ -25,7 +25,9 @@ def shrink(data: Path, out: Path, side: int) -> Path:
     with _built(out) as partial:
         for index in range(len(files)):
             path = Path(os.fsdecode(files.path(index)))
-            target = (partial / os.fsdecode(files.relative(index))).with_suffix(".jpg")
+            target = partial / os.fsdecode(files.relative(index))
+            if target.suffix.lower() != ".jpg":
+                target = target.with_name(f"{target.name}.jpg")
             target.parent.mkdir(parents=True, exist_ok=True)
             with Image.open(path) as picture:
                 image = ImageOps.exif_transpose(picture).convert("RGB")

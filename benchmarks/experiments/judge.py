@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.experiments.folders import shrink, tenth
-from benchmarks.experiments.study import Study, last_holdout_loss, logged
+from benchmarks.experiments.study import Study, last_holdout_loss, logged, speed
 from fcmae.probing import Labelled, knn, linear_probe
 
 FOLDS = 10
@@ -40,7 +40,8 @@ def compare(
     Returns:
         By name: `tuned`, top-1 in percent on nine tenths of the pictures after fine-tuning on the
         other tenth; `knn20` and `linear`, of frozen features; `holdout_loss`; and `diversity` of
-        every block, both at the end of pretraining. `NOTHING` comes first and has `tuned` alone.
+        every block, both at the end of pretraining; its `images_per_s`. `NOTHING` comes first and
+        has `tuned` alone.
     """
     data = shrink(options.data, study.out / "pictures", options.side)
     labelled = tenth(data, study.out / "tenth")
@@ -64,6 +65,7 @@ def compare(
             **_frozen(study, run, data, size),
             "holdout_loss": last_holdout_loss(run),
             "diversity": diversity(run),
+            "images_per_s": speed(run),
         }
 
     return study.together(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiments.folders import label_share, shrink, with_test
-from benchmarks.experiments.study import JUDGES, Study, arguments, curve, plot
+from benchmarks.experiments.study import JUDGES, Study, arguments, curve, plot, search
 
 SHARES = (10, 30, 100)
 RATES = (8e-3, 1.6e-2, 3.2e-2)
@@ -98,16 +98,8 @@ def _side(
         return found
 
     short, *longer = lengths
-    values = {
-        rate: found["val"]
-        for rate, found in study.together(
-            {rate: partial(tried, rate, short) for rate in RATES}
-        ).items()
-    }
-    while (best := max(values, key=lambda rate: values[rate])) in (min(values), max(values)):
-        rate = best / 2 if best == min(values) else best * 2
-        values[rate] = tried(rate, short)["val"]
-    length, top = short, values[best]
+    best, found = search(study, RATES, lambda rate: tried(rate, short))
+    length, top = short, found["val"]
     for more in longer:
         if (value := tried(best, more)["val"]) <= top:
             break

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,9 @@ from fcmae.atomic import atomic_write
 
 JUDGES = ("val", "test", "rest")
 """Folders that a fine-tuned model is measured on, where they are."""
+SETTINGS = "settings"
+DECISIVE = ("img_size", "epochs", "precision", "side", "batch_size", "share")
+"""Options that change what a step of the same name gives."""
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -52,6 +56,20 @@ def arguments(
     return parser
 
 
+def search(
+    study: Study, rates: Sequence[float], tried: Callable[[float], dict[str, float]]
+) -> tuple[float, dict[str, float]]:
+    """The learning rate that is best on val, and its result. Of `rates`, each the same factor above
+    the one before; then further down or up by that factor while the best is at an end."""
+    found = study.together({rate: partial(tried, rate) for rate in rates})
+    while (best := max(found, key=lambda rate: found[rate]["val"])) in (min(found), max(found)):
+        low, *_, high = sorted(found)
+        step = rates[1] / rates[0]
+        rate = low / step if best == low else high * step
+        found[rate] = tried(rate)
+    return best, found[best]
+
+
 class Study:
     """Results by name, on disk as soon as they are there."""
 
@@ -67,6 +85,17 @@ class Study:
         self.results: dict[str, Any] = (
             json.loads(self._file.read_text()) if self._file.exists() else {}
         )
+        self._check(options)
+
+    def _check(self, options: argparse.Namespace) -> None:
+        """Results are of one choice of the options that decide them."""
+        given = {key: value for key, value in vars(options).items() if key in DECISIVE}
+        for key, value in self.once(SETTINGS, lambda: given).items():
+            if given.get(key, value) != value:
+                raise SystemExit(
+                    f"{self._file} holds results of --{key} {value}, not {given[key]}: give "
+                    f"--{key} {value}, or another folder as --out"
+                )
 
     def once(self, name: str, step: Callable[[], Any]) -> Any:
         """The result of a step, computed now if it was not before."""
@@ -122,8 +151,7 @@ class Study:
         found = {
             split: json.loads(words)["top1"] for split, words in zip(splits, said, strict=True)
         }
-        speeds = [line["images_per_s"] for line in logged(run, "images_per_s")]
-        found["images_per_s"] = float(np.median(speeds))
+        found["images_per_s"] = speed(run)
         for part in ("checkpoints", "exported", "best"):
             shutil.rmtree(run / part)
         return found
@@ -174,6 +202,11 @@ def logged(run: Path, key: str) -> list[dict[str, Any]]:
 def curve(run: Path, key: str, over: str = "epoch") -> list[list[float]]:
     """What a run logged of `key`, as [epoch or step, value]."""
     return [[entry[over], entry[key]] for entry in logged(run, key)]
+
+
+def speed(run: Path) -> float:
+    """Images/s, the median of what a run logged."""
+    return float(np.median([line["images_per_s"] for line in logged(run, "images_per_s")]))
 
 
 def last_holdout_loss(run: Path) -> float:
