@@ -3,7 +3,8 @@
     python -m benchmarks.experiments.finetune_recipe --data FOLDER --weights RUN
 
 FOLDER is one of classes: take train, never val or test. A tenth of it is trained on, the rest
-judges the last weights (of the average where there is one): nothing is chosen by looking at it.
+judges the last weights (of the average where there is one): nothing is chosen by looking at it. RUN
+is one of pretraining, or `none`: from scratch, into another --out.
 """
 
 from __future__ import annotations
