@@ -95,6 +95,10 @@ def test_results_of_other_settings_are_refused(tmp_path):
     assert Study(parse([*given, "--precision", "bf16", "--jobs", "2"])).results["a"] == 1.0
     with pytest.raises(SystemExit, match="results of --precision bf16, not fp32: give --precision"):
         Study(parse(given))
+    longer = parse([*given, "--precision", "bf16", "--epochs", "80"])
+    with pytest.raises(SystemExit, match="--epochs 40, not 80"):
+        Study(longer)
+    assert Study(longer, named=["epochs"]).results["a"] == 1.0
 
 
 @pytest.mark.parametrize(

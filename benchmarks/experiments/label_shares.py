@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--shares", type=int, nargs="+", choices=SHARES, default=SHARES)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     options = parser.parse_args()
-    study = Study(options)
+    study = Study(options, named=["epochs"])
     data = shrink(options.data, study.out / "pictures", options.side)
     data = with_test(data, study.out / "splits")
     common = ["--img_size", options.img_size, "--precision", options.precision]

@@ -73,7 +73,8 @@ def search(
 class Study:
     """Results by name, on disk as soon as they are there."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, named: Sequence[str] = ()) -> None:
+        """named: options that stand in the names of the steps they change."""
         self.out: Path = options.out
         self.out.mkdir(parents=True, exist_ok=True)
         self._jobs: int = options.jobs
@@ -85,11 +86,11 @@ class Study:
         self.results: dict[str, Any] = (
             json.loads(self._file.read_text()) if self._file.exists() else {}
         )
-        self._check(options)
+        decisive = set(DECISIVE) - set(named)
+        self._check({key: value for key, value in vars(options).items() if key in decisive})
 
-    def _check(self, options: argparse.Namespace) -> None:
+    def _check(self, given: dict[str, Any]) -> None:
         """Results are of one choice of the options that decide them."""
-        given = {key: value for key, value in vars(options).items() if key in DECISIVE}
         for key, value in self.once(SETTINGS, lambda: given).items():
             if given.get(key, value) != value:
                 raise SystemExit(
