@@ -166,6 +166,13 @@ def newest_good(folder: Path) -> Path | None:
     return None
 
 
+def forget_after(folder: Path, step: int) -> None:
+    """Delete checkpoints of later steps: they are of what a run that goes back leaves behind."""
+    for path in list_checkpoints(folder):
+        if int(path.name[5:]) > step:
+            _discard(path)
+
+
 def prune(folder: Path, keep: int, good: Iterable[Path] = ()) -> None:
     """Delete all but the newest `keep` checkpoints that verify; `good` are known to.
 

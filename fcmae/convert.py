@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fcmae.atomic import atomic_write
+from fcmae.atomic import atomic_write, check_out_file, check_out_folder
 from fcmae.checkpoint import MANIFEST, STATE
 from fcmae.tool_config import ConvertConfig
 from fcmae.weights import (
@@ -236,9 +236,11 @@ def _check_out(out: Path, layout: str) -> None:
             raise InputError(
                 f"out {out}: the minkowski layout is one file; name it .pth, .pt or .safetensors"
             )
+        check_out_file(out)
         return
     if out.exists() and not out.is_dir():
         raise InputError(f"out {out} is a file; give a folder for {WEIGHTS_FILE} and {CONFIG_FILE}")
+    check_out_folder(out)
     for name in ("checkpoints", "config.yaml", STATE, MANIFEST):
         if (out / name).exists():
             raise InputError(

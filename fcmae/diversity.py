@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fcmae.atomic import atomic_write
+from fcmae.atomic import check_out_file, out_file
 from fcmae.console import show_logs, tracked
-from fcmae.data.evaluation import MAX_PIXELS, EvalDataset, batches_of, each_batch
+from fcmae.data.evaluation import (
+    MAX_PIXELS,
+    EvalDataset,
+    batches_of,
+    each_batch,
+    tell_left_out,
+)
 from fcmae.data.files import FileList, find_images
 from fcmae.distributed import resolve_device
 from fcmae.features import CROP_PCT, Backbone, load_backbone, pooled
@@ -36,7 +41,7 @@ from fcmae.settings import height_width
 from fcmae.tool_config import DiversityConfig
 from sparse import SparseConvNeXtV2
 from sparse.engines.base import Sites
-from sparse.errors import InputError, RunError
+from sparse.errors import RunError
 from sparse.layers import SparseBlock
 
 _log = logging.getLogger(__name__)
@@ -54,12 +59,10 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
 
     Raises:
         InputError: the weights, the pictures or `out` is wrong.
-        RunError: no picture could be read.
+        RunError: no picture could be read, or `out` could not be written.
     """
     show_logs()
-    out = None if config.out is None else Path(config.out)
-    if out is not None and (out.suffix not in (".png", ".svg") or out.is_dir()):
-        raise InputError(f"out {config.out!r} must be a file ending in .png or .svg")
+    out = None if config.out is None else check_out_file(config.out, ".png", ".svg")
     size = None if config.img_size is None else height_width(config.img_size)
     device = resolve_device(config.device)
     sources = [config.source] if isinstance(config.source, str) else config.source
@@ -72,12 +75,14 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
         values, images = _measured(backbone, files, config)
         mean = float(np.mean([value["diversity"] for value in values.values()]))
         result[source] = {"blocks": values, "mean": mean, "images": images}
-    if out is not None:
-        _write_plot(result, out)
     if show and config.json:
         print(json.dumps(result))
     elif show:
         _print_table(result)
+    if out is not None:
+        with out_file(out) as path:
+            draw(result).savefig(path, format=out.suffix[1:], dpi=150)
+        _log.info("plot: %s", out)
     return result
 
 
@@ -102,8 +107,7 @@ def _measured(
                 yield images
 
     found = block_diversity(backbone.encoder, shown())
-    for name, reason in bad:
-        _log.warning("left out, since it can't be read: %s: %s", name, reason)
+    tell_left_out(bad)
     if not found:
         raise RunError(f"none of the {len(files)} pictures in {config.images!r} can be read")
     return found, len(files) - len(bad)
@@ -197,16 +201,6 @@ def draw(result: dict[str, Any]) -> Any:
 def _place(name: str) -> list[int]:
     """Sorts blocks by stage and number."""
     return [int(part) for part in name.split(".") if part.isdigit()]
-
-
-def _write_plot(result: dict[str, Any], out: Path) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(out) as path:
-            draw(result).savefig(path, format=out.suffix[1:], dpi=150)
-    except OSError as error:
-        raise RunError(f"out {str(out)!r} could not be written: {error}") from error
-    _log.info("plot: %s", out)
 
 
 def _print_table(result: dict[str, Any]) -> None:

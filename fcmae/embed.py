@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from fcmae.atomic import atomic_write
+from fcmae.atomic import check_out_file, out_file
 from fcmae.console import show_logs
+from fcmae.data.evaluation import tell_left_out
 from fcmae.data.files import find_images
 from fcmae.distributed import resolve_device
 from fcmae.features import extract, load_backbone
 from fcmae.resources import resolve_workers
 from fcmae.settings import height_width
 from fcmae.tool_config import EmbedConfig
-from sparse.errors import InputError, RunError
+from sparse.errors import RunError
 
 _log = logging.getLogger(__name__)
 
@@ -31,25 +32,18 @@ def embed(config: EmbedConfig) -> Path:
         RunError: no picture could be read, or `out` could not be written.
     """
     show_logs()
-    out = Path(config.out)
-    if out.suffix != ".npz" or out.is_dir():
-        raise InputError(f"out {config.out!r} must be a file ending in .npz, such as features.npz")
+    out = check_out_file(config.out, ".npz")
     size = None if config.img_size is None else height_width(config.img_size)
     device = resolve_device(config.device)
     backbone = load_backbone(config.source, device, size)
     files = find_images(config.images, setting="images")
     workers = resolve_workers(config.workers, device)
     found = extract(backbone, files, config.batch_size, workers, what="features")
-    for name, reason in found.bad:
-        _log.warning("left out, since it can't be read: %s: %s", name, reason)
+    tell_left_out(found.bad)
     if not len(found.indices):
         raise RunError(f"none of the {len(files)} pictures in {config.images!r} can be read")
     paths = np.array([files.name(index) for index in found.indices.tolist()])
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(out) as path, path.open("wb") as file:
-            np.savez(file, features=found.values.numpy(), paths=paths)
-    except OSError as error:
-        raise RunError(f"out {config.out!r} could not be written: {error}") from error
+    with out_file(out) as path, path.open("wb") as file:
+        np.savez(file, features=found.values.numpy(), paths=paths)
     _log.info("%s: %d pictures, %d channels, from %s", out, *found.values.shape, backbone.origin)
     return out

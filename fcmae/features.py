@@ -34,9 +34,6 @@ CROP_PCT = 0.875
 V1_LAYER_SCALE = 1e-6
 """ConvNeXt V1's initial scale (arXiv 2201.03545)."""
 
-BEST = "best"
-"""Where a run of fine-tuning keeps its best weights."""
-
 
 @dataclass(frozen=True)
 class Backbone:
@@ -66,8 +63,7 @@ def load_backbone(
 ) -> Backbone:
     """Load the encoder of a run, a checkpoint, a timm folder or a weight file.
 
-    A run of fine-tuning stands for its best weights. Images are prepared as they were for these
-    weights, where their source says it.
+    Images are prepared as they were for these weights, where their source says it.
 
     Args:
         img_size: (height, width), multiples of 32; None takes what the source says, else 224.
@@ -75,8 +71,7 @@ def load_backbone(
     Raises:
         InputError: nothing there, damaged, or no ConvNeXt.
     """
-    best = Path(source) / BEST
-    file = find_weights(best if best.is_dir() else source)
+    file = find_weights(source)
     weights = load_weights(file)
     kind = weights.architecture
     encoder = SparseConvNeXtV2(

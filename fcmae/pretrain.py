@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from fcmae.resources import (
     resolve_workers,
 )
 from fcmae.resume import find_start, stored_files
-from fcmae.run import RunFolder
+from fcmae.run import open_run
 from fcmae.schedule import decay_groups
 from fcmae.settings import height_width, to_dict
 from fcmae.task import PretrainTask, Settings
@@ -96,10 +97,13 @@ def pretrain(config: PretrainConfig) -> int:
             len(train), config.batch_size, config.seed, start.state["step"] if start else 0,
             plan.total_steps, world.rank, world.size, config.accumulate,
         )  # fmt: skip
-        model = build_model(config, engine).to(device)
-        check_disk(config, checkpoint_bytes(model))
+        # A run that goes on needs no more what it started from.
+        fresh = config if start is None else replace(config, init_from=None)
+        model = build_model(fresh, engine).to(device)
+        if sampler.start_step < plan.total_steps:
+            check_disk(config, checkpoint_bytes(model))
         world.barrier()  # nobody writes before everybody has checked
-        folder = RunFolder(config, "pretrain", sampler.start_step) if world.is_main else None
+        folder = open_run(config, "pretrain", start) if world.is_main else None
         try:
             if folder is not None:
                 files.save(folder.path / FILE_LIST)
@@ -140,7 +144,9 @@ def _find_files(
 ) -> tuple[FileList, FileList, FileList]:
     """All files, those to train on and those held out: as stored where a run goes on."""
     began = time.perf_counter()
-    files = stored_files(find_images(config.data, exclude=config.out), start, FILE_LIST)
+    files = find_images(config.data, exclude=config.out)
+    if start is not None:
+        files = stored_files(files, start, FILE_LIST)
     train, held = files.split_holdout(config.holdout)
     _log.info(
         "found %d images in %.1f s: %d to train on, %d held out",

@@ -51,12 +51,14 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
     data = find_labelled(config.data, config.val_fraction, exclude=config.source)
     if backbone.file is not None and not config.other_classes:
         _check_classes(config, backbone.file, data)
+    alike = {}
+    if config.near_duplicates is not None:  # first, since a folder that is none ends the command
+        found = report_duplicates(config.near_duplicates, data, config.workers, device)
+        alike["near_duplicates"] = [entry._asdict() for entry in found]
     result = _measured(backbone, data, config)
     if config.baseline:
         result["random"] = _measured(random_backbone(backbone), data, config)
-    if config.near_duplicates is not None:
-        found = report_duplicates(config.near_duplicates, data, config.workers, device)
-        result["near_duplicates"] = [entry._asdict() for entry in found]
+    result |= alike
     if show and config.json:
         print(json.dumps(result))
     elif show:

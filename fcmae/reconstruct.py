@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from PIL import Image
 
 from fcmae import pictures
-from fcmae.atomic import atomic_write
+from fcmae.atomic import check_out_file, out_file
 from fcmae.console import show_logs
+from fcmae.data.evaluation import tell_left_out
 from fcmae.data.files import find_images
 from fcmae.data.loader import HoldoutSet, normalise
 from fcmae.distributed import resolve_device
@@ -31,11 +31,10 @@ def reconstruct(config: ReconstructConfig) -> float:
 
     Raises:
         InputError: no pretraining run, no readable picture, or `out` is no PNG file.
+        RunError: `out` could not be written.
     """
     show_logs()
-    out = Path(config.out)
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise InputError(f"out {config.out!r} must be a PNG file, such as reconstruction.png")
+    out = check_out_file(config.out, ".png")
     checkpoint = load_run_checkpoint(config.run)
     device = resolve_device(config.device)
     model, settings = build_model(checkpoint, device)
@@ -46,16 +45,14 @@ def reconstruct(config: ReconstructConfig) -> float:
         settings["in_chans"], settings["mask_ratio"], config.seed,
     )  # fmt: skip
     batch = next(shown.batches(config.count), None)
-    for name, reason in shown.bad:
-        _log.warning("skipped an unreadable picture: %s: %s", name, reason)
+    tell_left_out(shown.bad)
     if batch is None:
         raise InputError(f"images {config.images!r}: none of the first {config.count} can be read")
     images = normalise(batch.images, settings["mean"], settings["std"], device)
     columns, loss = pictures.reconstruct_batch(
         model, images, batch.masks, settings["mean"], settings["std"]
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out) as path:
+    with out_file(out) as path:
         Image.fromarray(pictures.grid(columns)).save(path, format="PNG")
     _log.info(
         "%s: %d pictures after %d steps, loss %.4f (1.0: only each patch's mean is predicted)",

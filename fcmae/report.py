@@ -13,11 +13,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from fcmae import __version__, figures
-from fcmae.atomic import atomic_write
+from fcmae.atomic import check_out_file, out_file
 from fcmae.console import show_logs
 from fcmae.run_data import RunData, read_runs
 from fcmae.tool_config import ReportConfig
-from sparse.errors import InputError, RunError
 
 SHOWN = 50
 """Most lines of a table of files."""
@@ -61,16 +60,12 @@ def report(config: ReportConfig) -> Path:
     show_logs()
     folders = [config.runs] if isinstance(config.runs, str) else config.runs
     runs = read_runs(folders)
-    out = runs[0].path / "report.html" if config.out is None else Path(config.out)
-    if out.suffix != ".html" or out.is_dir():
-        raise InputError(f"out {str(out)!r} must be a file ending in .html, such as report.html")
+    out = check_out_file(
+        runs[0].path / "report.html" if config.out is None else config.out, ".html"
+    )
     page = render(runs)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(out) as path:
-            path.write_text(page, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise RunError(f"out {str(out)!r} could not be written: {error}") from error
+    with out_file(out) as path:
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")
     _log.info(
         "%s: %d run%s, %.1f MB",
         out,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fcmae.checkpoint import list_checkpoints
 from sparse.errors import InputError
 
 MOST_WORKERS = 8
@@ -55,15 +56,17 @@ def check_disk(config: Any, size: int) -> None:
     """Refuse a run whose checkpoints, of `size` bytes each, do not fit on the disk of `config.out`.
 
     Raises:
-        InputError: there is less free than `keep_checkpoints` and one being written need.
+        InputError: there is less free than what `keep_checkpoints` and one being written need
+            beside those that are there already.
     """
-    need = size * (config.keep_checkpoints + 1)
+    there = len(list_checkpoints(Path(config.out) / "checkpoints"))
+    need = size * (max(config.keep_checkpoints - there, 0) + 1)
     free = free_bytes(Path(config.out))
     if need > free:
         raise InputError(
-            f"out {config.out!r} has {free / 1e9:.2f} GB free, but {config.keep_checkpoints} "
-            f"checkpoints and one being written need {need / 1e9:.2f} GB: free some or give "
-            "another --out"
+            f"out {config.out!r} has {free / 1e9:.2f} GB free, but its checkpoints, one being "
+            f"written beside {config.keep_checkpoints}, need {need / 1e9:.2f} GB more: free some "
+            "or give another --out"
         )
 
 

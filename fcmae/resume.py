@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
+from fcmae.atomic import check_out_folder
 from fcmae.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, newest_good
 from fcmae.data.files import FileList
-from fcmae.settings import differences, to_dict
+from fcmae.settings import differences, flatten, read_yaml, to_dict
 from sparse.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -31,40 +33,68 @@ def find_start(config: Any, command: str, runtime_keys: frozenset[str]) -> Check
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"out {config.out!r} is a file: give a folder that is new or holds a run")
+    check_out_folder(config.out)
     saved = list_checkpoints(out / "checkpoints")
-    if not (out / "config.yaml").exists() and out.is_dir() and _foreign(out):
+    if out.is_dir() and not saved:
+        _check_unused(out)
+    if config.resume == "never" and saved:
         raise InputError(
-            f"out {config.out!r} holds {_foreign(out)[0]!r} and no run of fcmae: give a folder "
-            "that is new or empty"
+            f"out {config.out!r} already holds a run: use --resume auto to go on with it, or "
+            "give another --out"
         )
     if config.resume not in ("auto", "never"):
-        checkpoint = load_checkpoint(Path(config.resume))
-        if saved and Path(config.resume).resolve().parent != (out / "checkpoints").resolve():
-            raise InputError(
-                f"out {config.out!r} already holds another run: give a new --out to go on from "
-                f"{config.resume}"
-            )
-    else:
-        if config.resume == "never" and saved:
-            raise InputError(
-                f"out {config.out!r} already holds a run: use --resume auto to go on with it, or "
-                "give another --out"
-            )
+        checkpoint = _named(config, saved)
+    elif saved:
         newest = newest_good(out / "checkpoints")
         if newest is None:
-            if saved:
-                raise InputError(
-                    f"all {len(saved)} checkpoints in {config.out!r} are damaged: give another "
-                    "--out to start anew"
-                )
-            return None
+            raise InputError(
+                f"all {len(saved)} checkpoints in {config.out!r} are damaged: give another "
+                "--out to start anew"
+            )
         checkpoint = load_checkpoint(newest)
+    else:
+        return None
     _check_same_run(config, command, runtime_keys, checkpoint)
     return checkpoint
 
 
-def _foreign(out: Path) -> list[str]:
-    return sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+def _named(config: Any, saved: list[Path]) -> Checkpoint:
+    """The checkpoint that `resume` names, or the newest that came of going on from it: the same
+    command given again goes on, and does not begin there once more."""
+    named = Path(config.resume)
+    newest = newest_good(Path(config.out) / "checkpoints")
+    if newest is not None:
+        since = load_checkpoint(newest)
+        if since.state["asked"].get("resume") == asked_settings(config)["resume"]:
+            _log.info("going on with what came of %s, not from there again", named)
+            return since
+    if saved and named.resolve().parent != saved[0].parent.resolve():
+        raise InputError(
+            f"out {config.out!r} already holds another run: give a new --out to go on from {named}"
+        )
+    return load_checkpoint(named)
+
+
+def _check_unused(out: Path) -> None:
+    """Refuse a folder without checkpoints that a new run must not write over.
+
+    Raises:
+        InputError: it holds something else than a run that never saved.
+    """
+    names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    if not names:
+        return
+    config = out / "config.yaml"
+    if not config.is_file() or not {"data", "out", "keep_checkpoints"} <= read_yaml(config).keys():
+        raise InputError(
+            f"out {str(out)!r} holds {names[0]!r} and no run of fcmae: give a folder that is new "
+            "or empty"
+        )
+    if "exported" in names:
+        raise InputError(
+            f"out {str(out)!r} holds a finished run whose checkpoints are gone: there is nothing "
+            "to go on from; give another --out"
+        )
 
 
 def _check_same_run(
@@ -76,31 +106,48 @@ def _check_same_run(
             f"out {config.out!r} holds a run of `fcmae {was_command}`, not of `fcmae {command}`: "
             "give another --out"
         )
-    changed = differences(asked_settings(config), checkpoint.state["asked"], runtime_keys)
+    # A setting that is younger than the checkpoint had what is now its default.
+    defaults = to_dict(type(config)(data=config.data, out=config.out))
+    stored = flatten(defaults) | flatten(_anywhere(checkpoint.state["asked"]))
+    changed = differences(asked_settings(config), stored, runtime_keys)
     if changed:
         key, was, now = changed[0]
+        text = was if isinstance(was, str) else json.dumps(was, separators=(",", ":"))
         raise InputError(
             f"{key} is {now!r} but the run in {config.out!r} has {was!r}: repeat it with "
-            f"--{key} '{was}', or give another --out"
+            f"--{key} {shlex.quote(text)}, or give another --out"
         )
 
 
 def asked_settings(config: Any) -> dict[str, Any]:
-    """The config as JSON, its data paths absolute, so that it compares from any folder."""
-    asked = json.loads(json.dumps(to_dict(config)))
+    """The config as JSON, its paths absolute, so that it compares from any folder."""
+    asked: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
+    return _anywhere(asked)
+
+
+def _anywhere(asked: dict[str, Any]) -> dict[str, Any]:
     data = asked["data"]
-    asked["data"] = [os.path.abspath(d) for d in ([data] if isinstance(data, str) else data)]
-    return asked
+    sources = [data] if isinstance(data, str) else data
+    placed: dict[str, Any] = {"data": [_absolute(source) for source in sources]}
+    for key, words in (("weights", ("none",)), ("init_from", ()), ("resume", ("auto", "never"))):
+        value = asked.get(key)
+        if value is not None and value not in words:
+            placed[key] = _absolute(value)
+    return asked | placed
 
 
-def stored_files(found: FileList, start: Checkpoint | None, name: str) -> FileList:
-    """The files that a run trains on: those found now, or where it goes on, those it began with.
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
-    Files that came later are ignored with a notice; vanished ones will count as unreadable.
+
+def stored_files(found: FileList | None, start: Checkpoint, name: str) -> FileList:
+    """The files that a run which goes on began with.
+
+    Of those `found` now, if any are known, the ones that came later are ignored with a notice;
+    vanished ones will count as unreadable.
     """
-    if start is None or start.path is None:
-        return found
+    assert start.path is not None
     stored = FileList.load(start.path.parent.parent / name)
-    if len(found) > len(stored):
+    if found is not None and len(found) > len(stored):
         _log.info("%d files more than when the run began are ignored", len(found) - len(stored))
     return stored

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fcmae import __version__
+from fcmae.checkpoint import Checkpoint, forget_after
 from fcmae.settings import save_yaml
 from sparse.errors import InputError, RunError
 
@@ -35,13 +36,14 @@ class RunFolder:
     Args:
         config: the config, written as `config.yaml`.
         command: `pretrain` or `finetune`.
-        start_step: completed steps; what is recorded beyond them is cut off.
+        start_step: completed steps; what is recorded and saved beyond them is cut off.
+        end_due: the epoch that they complete is still to be ended, and logged.
 
     Raises:
         InputError: another process is writing to the folder.
     """
 
-    def __init__(self, config: Any, command: str, start_step: int) -> None:
+    def __init__(self, config: Any, command: str, start_step: int, end_due: bool = False) -> None:
         self.path = Path(config.out)
         self.checkpoints = self.path / "checkpoints"
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -50,8 +52,10 @@ class RunFolder:
             for name in ("metrics.jsonl", "train.log", "bad_images.jsonl", NONFINITE):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path / "tb", ignore_errors=True)
+        if config.resume not in ("auto", "never"):  # else only damaged ones can be beyond
+            forget_after(self.checkpoints, start_step)
         save_yaml(config, self.path / "config.yaml")
-        _cut_metrics(self.path / "metrics.jsonl", start_step)
+        _cut_metrics(self.path / "metrics.jsonl", start_step, end_due)
         self._metrics = (self.path / "metrics.jsonl").open("ab", buffering=0)
         self._unwritten: list[str] = []
         self._bad = _known_bad(self.path / "bad_images.jsonl")
@@ -142,6 +146,13 @@ class RunFolder:
         threading.excepthook = self._hook
 
 
+def open_run(config: Any, command: str, start: Checkpoint | None) -> RunFolder:
+    """The folder of a run that begins anew, or at a checkpoint."""
+    if start is None:
+        return RunFolder(config, command, 0)
+    return RunFolder(config, command, start.state["step"], start.state["epoch_end_due"])
+
+
 def _scalar(board: Any, name: str, value: float, step: int) -> None:
     board.add_scalar(name, value, step)
 
@@ -223,14 +234,16 @@ def _take_lock(folder: Path) -> TextIO:
     return file
 
 
-def _cut_metrics(path: Path, step: int) -> None:
-    """Keep the whole lines up to `step`: what follows will be computed again."""
+def _cut_metrics(path: Path, step: int, end_due: bool) -> None:
+    """Keep the whole lines up to `step`: what follows will be computed again, with `end_due` also
+    the line that the end of its epoch has left, which is none of a step's own."""
     if not path.exists():
         return
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            entry = json.loads(line) if line.endswith(b"\n") else {}
+            if entry["step"] > step or (end_due and entry["step"] == step and "lr" not in entry):
                 break
         except (ValueError, KeyError, TypeError):
             break

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from PIL import Image, ImageEnhance, ImageOps
 from rich.progress import track
 
-from fcmae.atomic import atomic_write
+from fcmae.atomic import atomic_write, check_out_folder
 from fcmae.console import console
 from fcmae.settings import to_dict
 from fcmae.tool_config import SamplesConfig
@@ -195,7 +195,7 @@ def samples(config: SamplesConfig) -> Path:
     Raises:
         InputError: scikit-image is missing, or the folder holds something else.
     """
-    root = Path(config.out)
+    root = check_out_folder(config.out)
     settings = {key: value for key, value in to_dict(config).items() if key != "out"}
     photographs = {name: photograph(name) for name in PHOTOGRAPHS}
     total = len(photographs) * (config.per_class_train + config.per_class_val)

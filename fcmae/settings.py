@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from fcmae.atomic import atomic_write
 from sparse.errors import InputError
 from sparse.sizes import PATCH
 
@@ -219,7 +220,8 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 def save_yaml(config: Any, path: str | Path) -> None:
     """Write what was asked (`auto` stays `auto`) as YAML that `--config` reads."""
-    Path(path).write_text(to_yaml(to_dict(config)), encoding="utf-8")
+    with atomic_write(Path(path)) as partial:
+        partial.write_text(to_yaml(to_dict(config)), encoding="utf-8")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,11 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fcmae.checkpoint import STATE, damage, list_checkpoints, newest_good
-from sparse.convert import HEAD_NAMES, Architecture, canonical, infer_architecture
+from sparse.convert import Architecture, canonical, infer_architecture
 from sparse.errors import InputError
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+BEST = "best"
+"""Folder in which a run of fine-tuning keeps its best weights."""
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
@@ -42,11 +44,13 @@ _UNREADABLE = (
 
 class Weights(NamedTuple):
     """Weights in our names (the encoder's without prefix, `decoder.*` where there is a decoder),
-    the architecture that they belong to, and where they come from, in words."""
+    the architecture that they belong to, and where they come from, in words. The final norm that
+    fine-tuning learnt is no part of an encoder: `norm` has its weight and bias, or nothing."""
 
     state: dict[str, Tensor]
     architecture: Architecture
     origin: str
+    norm: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Preprocessing:
 def load_weights(source: str | Path) -> Weights:
     """Read weights in any known layout from a run, checkpoint or timm folder, or from a file.
 
-    A final norm and classifier are left out, which `origin` then says.
+    A classifier is left out, which `origin` then says.
 
     Raises:
         InputError: nothing there, damaged, refused, not finite, or no ConvNeXt V2.
@@ -79,17 +83,18 @@ def load_weights(source: str | Path) -> Weights:
             f"{path}: {len(broken)} tensors hold NaN or infinity ({broken[0]}): "
             "take a checkpoint from before training diverged"
         )
-    if _has_trained_head(state):
-        notes.append("without its final norm and classifier")
+    if {"head.fc.weight", "head.weight"} & state.keys():
+        notes.append("without its classifier")
     origin = f"{path}, {', '.join(notes)}" if notes else str(path)
-    return Weights(weights, infer_architecture(weights), origin)
+    return Weights(weights, infer_architecture(weights), origin, _final_norm(state))
 
 
 def find_weights(source: str | Path) -> Path:
     """Return the weight file that `source` stands for.
 
-    A run stands for its newest intact checkpoint, else for its exported model; a checkpoint or timm
-    folder for its model.safetensors; a file for itself.
+    A run stands for its best weights where it keeps those, as fine-tuning does, else for its newest
+    intact checkpoint, else for its exported model; a checkpoint or timm folder for its
+    model.safetensors; a file for itself.
 
     Raises:
         InputError: nothing there that can be read.
@@ -99,6 +104,8 @@ def find_weights(source: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder; give a run, a timm folder or a file")
+    if (path / BEST / WEIGHTS_FILE).is_file():
+        return path / BEST / WEIGHTS_FILE
     checkpoints = path / "checkpoints"
     newest = newest_good(checkpoints)
     for folder in (newest, path / "exported", path):
@@ -216,13 +223,13 @@ def _refused_classes(path: Path) -> list[str]:
         return []
 
 
-def _has_trained_head(state: Mapping[str, Tensor]) -> bool:
-    """True for a classifier or a final norm other than the identity that `to_timm` adds."""
-    return any(
-        not torch.equal(tensor, torch.full_like(tensor, float(name == "head.norm.weight")))
+def _final_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The `weight` and `bias` between pooling and classifier, in timm's or the official names."""
+    return {
+        name.rpartition(".")[2]: tensor
         for name, tensor in state.items()
-        if name in HEAD_NAMES
-    )
+        if name.rpartition(".")[0] in ("head.norm", "norm")
+    }
 
 
 def _unwrap(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from fcmae.data.evaluation import MAX_PIXELS, EvalDataset, LabelledBatch, batche
 from fcmae.data.files import FileList
 from fcmae.data.labelled import Labels
 from fcmae.resources import resolve_workers
-from fcmae.weights import CONFIG_FILE, WEIGHTS_FILE, read_json, read_state
+from fcmae.weights import BEST, CONFIG_FILE, WEIGHTS_FILE, read_json, read_state
 from finetune.blocks import speed_up
 from finetune.model import Start, build_model
 from sparse.errors import InputError
@@ -131,7 +131,7 @@ def weights_folder(source: str) -> Path:
     """
     path = Path(source)
     path = path.parent if path.is_file() else path
-    for folder in (path / "best", path / "exported", path):
+    for folder in (path / BEST, path / "exported", path):
         config = read_json(folder / CONFIG_FILE)
         if config.get("num_classes") and (folder / "model.safetensors").is_file():
             return folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,15 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from fcmae.atomic import atomic_write
+from fcmae.atomic import check_out_file, out_file
 from fcmae.console import show_logs
 from fcmae.data.evaluation import tell_left_out
-from fcmae.data.labelled import VAL, Split, check_known, find_classes, find_labelled, labels_of
+from fcmae.data.files import FileList
+from fcmae.data.labelled import TRAIN, VAL, Split, check_known, find_classes, labels_of
 from fcmae.distributed import resolve_device
 from fcmae.settings import height_width, read_yaml
 from finetune.classifier import Classifier, load_classifier
+from finetune.settings import VAL_LIST
 from finetune.tool_config import EvaluateConfig
 from sparse.errors import InputError, RunError
 
@@ -47,11 +48,10 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
 
     Raises:
         InputError: the weights, the data or `out` is wrong.
-        RunError: no picture could be read.
+        RunError: no picture could be read, or `out` could not be written.
     """
     show_logs()
-    if config.out is not None:
-        _check_out(Path(config.out))
+    out = None if config.out is None else check_out_file(config.out, ".png", ".csv")
     size = None if config.img_size is None else height_width(config.img_size, multiple=1)
     classifier = load_classifier(config.source, resolve_device(config.device), size)
     split = find_split(config, classifier)
@@ -63,19 +63,20 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
         "weights": str(classifier.folder),
     }
     tell_left_out(bad)
-    if config.out is not None:
-        write_confusion(confusion, classifier.names, Path(config.out))
     if show and config.json:
         print(json.dumps(result))
     elif show:
         _print_table(result)
+    if out is not None:
+        write_confusion(confusion, classifier.names, out)
     return result
 
 
 def find_split(config: EvaluateConfig, classifier: Classifier) -> Split:
     """Find the pictures to measure on: data/SPLIT/CLASS, or data/CLASS.
 
-    A run that divided this data by `val_fraction` is measured on the part that it kept back.
+    A run that divided this data by `val_fraction`, or what it exported, is measured on the pictures
+    that it kept back then, whatever came to the folder or left it since.
 
     Raises:
         InputError: nothing there, or classes that the model does not know.
@@ -88,18 +89,31 @@ def find_split(config: EvaluateConfig, classifier: Classifier) -> Split:
         files, names = find_classes(folder)
         check_known(folder, names, classifier.names, "the model")
         return Split(files, f"{config.split}/")
-    asked = Path(config.source) / "config.yaml"
-    run = read_yaml(asked) if asked.is_file() else {}
-    same = os.path.abspath(str(run.get("data"))) == os.path.abspath(config.data)
-    if same and run.get("val_fraction") and config.split == VAL:
-        data = find_labelled(config.data, run["val_fraction"], exclude=config.source)
-        check_known(root, data.names, classifier.names, "the model")
-        _log.info("measuring on what val_fraction %s keeps back", run["val_fraction"])
-        return data.val
+    kept = _kept_back(Path(config.source)) if config.split == VAL else None
+    if kept is not None:
+        trained = Path(kept.roots[0])
+        for inside, prefix in ((root / TRAIN, f"{TRAIN}/"), (root, "")):
+            if inside.is_dir() and trained.is_dir() and inside.samefile(trained):
+                _log.info("measuring on the %d pictures that the run kept back", len(kept))
+                return Split(kept, prefix)
+        _log.warning(
+            "all of %s is measured: the run kept back pictures of %s, which is another folder",
+            root, trained,
+        )  # fmt: skip
     _log.info("%s has no folder %r: its folders are taken for classes", root, config.split)
     files, names = find_classes(root)
     check_known(root, names, classifier.names, "the model")
     return Split(files, "")
+
+
+def _kept_back(source: Path) -> FileList | None:
+    """The pictures that a run divided off its training data by `val_fraction`; None of others."""
+    folder = source.parent if source.is_file() else source
+    for run in (folder, folder.parent):
+        asked, stored = run / "config.yaml", run / VAL_LIST
+        if asked.is_file() and stored.is_file():
+            return FileList.load(stored) if read_yaml(asked).get("val_fraction") else None
+    return None
 
 
 def measure(
@@ -147,10 +161,13 @@ def summarise(confusion: Counts, top5: int, names: tuple[str, ...]) -> dict[str,
 
 
 def write_confusion(confusion: Counts, names: tuple[str, ...], out: Path) -> None:
-    """Write the confusion matrix as a table (.csv) or a picture (.png), atomically."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out) as path:
-        if out.suffix == ".csv":
+    """Write the confusion matrix as a table (.csv) or a picture (.png), atomically.
+
+    Raises:
+        RunError: it could not be written.
+    """
+    with out_file(out) as path:
+        if out.suffix.lower() == ".csv":
             with path.open("w", encoding="utf-8", newline="") as file:
                 rows = csv.writer(file)
                 rows.writerow(["true \\ predicted", *names])
@@ -201,8 +218,3 @@ def _print_table(result: dict[str, Any]) -> None:
     table.add_row(f"all: top-{result['top5_of']}", f"{result['top5']:.2f}", str(result["n"]))
     table.add_row("balanced", f"{result['balanced']:.2f}", "")
     Console(highlight=False).print(table, markup=False)
-
-
-def _check_out(out: Path) -> None:
-    if out.suffix not in (".png", ".csv") or out.is_dir():
-        raise InputError(f"out {str(out)!r} must be a file ending in .png or .csv")

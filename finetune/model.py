@@ -89,7 +89,9 @@ def find_model(model: str | None, weights: str, in_chans: int) -> Start:
             f"weights {weights!r} are for {found.architecture.in_chans} channels, in_chans is "
             f"{in_chans}: give --in_chans {found.architecture.in_chans}"
         )
-    return Start(variant, args, to_timm(encoder_part(found.state)), found.origin, images)
+    state = to_timm(encoder_part(found.state))
+    state |= {f"head.norm.{kind}": tensor for kind, tensor in found.norm.items()}
+    return Start(variant, args, state, found.origin, images)
 
 
 def timm_name(model: str) -> str:

@@ -8,13 +8,13 @@ import os
 import sys
 from pathlib import Path
 
-from fcmae.atomic import atomic_write
+from fcmae.atomic import check_out_file, out_file
 from fcmae.console import show_logs
 from fcmae.data.files import FileList, find_images
 from fcmae.distributed import resolve_device
 from finetune.classifier import load_classifier
 from finetune.tool_config import PredictConfig
-from sparse.errors import InputError, RunError
+from sparse.errors import RunError
 
 _log = logging.getLogger(__name__)
 
@@ -31,43 +31,33 @@ def predict(config: PredictConfig) -> Path:
         RunError: no picture could be read, or `out` could not be written.
     """
     show_logs()
-    out = Path(config.out)
-    if out.is_dir():
-        raise InputError(f"out {config.out!r} is a folder: give a file, such as {out / 'out.csv'}")
+    out = check_out_file(config.out)
     classifier = load_classifier(config.source, resolve_device(config.device))
     files = find_images(config.images, setting="images")
     top = min(config.top, len(classifier.names))
     written, bad = 0, 0
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Names that are no UTF-8 go back to the bytes they are.
-        with (
-            atomic_write(out) as path,
-            path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-        ):
-            rows = csv.writer(file)
-            rows.writerow(_columns(top))
-            for batch, scores in classifier.classify(
-                files, None, config.batch_size, config.workers
+    # Names that are no UTF-8 go back to the bytes they are.
+    with (
+        out_file(out) as path,
+        path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        rows = csv.writer(file)
+        rows.writerow(_columns(top))
+        for batch, scores in classifier.classify(files, None, config.batch_size, config.workers):
+            for name, reason in batch.bad:
+                print(f"left out, since it can't be read: {name}: {reason}", file=sys.stderr)
+            bad += len(batch.bad)
+            best = scores.softmax(1).topk(top)
+            for index, values, places in zip(
+                batch.indices.tolist(), best.values.tolist(), best.indices.tolist(), strict=True
             ):
-                for name, reason in batch.bad:
-                    print(f"left out, since it can't be read: {name}: {reason}", file=sys.stderr)
-                bad += len(batch.bad)
-                best = scores.softmax(1).topk(top)
-                for index, values, places in zip(
-                    batch.indices.tolist(), best.values.tolist(), best.indices.tolist(), strict=True
-                ):
-                    row: list[str] = [_path(files, index, config.images)]
-                    for value, place in zip(values, places, strict=True):
-                        row += [classifier.names[place], f"{value:.6f}"]
-                    rows.writerow(row)
-                    written += 1
-            if not written:
-                raise RunError(
-                    f"none of the {len(files)} pictures in {config.images!r} can be read"
-                )
-    except OSError as error:
-        raise RunError(f"out {config.out!r} could not be written: {error}") from error
+                row: list[str] = [_path(files, index, config.images)]
+                for value, place in zip(values, places, strict=True):
+                    row += [classifier.names[place], f"{value:.6f}"]
+                rows.writerow(row)
+                written += 1
+        if not written:
+            raise RunError(f"none of the {len(files)} pictures in {config.images!r} can be read")
     left_out = f"; {bad} could not be read" if bad else ""
     _log.info("%s: %d pictures%s", out, written, left_out)
     return out

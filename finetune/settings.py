@@ -23,6 +23,9 @@ from finetune.config import FinetuneConfig
 from finetune.model import Start, classifier_names
 from sparse.errors import InputError
 
+TRAIN_LIST, VAL_LIST = "files-train.bin", "files-val.bin"
+"""Where a run keeps which pictures it trains on and which it validates on."""
+
 HEAD_SCALE = 0.001
 """What `head_init_scale: null` takes with pretrained weights (P Tables 9 to 11)."""
 

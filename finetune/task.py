@@ -22,11 +22,11 @@ from fcmae.distributed import World
 from fcmae.run import RunFolder, check_bad_share
 from fcmae.schedule import ema_decay
 from fcmae.task import Interrupted
+from fcmae.weights import BEST
 from finetune.augment import seeded
 from finetune.model import set_training
 from sparse.errors import RunError
 
-BEST = "best"
 TOP = 5
 
 

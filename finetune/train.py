@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from fcmae.loop import Loop
 from fcmae.plan import Plan, Signals, make_plan
 from fcmae.resources import autocast_dtype, check_disk, checkpoint_bytes, disk_line
 from fcmae.resume import find_start, stored_files
-from fcmae.run import RunFolder
+from fcmae.run import open_run
 from fcmae.settings import height_width
+from fcmae.weights import BEST
 from finetune.augment import TrainDataset, recolouring
 from finetune.blocks import speed_up
 from finetune.config import RUNTIME_KEYS, FinetuneConfig
@@ -40,6 +42,8 @@ from finetune.settings import (
     CROPS,
     FEWEST_EPOCHS,
     MOST_EPOCHS,
+    TRAIN_LIST,
+    VAL_LIST,
     Settings,
     exported_config,
     head_scale,
@@ -47,10 +51,9 @@ from finetune.settings import (
     resolve_settings,
     settings_json,
 )
-from finetune.task import BEST, FinetuneTask
+from finetune.task import FinetuneTask
 from sparse.encoder import check_compiler
-
-TRAIN_LIST, VAL_LIST = "files-train.bin", "files-val.bin"
+from sparse.errors import InputError
 
 _log = logging.getLogger(__name__)
 
@@ -90,10 +93,11 @@ def finetune(config: FinetuneConfig) -> int:
         model = model.to(world.device)
         speed_up(model, config.compile)
         size = checkpoint_bytes(model, copies=1 + (config.ema_decay is not None))
-        check_disk(config, size)
+        if sampler.start_step < plan.total_steps:
+            check_disk(config, size)
         duplicates = _find_duplicates(config, data, world)
         world.barrier()  # nobody writes before everybody has checked
-        folder = RunFolder(config, "finetune", sampler.start_step) if world.is_main else None
+        folder = open_run(config, "finetune", start) if world.is_main else None
         try:
             exported = exported_config(config, settings, origin.name, args, model, data.names)
             validation = _validation(config, settings, data, world)
@@ -142,21 +146,43 @@ def _find_duplicates(
 
 
 def _find_data(config: FinetuneConfig, start: Checkpoint | None) -> LabelledData:
-    """The pictures and classes: as stored where a run goes on."""
-    found = find_labelled(config.data, config.val_fraction, exclude=config.out)
-    train = stored_files(found.train.files, start, TRAIN_LIST)
-    val = stored_files(found.val.files, start, VAL_LIST)
-    names = tuple(start.state["settings"]["label_names"]) if start else found.names
+    """The pictures and classes: as stored where a run goes on, whatever is there now."""
+    found = None
+    try:
+        found = find_labelled(config.data, config.val_fraction, exclude=config.out)
+    except InputError as error:
+        if start is None or not os.path.isdir(os.path.expanduser(config.data)):
+            raise
+        _log.warning("the run goes on with the pictures that it began with: %s", error)
+    data = found if start is None else _stored_data(config, start, found)
+    assert data is not None
+    train, val = data.train.files, data.val.files
     _log.info(
         "found %d images of %d classes to train on, %d to validate on",
-        len(train), len(names), len(val),
+        len(train), len(data.names), len(val),
     )  # fmt: skip
     if len(train) < config.batch_size:
         _log.warning(
             "%d images are fewer than batch_size %d: each step sees some of them more than once",
             len(train), config.batch_size,
         )  # fmt: skip
-    return LabelledData(Split(train, found.train.prefix), Split(val, found.val.prefix), names)
+    return data
+
+
+def _stored_data(
+    config: FinetuneConfig, start: Checkpoint, found: LabelledData | None
+) -> LabelledData:
+    def stored(name: str, there: Split | None) -> Split:
+        files = stored_files(None if there is None else there.files, start, name)
+        (root,) = files.roots
+        whole = root == os.path.abspath(os.path.expanduser(config.data))
+        return Split(files, "" if whole else f"{os.path.basename(root)}/")
+
+    return LabelledData(
+        stored(TRAIN_LIST, found and found.train),
+        stored(VAL_LIST, found and found.val),
+        tuple(start.state["settings"]["label_names"]),
+    )
 
 
 def _find_model(config: FinetuneConfig, start: Checkpoint | None) -> Start:

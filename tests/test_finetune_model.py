@@ -26,6 +26,7 @@ from sparse import SparseConvNeXtV2
 from sparse.convert import infer_architecture
 from sparse.errors import InputError
 
+FEMTO = [2, 2, 6, 2], [48, 96, 192, 384]
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
 
@@ -49,6 +50,18 @@ def exported(encoder: SparseConvNeXtV2, folder: Path) -> str:
 def test_names_of_models() -> None:
     assert timm_name("atto") == timm_name("convnextv2_atto") == "convnextv2_atto"
     assert timm_name("resnet50") == "resnet50"
+
+
+@pytest.mark.parametrize("names", [("head.norm", "head.fc"), ("norm", "head")])
+def test_a_trained_final_norm_arrives_too(tmp_path: Path, names: tuple[str, str]) -> None:
+    """As in going on from 22K to 1K; in timm's names and the official ones."""
+    state = random_encoder(**dict(zip(("depths", "dims"), FEMTO, strict=True))).state_dict()
+    norm = {"weight": torch.rand(384) + 0.5, "bias": torch.randn(384)}
+    state |= {f"{names[0]}.{kind}": tensor for kind, tensor in norm.items()}
+    state |= {f"{names[1]}.weight": torch.randn(9, 384), f"{names[1]}.bias": torch.randn(9)}
+    torch.save(state, tmp_path / "w.pth")
+    model, _ = build_model(find_model(None, str(tmp_path / "w.pth"), 3), 4, 3, (64, 64))
+    assert all(torch.equal(model.state_dict()[f"head.norm.{k}"], t) for k, t in norm.items())
 
 
 @pytest.mark.parametrize(

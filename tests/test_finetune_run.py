@@ -21,9 +21,11 @@ from torch import Tensor
 
 from fcmae.checkpoint import list_checkpoints
 from fcmae.data.evaluation import EvalDataset, collate_labelled
+from fcmae.data.files import FileList
 from fcmae.data.labelled import find_classes, labels_of
 from finetune.config import FinetuneAugmentConfig, FinetuneConfig, FinetuneOptimConfig
 from finetune.evaluate import evaluate, summarise
+from finetune.model import find_model
 from finetune.predict import predict
 from finetune.settings import resolve_epochs
 from finetune.task import Ema
@@ -364,6 +366,51 @@ def test_a_run_that_divided_its_data_is_measured_on_what_it_kept_back(
     assert result["n"] == 6
     logged = [line["ema_top1"] for line in metrics(out) if "ema_top1" in line]
     assert result["top1"] == pytest.approx(logged[0])
+
+
+def test_what_was_kept_back_stays_kept_back(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From another folder, of what was exported, and after pictures came and went."""
+    data, out = tmp_path / "flat", tmp_path / "run"
+    shutil.copytree(classes / "train", data)
+    finetune(config(data, out, val_fraction=0.25, epochs=1))
+    whole = evaluate(EvaluateConfig(str(out), str(data), workers=0), show=False)
+    monkeypatch.chdir(tmp_path)
+    for source in ("run", "run/exported", "run/best/model.safetensors"):
+        again = evaluate(EvaluateConfig(source, "flat", workers=0), show=False)
+        assert {**again, "weights": ""} == {**whole, "weights": ""}
+    kept = FileList.load(out / "files-val.bin")
+    Path(os.fsdecode(kept.path(0))).unlink()
+    for number in range(20):
+        shutil.copy(data / "class 1" / "0.png", data / "class 1" / f"new {number}.png")
+    after = evaluate(EvaluateConfig("run", "flat", workers=0), show=False)
+    assert (after["n"], after["unreadable"]) == (5, 1)
+    other = evaluate(EvaluateConfig("run", str(classes / "val"), workers=0), show=False)
+    assert other["n"] == 12
+    assert "the run kept back pictures of" in caplog.text
+
+
+def test_a_class_that_left_val_does_not_end_a_run(classes: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(classes, data)
+    finetune(config(data, out))
+    for checkpoint in list_checkpoints(out / "checkpoints")[:2]:
+        shutil.rmtree(checkpoint)
+    for picture in (data / "val" / "class 2").iterdir():
+        picture.unlink()
+    assert finetune(config(data, out, max_bad=0.5)) == 0
+    bad = [json.loads(line)["path"] for line in (out / "bad_images.jsonl").read_text().splitlines()]
+    assert sorted(bad) == [f"val/class 2/{number}.png" for number in range(4)]
+
+
+def test_a_run_stands_for_its_best_weights(run: Path) -> None:
+    """As what to start from too, whatever the model."""
+    start = find_model(None, str(run), 3)
+    assert start.name == "test_convnext"
+    best = load_file(run / "best" / "model.safetensors")
+    assert start.state is not None
+    assert all(torch.equal(start.state[name], tensor) for name, tensor in best.items())
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_reconstruct_draws_a_row_a_picture(run, pictures, tmp_path):
     ("change", "message"),
     [
         ({"run": "nowhere"}, "nowhere"),
-        ({"out": "picture.jpg"}, "must be a PNG"),
+        ({"out": "picture.jpg"}, "must be a file ending in .png"),
         ({"images": "nowhere"}, "nowhere"),
     ],
 )
