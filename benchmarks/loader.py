@@ -31,6 +31,7 @@ from fcmae.data.decode import read_picture
 from fcmae.data.files import FileList, find_images
 from fcmae.data.loader import PretrainDataset, StepSampler, collate, make_loader, normalise
 from fcmae.data.statistics import imagenet_mean_std
+from fcmae.settings import MAX_PIXELS
 
 SIDE = 224
 SCALE = (0.2, 1.0)
@@ -39,7 +40,6 @@ BATCH = 64
 LARGE = (4000, 3000)
 LARGE_COUNT = 8
 COMPARED = 100
-MAX_PIXELS = 179_000_000
 MEAN, STD = imagenet_mean_std(3)
 
 Rounds = dict[str, Callable[[], float]]

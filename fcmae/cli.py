@@ -182,6 +182,11 @@ def _dispatch(arguments: list[str]) -> int:
     except RunError as error:
         _fail(prog, str(error))
         return 1
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        _fail(prog, f"out of memory ({_first_line(error)}): {_LESS.get(name, _SMALLER)}")
+        return 1
     except BrokenPipeError:
         if not _stdout_is_gone():
             raise
@@ -191,6 +196,28 @@ def _dispatch(arguments: list[str]) -> int:
         _fail(prog, "interrupted")
         return 130
     return result if isinstance(result, int) else 0
+
+
+_SMALLER = "give a smaller --batch_size or --img_size"
+_LESS = {
+    "pretrain": "--accumulate 2, or 4, 8 …, computes a batch in so many parts and learns the same; "
+    "--recompute true needs less too",
+    "finetune": "--accumulate 2, or 4, 8 …, computes a batch in so many parts",
+}
+"""What to do for want of memory, by command."""
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine had no more; torch, not imported here, says it so."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _parse(command: Command, arguments: list[str]) -> Any:

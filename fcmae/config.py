@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fcmae.settings import (
+    MAX_PIXELS,
     check_channels,
     check_crop,
     check_optim,
@@ -234,7 +235,7 @@ class PretrainConfig:
 
     probe: EpochProbeConfig = field(default_factory=EpochProbeConfig)
 
-    max_pixels: int = 179_000_000
+    max_pixels: int = MAX_PIXELS
     """Largest picture that is decoded, in pixels; larger ones count as unreadable. Guards memory
     against decompression bombs."""
 
@@ -251,6 +252,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         check_range(self, ["in_chans", "epochs", "batch_size", "accumulate"], at_least=1)
         check_range(self, ["drop_path"], at_least=0, below=1)
+        check_range(self, ["layer_scale"], above=0, below=float("inf"))
         check_range(self, ["holdout", "seed", "picture_epochs"], at_least=0)
         check_runtime(self)
         check_range(self, ["max_bad"], at_least=0, at_most=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -31,12 +32,14 @@ class _ConsoleHandler(logging.Handler):
 
 
 def show_logs() -> None:
-    """Send the packages' log messages to the terminal, once."""
+    """Send the packages' log messages to the terminal, once; of processes but the main one of
+    torchrun, only warnings."""
+    level = logging.WARNING if os.environ.get("RANK", "0") != "0" else logging.INFO
     for name in ("fcmae", "sparse", "finetune"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):
-            logger.addHandler(_ConsoleHandler())
+            logger.addHandler(_ConsoleHandler(level))
 
 
 class StepProgress:

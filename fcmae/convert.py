@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fcmae.atomic import atomic_write, check_out_file, check_out_folder
 from fcmae.checkpoint import MANIFEST, STATE
+from fcmae.data.statistics import imagenet_mean_std
 from fcmae.tool_config import ConvertConfig
 from fcmae.weights import (
     CONFIG_FILE,
@@ -25,8 +26,7 @@ from sparse.convert import CONV_MLP_WIDTHS, Architecture, encoder_part, to_minko
 from sparse.errors import InputError, RunError
 from sparse.sizes import PATCH, SIZES
 
-_IMAGENET = Preprocessing((224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_CROP_PCT = 0.875
+CROP_PCT = 0.875
 """Share of the image that timm's centre crop keeps in evaluation, as in timm's own ConvNeXt V2."""
 
 
@@ -141,7 +141,7 @@ def timm_config(
     label_names: Sequence[str] = (),
     classifier: str | Sequence[str] = "head.fc",
     first_conv: str | Sequence[str] | None = "stem.0",
-    crop_pct: float = _CROP_PCT,
+    crop_pct: float = CROP_PCT,
     interpolation: str = "bicubic",
 ) -> dict[str, Any]:
     """Return the config.json of a timm folder, with or without a classifier.
@@ -214,10 +214,8 @@ def timm_variant(architecture: Architecture) -> tuple[str, dict[str, Any]]:
 
 def default_preprocessing(in_chans: int) -> Preprocessing:
     """Return 224 px and ImageNet's mean and std; for other than 3 channels, their averages."""
-    if in_chans == 3:
-        return _IMAGENET
-    mean, std = (round(sum(values) / 3, 4) for values in (_IMAGENET.mean, _IMAGENET.std))
-    return Preprocessing(_IMAGENET.img_size, (mean,) * in_chans, (std,) * in_chans)
+    mean, std = (tuple(round(v, 4) for v in values) for values in imagenet_mean_std(in_chans))
+    return Preprocessing((224, 224), mean, std)
 
 
 def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -68,6 +69,23 @@ class World:
         dist.all_gather_object(items, item, group=self.control)
         return items
 
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """Make sure that all processes are about to do the same.
+
+        Raises:
+            InputError: on all of them, where a fact differs.
+        """
+        first, *others = self.gather(dict(facts))
+        for rank, other in enumerate(others, 1):
+            for name in sorted(first.keys() | other.keys()):
+                here, there = first.get(name), other.get(name)
+                if here != there:
+                    raise InputError(
+                        f"process 0 has {name} {here!r} and process {rank} {there!r}: all must be "
+                        "given the same command and see the same --data and --out, as on a disk "
+                        "that they share"
+                    )
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self.control)
@@ -77,7 +95,8 @@ class OnHost:
     """Values on their way from a device to the host, which waits for them only when it reads."""
 
     def __init__(self, values: Tensor) -> None:
-        self._values = values.to("cpu", non_blocking=True)
+        # Only CUDA's copies can be waited for, and copies of others read before they arrive.
+        self._values = values.to("cpu", non_blocking=values.is_cuda)
         self._arrived: torch.cuda.Event | None = None
         if values.is_cuda:
             self._arrived = torch.cuda.Event()
@@ -100,10 +119,9 @@ def resolve_device(name: str) -> torch.device:
         name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     elif name == "cuda":
         name = f"cuda:{local_rank}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:1") from None
+    if not re.fullmatch(r"cpu|mps|cuda:\d{1,3}", name):
+        raise InputError(f"device {name!r} is unknown: use auto, cpu, cuda, cuda:1 or mps")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA "

@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fcmae import figures
 from fcmae.atomic import check_out_file, out_file
 from fcmae.console import show_logs, tracked
+from fcmae.convert import CROP_PCT
 from fcmae.data.evaluation import (
-    MAX_PIXELS,
     EvalDataset,
     batches_of,
     each_batch,
@@ -35,9 +36,10 @@ from fcmae.data.evaluation import (
 )
 from fcmae.data.files import FileList, find_images
 from fcmae.distributed import resolve_device
-from fcmae.features import CROP_PCT, Backbone, load_backbone, pooled
+from fcmae.features import Backbone, load_backbone, pooled
+from fcmae.figures import block_order
 from fcmae.resources import resolve_workers
-from fcmae.settings import height_width
+from fcmae.settings import MAX_PIXELS, height_width
 from fcmae.tool_config import DiversityConfig
 from sparse import SparseConvNeXtV2
 from sparse.engines.base import Sites
@@ -70,7 +72,7 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
     files = find_images(config.images, setting="images")
     if len(files) > config.count:
         files = files.select(files.split_holdout(config.count, minimum=0)[1])
-    result = {}
+    result: dict[str, dict[str, Any]] = {}
     for source, backbone in backbones.items():
         values, images = _measured(backbone, files, config)
         mean = float(np.mean([value["diversity"] for value in values.values()]))
@@ -81,7 +83,11 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
         _print_table(result)
     if out is not None:
         with out_file(out) as path:
-            draw(result).savefig(path, format=out.suffix[1:], dpi=150)
+            lines = [
+                (source, {name: block["diversity"] for name, block in entry["blocks"].items()})
+                for source, entry in result.items()
+            ]
+            figures.diversity(lines, (7, 3.5)).savefig(path, format=out.suffix[1:], dpi=150)
         _log.info("plot: %s", out)
     return result
 
@@ -175,41 +181,15 @@ def channel_diversity(x_BNC: Tensor) -> Tensor:
     return torch.stack([(diversity_B * some_B).sum(), zero_B.sum(), some_B.sum()]).cpu()
 
 
-def draw(result: dict[str, Any]) -> Any:
-    """A figure of the result of `diversity`: a line for every encoder, over its blocks."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    names = sorted({name for entry in result.values() for name in entry["blocks"]}, key=_place)
-    for source, entry in result.items():
-        there = [place for place, name in enumerate(names) if name in entry["blocks"]]
-        values = [entry["blocks"][names[place]]["diversity"] for place in there]
-        axes.plot(there, values, marker="o", label=source)
-    short = [name.removeprefix("stages.").replace(".blocks", "") for name in names]
-    axes.set_xticks(range(len(names)), short, rotation=90 if len(names) > 20 else 0)
-    axes.set_ylim(0, 0.52)
-    axes.set_xlabel("block (stage.number)")
-    axes.set_ylabel("mean cosine distance of channels")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
-
-
-def _place(name: str) -> list[int]:
-    """Sorts blocks by stage and number."""
-    return [int(part) for part in name.split(".") if part.isdigit()]
-
-
 def _print_table(result: dict[str, Any]) -> None:
     table = Table(title="mean cosine distance: 0 collapsed, 0.5 unrelated")
     table.add_column("block")
     for source in result:
         table.add_column(source, justify="right")
         table.add_column("zero %", justify="right")
-    for name in sorted({name for entry in result.values() for name in entry["blocks"]}, key=_place):
+    for name in sorted(
+        {name for entry in result.values() for name in entry["blocks"]}, key=block_order
+    ):
         row = [name]
         for entry in result.values():
             block = entry["blocks"].get(name)

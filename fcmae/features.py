@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from fcmae.console import tracked
-from fcmae.convert import default_preprocessing
-from fcmae.data.evaluation import MAX_PIXELS, EvalDataset, batches_of, each_batch
+from fcmae.convert import CROP_PCT, default_preprocessing
+from fcmae.data.evaluation import EvalDataset, batches_of, each_batch
 from fcmae.data.files import FileList
 from fcmae.data.labelled import Labels
 from fcmae.distributed import World
+from fcmae.settings import MAX_PIXELS
 from fcmae.task import Interrupted
 from fcmae.weights import Preprocessing, find_weights, load_weights, read_preprocessing
 from sparse import SparseConvNeXtV2, get_engine
@@ -27,9 +28,6 @@ from sparse.convert import encoder_part
 from sparse.encoder import init_fan_in
 from sparse.layers import SparseBlock
 from sparse.sizes import PATCH
-
-CROP_PCT = 0.875
-"""Share of the resized picture's side that the centre crop keeps, as in fine-tuning."""
 
 V1_LAYER_SCALE = 1e-6
 """ConvNeXt V1's initial scale (arXiv 2201.03545)."""
@@ -126,6 +124,7 @@ def extract(
     prefix: str = "",
     stop: Callable[[], bool] | None = None,
     what: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Features:
     """Compute the features of files; those that can't be read are left out.
 
@@ -134,6 +133,7 @@ def extract(
         prefix: goes before the names of files that can't be read.
         stop: asked between batches.
         what: shown beside a progress bar; None shows none.
+        max_pixels: larger pictures are not read.
 
     Raises:
         Interrupted: `stop()` turned true.
@@ -143,7 +143,7 @@ def extract(
     batches = batches_of(len(files), batch_size, world.rank, world.size)
     dataset = EvalDataset(
         files, None, backbone.images.img_size, backbone.encoder.in_chans, CROP_PCT, "bicubic",
-        MAX_PIXELS, prefix,
+        max_pixels, prefix,
     )  # fmt: skip
     loaded = each_batch(
         dataset, batches, workers, backbone.images.mean, backbone.images.std, backbone.device

@@ -1,9 +1,9 @@
-"""Plots of runs, as SVG for a page."""
+"""Plots of runs and encoders."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from fcmae.run_data import Point, RunData
+from fcmae.run_data import Point
+
+SIZE = (4.8, 3.0)
 
 SMOOTHED = 0.02
 """Share of a curve's points that its thick line averages over."""
@@ -43,36 +45,50 @@ def curves(
         axes.axhline(level[0], color="grey", linestyle="--", linewidth=0.8, label=level[1])
     axes.set_xlabel("step")
     axes.legend(fontsize="small")
-    return _svg(figure)
+    return svg(figure)
 
 
-def diversity(runs: Sequence[RunData]) -> str:
-    """The newest diversity of every block of some runs → SVG."""
-    figure, axes = _axes("mean cosine distance of channels")
-    for place, run in enumerate(runs):
-        keys = run.keys("diversity/")
-        if not keys:
-            continue
-        values = [run.series(key)[-1][1] for key in keys]
-        names = [key.split("stages.")[-1].replace(".blocks", "") for key in keys]
-        axes.plot(range(len(keys)), values, f"C{place}o-", markersize=4, label=run.name)
-        axes.set_xticks(range(len(keys)), names, rotation=90 if len(keys) > 20 else 0)
+def diversity(
+    found: Sequence[tuple[str, Mapping[str, float]]], size: tuple[float, float] = SIZE
+) -> Figure:
+    """A line for every encoder, over the blocks that any of them has.
+
+    Args:
+        found: (name, diversity by the name of the block) each; its place decides the colour, also
+            of those without blocks.
+        size: width and height in inches.
+    """
+    figure, axes = _axes("mean cosine distance of channels", size)
+    names = sorted({name for _, blocks in found for name in blocks}, key=block_order)
+    for place, (name, blocks) in enumerate(found):
+        there = [at for at, block in enumerate(names) if block in blocks]
+        if there:
+            values = [blocks[names[at]] for at in there]
+            axes.plot(there, values, color=f"C{place}", marker="o", markersize=4, label=name)
+    short = [name.removeprefix("stages.").replace(".blocks", "") for name in names]
+    axes.set_xticks(range(len(names)), short, rotation=90 if len(names) > 20 else 0)
     axes.set_ylim(0, 0.52)
     axes.set_xlabel("block (stage.number)")
     axes.legend(fontsize="small")
-    return _svg(figure)
+    return figure
 
 
-def _axes(label: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(4.8, 3), layout="constrained")
+def block_order(name: str) -> list[int]:
+    """Sorts names of blocks by stage and number."""
+    return [int(part) for part in name.split(".") if part.isdigit()]
+
+
+def _axes(label: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Any]:
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     return figure, axes
 
 
-def _svg(figure: Figure) -> str:
-    # Text stays text; names in the file do not change from one run to the next.
+def svg(figure: Figure) -> str:
+    """A figure as SVG, the same bytes from one run to the next."""
+    # Text stays text.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fcmae"}):
         content = io.StringIO()
         FigureCanvasSVG(figure).print_svg(content, metadata={"Date": None})

@@ -80,6 +80,12 @@ class Loop:
         self.epoch_end_due = False
         self._save_failures, self._bad_seen = 0, set[str]()
         self._unchecked: _Update | None = None
+        # Batch norm takes in a batch before it is known that its loss is not finite.
+        self._statistics = [
+            buffer
+            for buffer in task.model.buffers()
+            if plan.nonfinite == "skip" and buffer.is_floating_point()
+        ]
         self.forward: nn.Module = task.model
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
@@ -159,6 +165,7 @@ class Loop:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         torch.manual_seed(rng.seed_for(plan.seed, rng.DROP_PATH, self.step, self.world.rank))
 
+        before = [buffer.clone() for buffer in self._statistics]
         total = torch.zeros((), device=self.world.device)
         bad: list[tuple[str, str]] = []
         read: list[Tensor] = []
@@ -181,6 +188,8 @@ class Loop:
         optimizer.found_inf = broken  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        for buffer, was in zip(self._statistics, before, strict=True):
+            buffer.copy_(torch.where(broken > 0, was, buffer))
         self.step += 1
         self._unchecked = _Update(self.step, OnHost(torch.stack([broken, loss, norm])), read)
         self.task.after_step(self.step)

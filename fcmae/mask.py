@@ -1,25 +1,13 @@
 """Which patches are hidden: sizes, ratios and the random mask of one image."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from fcmae import rng
-from fcmae.settings import height_width
 from sparse.errors import InputError
 from sparse.sizes import PATCH
-
-
-def check_img_size(size: int | Sequence[int]) -> tuple[int, int]:
-    """Return (H, W) in pixels of a size given as one number or as [H, W].
-
-    Raises:
-        InputError: not one or two numbers, or a side that is not a multiple of 32; the message
-            names the nearest two.
-    """
-    return height_width(size if isinstance(size, int) else list(size))
 
 
 def grid_of(img_size: tuple[int, int]) -> tuple[int, int]:

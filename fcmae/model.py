@@ -95,7 +95,7 @@ class FCMAE(nn.Module):
         if mask is None:
             mask = self.draw_mask(images_BCHW, generator)
         features_BCHW = self.encoder(images_BCHW, mask)
-        hidden = mask.to(images_BCHW.device, non_blocking=True)
+        hidden = mask.to(images_BCHW.device, non_blocking=images_BCHW.is_cuda)
         pred = self.decoder(features_BCHW, hidden)
         loss = reconstruction_loss(pred, images_BCHW, hidden, self.norm_pix_loss)
         return FCMAEOutput(loss, pred, mask)

@@ -15,7 +15,7 @@ from fcmae.checkpoint import Checkpoint
 from fcmae.config import RUNTIME_KEYS, PretrainConfig
 from fcmae.console import show_logs
 from fcmae.convert import export_folder
-from fcmae.data.files import FileList, find_images
+from fcmae.data.files import FEWEST_TO_HOLD_OUT, FileList, find_images
 from fcmae.data.labelled import LabelledData, find_labelled
 from fcmae.data.loader import (
     PretrainDataset,
@@ -48,7 +48,7 @@ from fcmae.resources import (
     resolve_precision,
     resolve_workers,
 )
-from fcmae.resume import find_start, stored_files
+from fcmae.resume import facts, find_start, stored_files
 from fcmae.run import open_run
 from fcmae.schedule import decay_groups
 from fcmae.settings import height_width, to_dict
@@ -102,7 +102,8 @@ def pretrain(config: PretrainConfig) -> int:
         model = build_model(fresh, engine).to(device)
         if sampler.start_step < plan.total_steps:
             check_disk(config, checkpoint_bytes(model))
-        world.barrier()  # nobody writes before everybody has checked
+        # Nobody writes before everybody has checked.
+        world.check_same(facts(config, RUNTIME_KEYS, sampler.start_step, files))
         folder = open_run(config, "pretrain", start) if world.is_main else None
         try:
             if folder is not None:
@@ -148,6 +149,11 @@ def _find_files(
     if start is not None:
         files = stored_files(files, start, FILE_LIST)
     train, held = files.split_holdout(config.holdout)
+    if config.holdout >= len(files) >= FEWEST_TO_HOLD_OUT:
+        raise InputError(
+            f"holdout {config.holdout} leaves none of the {len(files)} images to train on: take "
+            "fewer, such as 32"
+        )
     _log.info(
         "found %d images in %.1f s: %d to train on, %d held out",
         len(files), time.perf_counter() - began, len(train), len(held),
@@ -184,7 +190,9 @@ def _mean_std(
         return start.state["settings"]["mean"], start.state["settings"]["std"]
 
     def measure() -> MeanStd:
-        measured = measure_mean_std(train, img_size, config.in_chans, seed=config.seed)
+        measured = measure_mean_std(
+            train, img_size, config.in_chans, seed=config.seed, max_pixels=config.max_pixels
+        )
         _log.info("measured mean %s and std %s", *([round(v, 4) for v in m] for m in measured))
         return measured
 
@@ -294,7 +302,9 @@ def _announce(
     if config.norm_pix_loss:
         lines.append("a loss of 1.0 means that only each patch's mean is predicted")
     if not held:
-        lines.append("no images are held out (under 500 in all): no held-out loss, no pictures")
+        lines.append(
+            "no images are held out (holdout 0, or under 500 in all): no held-out loss, no pictures"
+        )
     if step == plan.total_steps:
         lines.append("the run is finished: nothing is left to do")
     elif step:

@@ -18,6 +18,7 @@ from fcmae.console import tracked
 from fcmae.data.labelled import LabelledData, labels_of, split_by_hash
 from fcmae.distributed import World
 from fcmae.features import Backbone, extract
+from fcmae.settings import MAX_PIXELS
 from sparse.errors import RunError
 
 TEMPERATURE = 0.07
@@ -58,6 +59,7 @@ def labelled_features(
     world: World | None = None,
     stop: Callable[[], bool] | None = None,
     shown: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[Labelled, list[tuple[str, str]]]:
     """Extract the features of a labelled folder; also returns what could not be read.
 
@@ -70,7 +72,7 @@ def labelled_features(
     for split, what in ((data.train, "train"), (data.val, "val")):
         found = extract(
             backbone, split.files, batch_size, workers, world, split.prefix, stop,
-            f"features of {what}" if shown else None,
+            f"features of {what}" if shown else None, max_pixels,
         )  # fmt: skip
         bad += found.bad
         if not len(found.indices):

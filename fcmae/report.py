@@ -147,7 +147,18 @@ def _diversity(runs: list[RunData]) -> Figure | None:
     if not any(run.keys("diversity/") for run in runs):
         return None
     title = "diversity of features"
-    return _svg_figure(title, f"{title}, a point for each block", figures.diversity(runs))
+    found = [
+        (
+            run.name,
+            {
+                key.removeprefix("diversity/"): run.series(key)[-1][1]
+                for key in run.keys("diversity/")
+            },
+        )
+        for run in runs
+    ]
+    svg = figures.svg(figures.diversity(found))
+    return _svg_figure(title, f"{title}, a point for each block", svg)
 
 
 def _pictures(run: RunData) -> list[Figure]:

@@ -125,6 +125,16 @@ def asked_settings(config: Any) -> dict[str, Any]:
     return _anywhere(asked)
 
 
+def facts(config: Any, runtime_keys: frozenset[str], step: int, *lists: FileList) -> dict[str, Any]:
+    """What all processes of a run must have in common: settings, where they begin, and files."""
+    spared = runtime_keys | {"data"}
+    return {
+        **{k: v for k, v in flatten(to_dict(config)).items() if k.split(".")[0] not in spared},
+        "a first step after": step,
+        **{f"files (list {n})": (len(files), files.digest()) for n, files in enumerate(lists, 1)},
+    }
+
+
 def _anywhere(asked: dict[str, Any]) -> dict[str, Any]:
     data = asked["data"]
     sources = [data] if isinstance(data, str) else data

@@ -69,15 +69,6 @@ class Box(NamedTuple):
     right: int
     bottom: int
 
-    def overlaps(self, other: "Box") -> bool:
-        """True if the two share a pixel."""
-        return (
-            self.left < other.right
-            and other.left < self.right
-            and self.top < other.bottom
-            and other.top < self.bottom
-        )
-
 
 def cells(width: int, height: int, random: Random) -> dict[str, list[Box]]:
     """Divide a picture of that many pixels into the cells of "train" and of "val"."""

@@ -1,5 +1,6 @@
 """Checks of config values, and configs to and from YAML. Free of torch."""
 
+import math
 import operator
 import re
 from collections.abc import Iterable
@@ -16,6 +17,9 @@ from sparse.sizes import PATCH
 
 Config = TypeVar("Config")
 
+MAX_PIXELS = 179_000_000
+"""Largest picture that is decoded, in pixels, where no setting says otherwise."""
+
 
 def height_width(img_size: int | list[int], multiple: int = PATCH) -> tuple[int, int]:
     """Return (height, width) in pixels of a side or a pair.
@@ -30,7 +34,9 @@ def height_width(img_size: int | list[int], multiple: int = PATCH) -> tuple[int,
         if side < multiple or side % multiple:
             low = max(side // multiple, 1) * multiple
             rule = f"must be a multiple of {multiple}: take {low} or {low + multiple}"
-            raise InputError(f"img_size {side} {rule}")
+            raise InputError(
+                f"img_size {side} {rule if multiple > 1 else 'must be positive: take 224'}"
+            )
     return sides[0], sides[1]
 
 
@@ -83,7 +89,7 @@ def check_optim(optim: Any) -> None:
 
 
 def check_crop(augment: Any) -> None:
-    """Check `crop_scale`, `crop_ratio` and `std`."""
+    """Check `crop_scale`, `crop_ratio`, and `mean` and `std` that are given by hand."""
     scale, ratio, std = augment.crop_scale, augment.crop_ratio, augment.std
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         raise InputError(
@@ -95,8 +101,12 @@ def check_crop(augment: Any) -> None:
             f"augment.crop_ratio {ratio} must be two positive numbers, the smaller first, "
             "such as [0.75,1.3333]"
         )
-    if not isinstance(std, str) and not all(value > 0 for value in std):
-        raise InputError(f"augment.std {std} must be positive, such as [0.229,0.224,0.225]")
+    if not isinstance(augment.mean, str) and not all(map(math.isfinite, augment.mean)):
+        raise InputError(f"augment.mean {augment.mean} must be finite, such as [0.485,0.456,0.406]")
+    if not isinstance(std, str) and not all(0 < value < math.inf for value in std):
+        raise InputError(
+            f"augment.std {std} must be positive and finite, such as [0.229,0.224,0.225]"
+        )
 
 
 def check_channels(augment: Any, in_chans: int) -> None:

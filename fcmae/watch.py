@@ -19,6 +19,7 @@ from fcmae.features import Backbone
 from fcmae.model import FCMAE
 from fcmae.probing import NothingToRead, labelled_features, measure
 from fcmae.run import RunFolder
+from fcmae.settings import MAX_PIXELS
 from fcmae.task import Settings, Watcher
 from fcmae.weights import Preprocessing
 
@@ -69,12 +70,19 @@ class ProbeWatcher:
         data: labelled pictures.
         settings: how images are prepared.
         batch_size: images at a time on this process, which shares the pictures with the others.
+        max_pixels: larger pictures are not read.
     """
 
     def __init__(
-        self, data: LabelledData, settings: Settings, epochs: int, batch_size: int, world: World
+        self,
+        data: LabelledData,
+        settings: Settings,
+        epochs: int,
+        batch_size: int,
+        world: World,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.epochs = epochs
+        self.epochs, self._max_pixels = epochs, max_pixels
         self._data, self._batch_size, self._world = data, batch_size, world
         self._images = Preprocessing(settings.img_size, tuple(settings.mean), tuple(settings.std))
         self._workers = settings.workers
@@ -86,7 +94,7 @@ class ProbeWatcher:
         try:
             features, bad = labelled_features(
                 Backbone(model.encoder, self._images, "this run"), self._data, self._batch_size,
-                self._workers, self._world, stop,
+                self._workers, self._world, stop, max_pixels=self._max_pixels,
             )  # fmt: skip
         except NothingToRead as error:
             _log.warning("the features were not probed: %s", error)
@@ -127,5 +135,7 @@ def make_watchers(
     found: list[Watcher] = [HoldoutWatcher(batches, settings, config.picture_epochs, folder)]
     if labelled is not None:
         share = config.batch_size // (world.size * config.accumulate)
-        found.append(ProbeWatcher(labelled, settings, config.probe.epochs, share, world))
+        found.append(
+            ProbeWatcher(labelled, settings, config.probe.epochs, share, world, config.max_pixels)
+        )
     return found

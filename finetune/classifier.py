@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from fcmae.checkpoint import first_difference
-from fcmae.convert import default_preprocessing
-from fcmae.data.evaluation import MAX_PIXELS, EvalDataset, LabelledBatch, batches_of, each_batch
+from fcmae.convert import CROP_PCT, default_preprocessing
+from fcmae.data.evaluation import EvalDataset, LabelledBatch, batches_of, each_batch
 from fcmae.data.files import FileList
 from fcmae.data.labelled import Labels
 from fcmae.resources import resolve_workers
+from fcmae.settings import MAX_PIXELS
 from fcmae.weights import BEST, CONFIG_FILE, WEIGHTS_FILE, read_json, read_state
 from finetune.blocks import speed_up
-from finetune.model import Start, build_model
+from finetune.model import Start, build_model, timm_name
 from sparse.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -88,11 +89,22 @@ def load_classifier(
             f"{folder / CONFIG_FILE} must name its {config['num_classes']} classes as label_names: "
             "give a folder that `fcmae finetune` exported"
         )
+    name, args = config.get("architecture"), config.get("model_args", {})
+    if not isinstance(name, str) or not isinstance(args, dict):
+        raise InputError(
+            f"{folder / CONFIG_FILE} must name timm's model as its architecture: give a folder "
+            "that `fcmae finetune` exported"
+        )
     channels, height, width = images.get("input_size", (3, 224, 224))
     defaults = default_preprocessing(channels)
     size = img_size or (height, width)
-    start = Start(config["architecture"], config.get("model_args", {}), origin=str(folder))
-    model, _ = build_model(start, len(names), channels, size)
+    start = Start(timm_name(name), args, origin=str(folder))
+    try:
+        model, _ = build_model(start, len(names), channels, size)
+    except TypeError as error:
+        raise InputError(
+            f"{folder / CONFIG_FILE}: model_args {args} do not suit {name} ({error})"
+        ) from error
     state, _ = read_state(folder / WEIGHTS_FILE)
     _load_all(model, state, folder)
     model = model.to(device).eval()
@@ -104,7 +116,7 @@ def load_classifier(
         size,
         tuple(images.get("mean", defaults.mean)),
         tuple(images.get("std", defaults.std)),
-        images.get("crop_pct", 0.875),
+        images.get("crop_pct", CROP_PCT),
         images.get("interpolation", "bicubic"),
         device,
     )
@@ -130,10 +142,15 @@ def weights_folder(source: str) -> Path:
         InputError: nothing there, or nothing with a classifier.
     """
     path = Path(source)
+    if path.is_file() and path.name != WEIGHTS_FILE:
+        raise InputError(
+            f"{source!r} is no {WEIGHTS_FILE} with its {CONFIG_FILE} beside it: give the folder "
+            "of both"
+        )
     path = path.parent if path.is_file() else path
     for folder in (path / BEST, path / "exported", path):
         config = read_json(folder / CONFIG_FILE)
-        if config.get("num_classes") and (folder / "model.safetensors").is_file():
+        if config.get("num_classes") and (folder / WEIGHTS_FILE).is_file():
             return folder
     if (path / "config.yaml").exists() or (path / CONFIG_FILE).exists():
         raise InputError(

@@ -8,6 +8,7 @@ from typing import Literal
 
 from fcmae.config import Precision
 from fcmae.settings import (
+    MAX_PIXELS,
     check_channels,
     check_crop,
     check_optim,
@@ -40,7 +41,7 @@ class FinetuneOptimConfig:
     for base and large)."""
 
     warmup_epochs: float | None = None
-    """Epochs of linear warm-up. null takes 10 % of all steps."""
+    """Epochs of linear warm-up. null takes 10 % of all steps, at most 40 epochs."""
 
     clip_grad: float | None = None
     """Largest norm of the whole gradient; a longer one is scaled down. null does not clip."""
@@ -222,7 +223,7 @@ class FinetuneConfig:
     of val: they would flatter the result. They are listed in near_duplicates.jsonl; null searches
     none."""
 
-    max_pixels: int = 179_000_000
+    max_pixels: int = MAX_PIXELS
     """Largest picture that is decoded, in pixels; larger ones count as unreadable. Guards memory
     against decompression bombs."""
 
@@ -240,7 +241,8 @@ class FinetuneConfig:
             self, ["in_chans", "epochs", "batch_size", "accumulate", "val_epochs"], at_least=1
         )
         check_range(self, ["val_fraction", "drop_path"], at_least=0, below=1)
-        check_range(self, ["head_init_scale", "seed"], at_least=0)
+        check_range(self, ["head_init_scale"], at_least=0, below=float("inf"))
+        check_range(self, ["seed"], at_least=0)
         check_range(self, ["ema_decay"], above=0, below=1)
         check_runtime(self)
         height_width(self.img_size, multiple=1)

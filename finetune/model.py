@@ -12,6 +12,7 @@ import timm
 import torch
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fcmae.checkpoint import first_difference
 from fcmae.convert import timm_variant
@@ -212,6 +213,19 @@ def freeze_backbone(model: nn.Module) -> None:
     heads = head_parts(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.split(".")[0] in heads)
+
+
+def check_part(model: nn.Module, part: int) -> None:
+    """Make sure that a part of a batch, on one process at a time, is enough for the model.
+
+    Raises:
+        InputError: it is one picture, and batch norm needs several to normalise by.
+    """
+    if part == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise InputError(
+            "the model has batch norm and is shown one image at a time: choose batch_size at least "
+            "2 × accumulate × processes"
+        )
 
 
 def set_training(model: nn.Module, frozen: bool) -> None:

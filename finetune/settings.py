@@ -105,7 +105,9 @@ def _mean_std(
         return list(images.mean), list(images.std)
 
     def measure() -> MeanStd:
-        measured = measure_mean_std(train.files, img_size, config.in_chans, seed=config.seed)
+        measured = measure_mean_std(
+            train.files, img_size, config.in_chans, seed=config.seed, max_pixels=config.max_pixels
+        )
         _log.info("measured mean %s and std %s", *([round(v, 4) for v in m] for m in measured))
         return measured
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -216,7 +217,7 @@ class FinetuneTask:
 
     def _keep_best(self, model: nn.Module, score: Score, epoch: int, step: int) -> None:
         before = self.best_score
-        if before and (score.top1, -score.loss) <= (before["top1"], -before["loss"]):
+        if before and _rank(score.top1, score.loss) <= _rank(before["top1"], before["loss"]):
             return
         self.best_score = {"epoch": epoch, "step": step, **score._asdict()}
         if self._folder is not None:
@@ -230,12 +231,17 @@ class FinetuneTask:
         device = self._world.device
         images = normalise(batch.images, self._mean, self._std, device)
         images = images.contiguous(memory_format=torch.channels_last)
-        return images, batch.labels.to(device, non_blocking=True)
+        return images, batch.labels.to(device, non_blocking=device.type == "cuda")
 
     def _record_bad(self, bad: list[tuple[str, str]]) -> None:
         everywhere = [entry for entries in self._world.gather(bad) for entry in entries]
         distinct = self._folder.record_bad(everywhere) if self._folder is not None else 0
         check_bad_share(self._world.agree([distinct])[0], self.files, self._max_bad)
+
+
+def _rank(top1: float, loss: float) -> tuple[float, float]:
+    """Orders scores: the higher top-1, then the lower loss, of which NaN is the worst."""
+    return top1, -loss if math.isfinite(loss) else -math.inf
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

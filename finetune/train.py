@@ -22,7 +22,7 @@ from fcmae.distributed import World, join_world, resolve_device
 from fcmae.loop import Loop
 from fcmae.plan import Plan, Signals, make_plan
 from fcmae.resources import autocast_dtype, check_disk, checkpoint_bytes, disk_line
-from fcmae.resume import find_start, stored_files
+from fcmae.resume import facts, find_start, stored_files
 from fcmae.run import open_run
 from fcmae.settings import height_width
 from fcmae.weights import BEST
@@ -32,6 +32,7 @@ from finetune.config import RUNTIME_KEYS, FinetuneConfig
 from finetune.model import (
     Start,
     build_model,
+    check_part,
     find_model,
     freeze_backbone,
     init_convnext,
@@ -92,18 +93,22 @@ def finetune(config: FinetuneConfig) -> int:
         model, args = _build(config, origin, len(data.names), img_size)
         model = model.to(world.device)
         speed_up(model, config.compile)
+        check_part(model, config.batch_size // (config.accumulate * world.size))
         size = checkpoint_bytes(model, copies=1 + (config.ema_decay is not None))
         if sampler.start_step < plan.total_steps:
             check_disk(config, size)
         duplicates = _find_duplicates(config, data, world)
-        world.barrier()  # nobody writes before everybody has checked
+        optimizer = make_optimizer(model, config.optim)
+        # Nobody writes before everybody has checked.
+        lists = data.train.files, data.val.files
+        world.check_same(facts(config, RUNTIME_KEYS, sampler.start_step, *lists))
         folder = open_run(config, "finetune", start) if world.is_main else None
         try:
             exported = exported_config(config, settings, origin.name, args, model, data.names)
             validation = _validation(config, settings, data, world)
             task = FinetuneTask(
-                model, make_optimizer(model, config.optim),
-                config.freeze == "backbone", config.ema_decay, settings.mean, settings.std,
+                model, optimizer, config.freeze == "backbone", config.ema_decay,
+                settings.mean, settings.std,
                 config.augment.label_smoothing, mixup, settings.epochs, settings.val_epochs,
                 validation, autocast_dtype(settings.precision),
                 len(data.train.files) + len(data.val.files), config.max_bad, exported, world,

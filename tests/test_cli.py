@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import pytest
+import torch
 
 from fcmae import cli
 from fcmae.config import PretrainConfig
@@ -266,6 +267,36 @@ def test_errors_of_a_command(
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["doctor"]) == code
     assert capsys.readouterr().err == f"fcmae doctor: error (rank 1): {text}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "cure"),
+    [
+        (
+            "pretrain",
+            torch.OutOfMemoryError("out of memory, 1 GiB\nmore"),
+            "--recompute",
+        ),
+        ("finetune", RuntimeError("[enforce fail] can't allocate memory: 9 bytes"), "--accumulate"),
+        ("embed", MemoryError(), "--batch_size"),
+    ],
+)
+def test_want_of_memory_is_one_line_with_a_cure(
+    name: str,
+    error: Exception,
+    cure: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def twin(_: Any) -> None:
+        raise error
+
+    use_twin(monkeypatch, twin)
+    monkeypatch.setattr(cli, "_parse", lambda *_: object())
+    assert cli.main([name]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fcmae {name}: error: out of memory (")
+    assert cure in line
 
 
 def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

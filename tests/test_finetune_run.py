@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +30,7 @@ from finetune.evaluate import evaluate, summarise
 from finetune.model import find_model
 from finetune.predict import predict
 from finetune.settings import resolve_epochs
-from finetune.task import Ema
+from finetune.task import Ema, _rank
 from finetune.tool_config import EvaluateConfig, PredictConfig
 from finetune.train import finetune
 from sparse.errors import InputError
@@ -424,6 +426,57 @@ def test_evaluate_refuses(run: Path, classes: Path, source: str, out: str, messa
     path = str(run) if source == "run" else source
     with pytest.raises(InputError, match=message):
         evaluate(EvaluateConfig(path, str(classes), out=out, workers=0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "resnet5O"}, "did you mean resnet50"),
+        ({"architecture": None}, "must name timm's model as its architecture"),
+        ({"model_args": {"depht": 3}}, "model_args {'depht': 3} do not suit test_convnext"),
+    ],
+)
+def test_a_wrong_config_beside_the_weights_is_refused(
+    run: Path, classes: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(run / "exported", tmp_path / "w")
+    file = tmp_path / "w" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=re.escape(message)):
+        evaluate(EvaluateConfig(str(tmp_path / "w"), str(classes), workers=0))
+
+
+def test_only_the_weights_of_a_folder_stand_for_it(run: Path, classes: Path) -> None:
+    with pytest.raises(InputError, match=r"is no model\.safetensors with its config\.json"):
+        evaluate(EvaluateConfig(str(run / "exported" / "config.json"), str(classes), workers=0))
+
+
+def test_skipped_updates_leave_running_statistics_alone(classes: Path, tmp_path: Path) -> None:
+    """One picture of huge numbers: its batches count for nothing, in the average too."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(classes, data)
+    huge = np.full((40, 40, 3), 1e38, np.float32)
+    np.save(data / "train" / "class 0" / "huge.npy", huge)
+    plain = FinetuneAugmentConfig()
+    given = config(
+        data, out, model="test_resnet", augment=plain, nonfinite="skip", max_nonfinite=10
+    )
+    assert finetune(given) == 0
+    assert len((out / "nonfinite.jsonl").read_text().splitlines()) >= 2
+    assert all(t.isfinite().all() for part in final(out).values() for t in part.values())
+
+
+def test_batch_norm_wants_two_images_at_a_time(classes: Path, tmp_path: Path) -> None:
+    given = config(classes, tmp_path / "run", model="test_resnet", batch_size=2, accumulate=2)
+    given.augment.mixup = given.augment.cutmix = 0.0
+    with pytest.raises(InputError, match="has batch norm and is shown one image at a time"):
+        finetune(given)
+
+
+def test_a_loss_that_is_no_number_is_the_worst() -> None:
+    scores = [(60.0, math.nan), (50.0, 1.0), (50.0, math.nan), (50.0, 2.0)]
+    best_first = sorted(scores, key=lambda score: _rank(*score), reverse=True)
+    assert [scores.index(score) for score in best_first] == [0, 1, 3, 2]
 
 
 def test_predict_writes_the_best_classes(

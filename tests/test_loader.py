@@ -289,6 +289,18 @@ def test_workers_leave_signals_to_the_main_process_and_end_with_it(
     assert not any(map(is_alive, workers))
 
 
+def test_an_error_of_ours_comes_from_a_worker_as_it_is(tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(b"no picture")
+    dataset = PretrainDataset(find_images(str(tmp_path)), (64, 64))
+    with pytest.raises(RunError) as alone:
+        dataset[0, 1]
+    with pytest.raises(RunError) as there, lost_workers():
+        next(iter(make_loader(dataset, [[(0, 1)]], workers=1)))
+    assert str(there.value) == str(alone.value)
+    assert str(alone.value).startswith("picture '1.jpg' can't be read")
+
+
 def test_a_reader_that_dies_while_it_sends_ends_in_one_line():
     ours, theirs = multiprocessing.Pipe()
     theirs.close()

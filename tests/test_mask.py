@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from fcmae import rng
-from fcmae.mask import check_img_size, check_mask_ratio, grid_of, keep_count, random_mask
+from fcmae.mask import check_mask_ratio, grid_of, keep_count, random_mask
+from fcmae.settings import height_width
 from sparse.errors import InputError
 
 
@@ -15,8 +16,8 @@ def test_keep_count(patches: int, ratio: float, kept: int) -> None:
 
 
 def test_image_sizes() -> None:
-    assert check_img_size(224) == (224, 224)
-    assert check_img_size([96, 160]) == (96, 160)
+    assert height_width(224) == (224, 224)
+    assert height_width([96, 160]) == (96, 160)
     assert grid_of((96, 160)) == (3, 5)
 
 
@@ -27,7 +28,7 @@ def test_wrong_image_sizes_name_the_nearest_two(
     size: int | list[int], named: tuple[str, str]
 ) -> None:
     with pytest.raises(InputError) as caught:
-        check_img_size(size)
+        height_width(size)
     assert all(side in str(caught.value) for side in named)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fcmae.config import AugmentConfig, OptimConfig, PretrainConfig
+from fcmae.distributed import World
 from fcmae.pretrain import pretrain
 from sparse import available_engines
 from sparse.errors import InputError, RunError
@@ -40,6 +41,8 @@ def config(data, out, **changes):
         ({"batch_size": 9, "accumulate": 2}, "nearest are 8 and 10"),
         ({"device": "cuda:7"}, "CUDA devices; use cpu"),
         ({"device": "gpu"}, "use auto, cpu, cuda"),
+        ({"device": "meta"}, "use auto, cpu, cuda"),
+        ({"device": "cuda:x"}, "use auto, cpu, cuda"),
         ({"init_from": "nowhere.pth"}, "nowhere.pth"),
         ({"resume": "nowhere"}, "nowhere"),
     ],
@@ -247,3 +250,27 @@ def test_too_many_skipped_updates_stop_the_run(pictures, tmp_path):
 
 def nonfinite(out):
     return [json.loads(line) for line in (out / "nonfinite.jsonl").read_text().splitlines()]
+
+
+def test_holding_everything_out_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcmae.pretrain.FEWEST_TO_HOLD_OUT", 6)
+    data = write_pictures(tmp_path / "data", 8)
+    with pytest.raises(InputError, match="holdout 8 leaves none of the 8 images to train on"):
+        pretrain(config(data, tmp_path / "run", holdout=8))
+
+
+def test_processes_that_see_other_things_do_not_begin(pictures, tmp_path, monkeypatch):
+    """As if a second process had found other files, or been given another seed."""
+    for name, there, said in (
+        (
+            "files (list 1)",
+            (23, "0"),
+            r"process 0 has files \(list 1\) \(24, .*process 1 \(23, '0'\)",
+        ),
+        ("seed", 1, "process 0 has seed 0 and process 1 1: all must be given the same command"),
+        ("a first step after", 9, "process 0 has a first step after 0 and process 1 9"),
+    ):
+        monkeypatch.setattr(World, "gather", lambda _, item, n=name, t=there: [item, item | {n: t}])
+        with pytest.raises(InputError, match=said):
+            pretrain(config(pictures, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fcmae import figures
 from fcmae.report import render, report
 from fcmae.run_data import read_runs
 from fcmae.tool_config import ReportConfig
@@ -164,3 +165,16 @@ def test_tensorboard_shows_the_curves_and_the_pictures(trained, tmp_path):
     for name in ("loss", "holdout_loss", "probe_linear", "reconstructions"):
         assert f'title="{name}"' in page.html, name
     assert not [line for line in page.console if "error" in line.lower()]
+
+
+def test_blocks_of_encoders_of_other_depths_are_side_by_side(tmp_path):
+    """Three blocks in the first stage beside two: the second stage begins at the same place."""
+    deep = {f"stages.{stage}.blocks.{block}": 0.4 for stage in (0, 1) for block in range(3)}
+    flat = {name: 0.3 for name in deep if not name.endswith("2")}
+    figure = figures.diversity([("deep", deep), ("none", {}), ("flat", flat)])
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "0.0", "0.1", "0.2", "1.0", "1.1", "1.2"
+    ]  # fmt: skip
+    assert [list(line.get_xdata()) for line in axes.get_lines()] == [[*range(6)], [0, 1, 3, 4]]
+    assert [line.get_color() for line in axes.get_lines()] == ["C0", "C2"]

@@ -26,11 +26,12 @@ from fcmae.atomic import atomic_write
 from fcmae.console import tracked
 from fcmae.data.batch import as_float
 from fcmae.data.decode import BadImage, read_picture
-from fcmae.data.evaluation import MAX_PIXELS, SHOWN, batches_of
+from fcmae.data.evaluation import SHOWN, batches_of
 from fcmae.data.files import FileList, find_images
 from fcmae.data.labelled import LabelledData
 from fcmae.data.loader import lost_workers, make_loader
 from fcmae.resources import resolve_workers
+from fcmae.settings import MAX_PIXELS
 
 SIDE = 64
 FREQUENCIES = 16

@@ -22,9 +22,6 @@ SHOWN = 20
 
 _log = logging.getLogger(__name__)
 
-MAX_PIXELS = 179_000_000
-"""Largest picture that is decoded, in pixels, where no setting says otherwise."""
-
 
 @dataclass
 class LabelledSample:

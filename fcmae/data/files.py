@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from fcmae.data.paths import FileList
+from fcmae.data.paths import FEWEST_TO_HOLD_OUT, FileList
 from sparse.errors import InputError
 
-__all__ = ["EXTENSIONS", "FileList", "find_images"]
+__all__ = ["EXTENSIONS", "FEWEST_TO_HOLD_OUT", "FileList", "find_images"]
 
 EXTENSIONS = (
     *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff"),

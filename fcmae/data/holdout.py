@@ -10,6 +10,7 @@ from fcmae.data.batch import Batch, Sample, as_float, collate
 from fcmae.data.decode import BadImage, Pixels, read_picture
 from fcmae.data.files import FileList
 from fcmae.mask import grid_of, random_mask
+from fcmae.settings import MAX_PIXELS
 from sparse.errors import InputError
 
 
@@ -27,7 +28,7 @@ class HoldoutSet:
         in_chans: int = 3,
         mask_ratio: float = 0.6,
         seed: int = 0,
-        max_pixels: int = 179_000_000,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.files = files
         self.img_size = img_size
@@ -81,7 +82,7 @@ def measure_mean_std(
     in_chans: int = 3,
     sample: int = 1024,
     seed: int = 0,
-    max_pixels: int = 179_000_000,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[list[float], list[float]]:
     """Return each channel's mean and deviation over centre crops, in units of [0, 1].
 

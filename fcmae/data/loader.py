@@ -27,6 +27,7 @@ from fcmae.data.files import FileList
 from fcmae.data.holdout import HoldoutSet, measure_mean_std
 from fcmae.data.order import Key, StepSampler, check_parts, epoch_order, steps_per_epoch
 from fcmae.mask import grid_of, random_mask
+from fcmae.settings import MAX_PIXELS
 from sparse.errors import RunError
 
 __all__ = [
@@ -62,7 +63,7 @@ class PretrainDataset(Dataset[Sample]):
         hflip: bool = True,
         vflip: bool = False,
         seed: int = 0,
-        max_pixels: int = 179_000_000,
+        max_pixels: int = MAX_PIXELS,
         fast_decode: bool = False,
     ) -> None:
         self.files = files
@@ -165,10 +166,13 @@ def make_loader(
 def lost_workers(then: str = "") -> Iterator[None]:
     """Turn what torch raises, at whatever line, for a worker that died or has no room: RunError.
 
-    `then` ends its message.
+    `then` ends its message. An error of ours from a worker comes with its traceback in the message:
+    only the message is kept.
     """
     try:
         yield
+    except RunError as error:
+        raise RunError(str(error).rpartition("RunError: ")[2].strip()) from error
     except (RuntimeError, ConnectionError, EOFError) as error:
         what = _lost(error)
         if what is None:

@@ -17,6 +17,9 @@ from sparse.errors import InputError
 _FORMAT = "fcmae-files-1"
 _BLOCK = 65_536
 
+FEWEST_TO_HOLD_OUT = 500
+"""Of fewer pictures, none are kept from pretraining."""
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -94,7 +97,9 @@ class FileList:
             self._starts[picks],
         )
 
-    def split_holdout(self, count: int, minimum: int = 500) -> tuple[Indices, Indices]:
+    def split_holdout(
+        self, count: int, minimum: int = FEWEST_TO_HOLD_OUT
+    ) -> tuple[Indices, Indices]:
         """Return the indices to train on and those held out, both ascending.
 
         Held out are the `count` files whose paths have the smallest hashes, so that other files,
@@ -116,6 +121,13 @@ class FileList:
             lengths = self._lengths[first : first + _BLOCK].astype(np.int64)
             ends = np.cumsum(lengths)
             yield self._names[np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1])]
+
+    def digest(self) -> str:
+        """SHA-256 of the names in their order, wherever the roots lie."""
+        digest = hashlib.sha256(self._lengths.astype("<u2").tobytes())
+        for names in self._blocks():
+            digest.update(names.tobytes())
+        return digest.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the list: a line of JSON, lengths, root numbers, names, SHA-256 of all before.
