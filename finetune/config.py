@@ -129,7 +129,7 @@ class FinetuneConfig:
 
     weights: str = "none"
     """Pretrained weights: a converted folder, a run folder of pretraining (converted on the way) or
-    none, which trains from scratch."""
+    of fine-tuning (its best weights), or none, which trains from scratch."""
 
     model: str | None = None
     """Size of the ConvNeXt V2 (atto to huge) or the name of any timm model, such as resnet50. null
