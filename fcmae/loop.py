@@ -7,12 +7,11 @@ signal) is agreed on after each step, so that all save and stop together.
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,23 +32,12 @@ from fcmae.plan import Clock, Plan, Signals
 from fcmae.resume import asked_settings
 from fcmae.run import RunFolder, check_bad_share, check_skips, names_of, versions
 from fcmae.task import Interrupted, Task
+from fcmae.update import RunningStatistics, Update, gradient_norm
 from sparse.errors import RunError
 
 MOST_SAVE_FAILURES = 3
 
 _log = logging.getLogger(__name__)
-
-
-class _Update(NamedTuple):
-    """An update of which the host does not know yet whether it was applied.
-
-    values: whether the loss or gradient was not finite, the loss, and the gradient's norm; read:
-    positions of the files that this process read for it.
-    """
-
-    step: int
-    values: OnHost
-    read: list[Tensor]
 
 
 class Loop:
@@ -79,13 +67,8 @@ class Loop:
         self.step = self.skipped = 0
         self.epoch_end_due = False
         self._save_failures, self._bad_seen = 0, set[str]()
-        self._unchecked: _Update | None = None
-        # Batch norm takes in a batch before it is known that its loss is not finite.
-        self._statistics = [
-            buffer
-            for buffer in task.model.buffers()
-            if plan.nonfinite == "skip" and buffer.is_floating_point()
-        ]
+        self._unchecked: Update | None = None
+        self._statistics = RunningStatistics(task.model if plan.nonfinite == "skip" else None)
         self.forward: nn.Module = task.model
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
@@ -165,7 +148,7 @@ class Loop:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         torch.manual_seed(rng.seed_for(plan.seed, rng.DROP_PATH, self.step, self.world.rank))
 
-        before = [buffer.clone() for buffer in self._statistics]
+        self._statistics.remember()
         total = torch.zeros((), device=self.world.device)
         bad: list[tuple[str, str]] = []
         read: list[Tensor] = []
@@ -180,7 +163,7 @@ class Loop:
             read.append(batch.indices)
             bad += batch.bad
 
-        norm = self._gradient_norm()
+        norm = gradient_norm(self.task.model, plan.clip_grad)
         total = self.world.sum(torch.stack([total, (~torch.isfinite(total + norm)).float()]))
         # The fused AdamW takes exactly 1 for "skip": a sum over the processes would not stop it.
         loss, broken = total[0] / self.world.size, (total[1] > 0).float()
@@ -188,10 +171,9 @@ class Loop:
         optimizer.found_inf = broken  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        for buffer, was in zip(self._statistics, before, strict=True):
-            buffer.copy_(torch.where(broken > 0, was, buffer))
+        self._statistics.restore(broken)
         self.step += 1
-        self._unchecked = _Update(self.step, OnHost(torch.stack([broken, loss, norm])), read)
+        self._unchecked = Update(self.step, OnHost(torch.stack([broken, loss, norm])), read)
         self.task.after_step(self.step)
 
         clock.count(sum(map(len, read)) * self.world.size)
@@ -211,14 +193,6 @@ class Loop:
         if self.plan.autocast is None:
             return nullcontext()
         return torch.autocast(self.world.device.type, self.plan.autocast)
-
-    def _gradient_norm(self) -> Tensor:
-        parameters = [p for p in self.task.model.parameters() if p.grad is not None]
-        limit = math.inf if self.plan.clip_grad is None else self.plan.clip_grad
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if math.isfinite(limit):
-            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        return norm
 
     def _check_finite(self) -> bool:
         """Look at the newest update that was not looked at yet: was its loss or gradient finite?

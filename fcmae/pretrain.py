@@ -54,9 +54,9 @@ from fcmae.schedule import decay_groups
 from fcmae.settings import height_width, to_dict
 from fcmae.task import PretrainTask, Settings
 from fcmae.watch import make_watchers
-from fcmae.weights import adapt_in_chans, load_weights
+from fcmae.weights import init_encoder
 from sparse import SparseConvNeXtV2, get_engine
-from sparse.convert import encoder_part, infer_architecture
+from sparse.convert import infer_architecture
 from sparse.encoder import init_fan_in
 from sparse.engines import Engine
 from sparse.errors import InputError
@@ -219,31 +219,12 @@ def build_model(config: PretrainConfig, engine: Engine) -> FCMAE:
     if config.init == "fan_in":
         init_fan_in(encoder)
     if config.init_from is not None:
-        _init_encoder(encoder, config.init_from)
+        init_encoder(encoder, config.init_from)
     if config.compile:
         encoder.compile_encode()
     return FCMAE(
         encoder, config.decoder.dim, config.decoder.depth, config.mask_ratio, config.norm_pix_loss
     )
-
-
-def _init_encoder(encoder: SparseConvNeXtV2, source: str) -> None:
-    """Start from given weights; the first layer is adapted to the number of channels."""
-    weights = load_weights(source)
-    state = dict(encoder_part(weights.state))
-    state["stem.0.weight"] = adapt_in_chans(state["stem.0.weight"], encoder.in_chans)
-    found = infer_architecture(state)
-    if (found.depths, found.dims) != (encoder.depths, encoder.dims):
-        raise InputError(
-            f"init_from {source!r} has depths {list(found.depths)} and dims {list(found.dims)}, "
-            f"the model {list(encoder.depths)} and {list(encoder.dims)}: choose its --model"
-        )
-    missing, unexpected = encoder.load_state_dict(state, strict=False)
-    if unexpected:
-        raise InputError(f"init_from {source!r} has {unexpected[0]!r}, which the model has not")
-    if missing:
-        _log.warning("not in %s, so left at their initial values: %s", source, ", ".join(missing))
-    _log.info("encoder starts from %s", weights.origin)
 
 
 def _optimizer(config: PretrainConfig, model: FCMAE) -> torch.optim.Optimizer:

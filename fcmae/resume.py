@@ -15,6 +15,9 @@ from fcmae.data.files import FileList
 from fcmae.settings import differences, flatten, read_yaml, to_dict
 from sparse.errors import InputError
 
+_PATHS = {"data": (), "weights": ("none",), "init_from": (), "resume": ("auto", "never")}
+"""Settings that hold a path, and the words they take besides."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -136,13 +139,15 @@ def facts(config: Any, runtime_keys: frozenset[str], step: int, *lists: FileList
 
 
 def _anywhere(asked: dict[str, Any]) -> dict[str, Any]:
-    data = asked["data"]
-    sources = [data] if isinstance(data, str) else data
-    placed: dict[str, Any] = {"data": [_absolute(source) for source in sources]}
-    for key, words in (("weights", ("none",)), ("init_from", ()), ("resume", ("auto", "never"))):
+    placed: dict[str, Any] = {}
+    for key, words in _PATHS.items():
         value = asked.get(key)
-        if value is not None and value not in words:
+        if isinstance(value, str) and value not in words:
             placed[key] = _absolute(value)
+        if isinstance(value, list):
+            placed[key] = [_absolute(path) if isinstance(path, str) else path for path in value]
+    if isinstance(placed.get("data"), str):
+        placed["data"] = [placed["data"]]
     return asked | placed
 
 

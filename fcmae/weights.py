@@ -7,6 +7,7 @@ training scripts store beside the weights).
 
 import argparse
 import json
+import logging
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -20,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fcmae.checkpoint import STATE, damage, list_checkpoints, newest_good
-from sparse.convert import Architecture, canonical, infer_architecture
+from sparse import SparseConvNeXtV2
+from sparse.convert import Architecture, canonical, encoder_part, infer_architecture
 from sparse.errors import InputError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -28,6 +30,8 @@ CONFIG_FILE = "config.json"
 BEST = "best"
 """Folder in which a run of fine-tuning keeps its best weights."""
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
+
+_log = logging.getLogger(__name__)
 
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 """Where training scripts put the state dict, averaged weights first."""
@@ -145,6 +149,30 @@ def read_preprocessing(weights_file: Path) -> Preprocessing | None:
     if not all(isinstance(values, list) and values for values in (size, mean, std)):
         return None
     return Preprocessing((size[0], size[1]), tuple(mean), tuple(std))
+
+
+def init_encoder(encoder: SparseConvNeXtV2, source: str) -> None:
+    """Start an encoder of pretraining from given weights; the first layer is adapted to its
+    channels, and what the weights have not, such as GRN, keeps its initial values.
+
+    Raises:
+        InputError: the weights can't be read, or are of another size.
+    """
+    weights = load_weights(source)
+    state = dict(encoder_part(weights.state))
+    state["stem.0.weight"] = adapt_in_chans(state["stem.0.weight"], encoder.in_chans)
+    found = infer_architecture(state)
+    if (found.depths, found.dims) != (encoder.depths, encoder.dims):
+        raise InputError(
+            f"init_from {source!r} has depths {list(found.depths)} and dims {list(found.dims)}, "
+            f"the model {list(encoder.depths)} and {list(encoder.dims)}: choose its --model"
+        )
+    missing, unexpected = encoder.load_state_dict(state, strict=False)
+    if unexpected:
+        raise InputError(f"init_from {source!r} has {unexpected[0]!r}, which the model has not")
+    if missing:
+        _log.warning("not in %s, so left at their initial values: %s", source, ", ".join(missing))
+    _log.info("encoder starts from %s", weights.origin)
 
 
 def adapt_in_chans(stem_weight: Tensor, in_chans: int) -> Tensor:
