@@ -150,6 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _stdout_is_gone():
             raise
         return 0
+    except KeyboardInterrupt:  # while modules are imported
+        _fail("fcmae", "interrupted")
+        return 130
     return code
 
 

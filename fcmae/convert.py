@@ -20,6 +20,7 @@ from fcmae.weights import (
     Preprocessing,
     find_weights,
     load_weights,
+    read_json,
     read_preprocessing,
 )
 from sparse.convert import CONV_MLP_WIDTHS, Architecture, encoder_part, to_minkowski, to_timm
@@ -44,6 +45,8 @@ def convert(config: ConvertConfig) -> Path:
     _check_out(out, config.layout)
     file = find_weights(config.source)
     weights = load_weights(file)
+    if config.layout == "timm":
+        _check_same_model(out, weights.architecture)
     try:
         if config.layout == "minkowski":
             export_minkowski(weights.state, out)
@@ -226,6 +229,30 @@ def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
             save_file(tensors, temporary, metadata={"format": "pt"})
         except SafetensorError as error:  # it wraps the operating system's errors
             raise OSError(str(error)) from error
+
+
+def _check_same_model(out: Path, architecture: Architecture) -> None:
+    """Refuse to put a model in the place of another one, or of something else.
+
+    Raises:
+        InputError: the folder holds no model, a classifier, or an encoder of another kind.
+    """
+    names = sorted(p.name for p in out.iterdir() if p.name[0] != ".") if out.is_dir() else []
+    if not names:
+        return
+    there = read_json(out / CONFIG_FILE)
+    if "architecture" not in there:
+        what = f"{names[0]!r} and no model"
+    elif there.get("num_classes"):
+        what = f"a classifier of {there['num_classes']} classes"
+    else:
+        name, args = timm_variant(architecture)
+        size = there.get("pretrained_cfg", {}).get("input_size", [architecture.in_chans])
+        same = there["architecture"] == name and there.get("model_args", {}) == args
+        if same and size[0] == architecture.in_chans:
+            return
+        what = f"another model ({there['architecture']}, {size[0]} channels)"
+    raise InputError(f"out {out} holds {what}: give a new or empty folder")
 
 
 def _check_out(out: Path, layout: str) -> None:

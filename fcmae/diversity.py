@@ -34,7 +34,7 @@ from fcmae.data.evaluation import (
     each_batch,
     tell_left_out,
 )
-from fcmae.data.files import FileList, find_images
+from fcmae.data.files import FileList, find_images, refuse_to_replace
 from fcmae.distributed import resolve_device
 from fcmae.features import Backbone, load_backbone, pooled
 from fcmae.figures import block_order
@@ -70,6 +70,8 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
     sources = [config.source] if isinstance(config.source, str) else config.source
     backbones = {source: load_backbone(source, device, size) for source in sources}
     files = find_images(config.images, setting="images")
+    if out is not None:
+        refuse_to_replace(out, files)
     if len(files) > config.count:
         files = files.select(files.split_holdout(config.count, minimum=0)[1])
     result: dict[str, dict[str, Any]] = {}

@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from fcmae.settings import flatten, from_dict, nearest, read_yaml, to_yaml
+from fcmae.settings import EXAMPLES, flatten, from_dict, nearest, read_yaml, to_yaml
 from sparse.errors import InputError
 
 Config = TypeVar("Config")
@@ -94,8 +94,7 @@ def parse(
     config = from_dict(kind, values)
     if wanted == "false":
         return config
-    shown = {key: value for key, value in values.items() if key not in missing}
-    print(to_yaml(shown), end="")
+    print(to_yaml({key: value for key, value in values.items() if key not in missing}), end="")
     return None
 
 
@@ -126,7 +125,7 @@ def read_arguments(
                 value = rest.pop(0) if rest and rest[0] in _BOOLEANS else "true"
             elif not separator:
                 if not rest or rest[0].startswith("--"):
-                    raise InputError(f"{name} needs a value{_such_as(known.get(key))}")
+                    raise InputError(f"{name} needs a value{_such_as(known.get(key), name)}")
                 value = rest.pop(0)
         if not value and (key == "config" or known[key].default is MISSING):
             raise InputError(f"{_shown(key, positional)} is empty: it needs a value")
@@ -278,7 +277,7 @@ def _wrong(given: Given, leaf: Leaf) -> str:
         for choice in get_args(part)
     ]
     near = get_close_matches(given.text, choices, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else _such_as(leaf)
+    hint = f"; did you mean {near[0]!r}?" if near else _such_as(leaf, given.where)
     return f"{given.where} {given.text!r} must be {_rule(leaf.type)}{hint}"
 
 
@@ -310,9 +309,11 @@ def _takes_list(kind: Any) -> bool:
     return any(get_origin(part) is list for part in parts)
 
 
-def _such_as(leaf: Leaf | None) -> str:
-    if leaf is None or leaf.default is MISSING or leaf.default == "":
+def _such_as(leaf: Leaf | None, where: str) -> str:
+    if example := EXAMPLES.get(re.split(r"[.\s-]", where)[-1]):
+        return f", such as {example}"
+    if leaf is None or leaf.default is MISSING or leaf.default in ("", None):
         return ""
-    default = leaf.default
-    text = default if isinstance(default, str) else json.dumps(default, separators=(",", ":"))
-    return f", such as {text}"
+    if isinstance(leaf.default, str):
+        return f", such as {leaf.default}"
+    return f", such as {json.dumps(leaf.default, separators=(',', ':'))}"

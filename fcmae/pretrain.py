@@ -24,6 +24,7 @@ from fcmae.data.loader import (
     make_loader,
     measure_mean_std,
     steps_per_epoch,
+    warn_if_far_off,
 )
 from fcmae.data.statistics import MeanStd, imagenet_mean_std, resolve_mean_std
 from fcmae.distributed import World, join_world, resolve_device
@@ -174,6 +175,8 @@ def _resolve(
     start: Checkpoint | None,
 ) -> Settings:
     mean, std = _mean_std(config, img_size, train, start)
+    if start is None and world.is_main:
+        warn_if_far_off(train, img_size, config.in_chans, mean, std, config.seed, config.max_pixels)
     return Settings(
         img_size=img_size,
         mean=mean,
@@ -255,11 +258,17 @@ def _announce(
     world: World, step: int,
 ) -> None:  # fmt: skip
     """Say what the run will do."""
+    if step == plan.total_steps:
+        _log.info("the run is finished: nothing is left to do")
+        return
+    named = config.depths is None and config.dims is None
+    encoder = model.encoder
+    name = config.model if named else f"of depths {encoder.depths} and dims {encoder.dims}"
     h, w = grid_of(settings.img_size)
     visible = keep_count(h * w, config.mask_ratio)
     millions = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     lines = [
-        f"encoder {config.model}: {millions:.3g} M weights, engine {model.encoder.engine.name} on "
+        f"encoder {name}: {millions:.3g} M weights, engine {model.encoder.engine.name} on "
         f"{world.device}, {settings.precision}, {torch.get_num_threads()} threads, "
         f"{settings.workers} workers, {world.size} process{'es' if world.size > 1 else ''}",
         f"images {settings.img_size[0]}×{settings.img_size[1]}: {visible} of {h * w} patches "
@@ -275,7 +284,13 @@ def _announce(
             f"epochs auto: {plan.epochs}, since few images want many passes and many want few "
             f"({FEWEST_EPOCHS} to {MOST_EPOCHS}, about {IMAGES_SEEN / 1e6:g} million crops in all)"
         )
-    if images < FEW_IMAGES and config.init_from is None:
+    if (
+        images < FEW_IMAGES
+        and config.init_from is None
+        and config.in_chans == 3
+        and named
+        and not step
+    ):
         lines.append(
             f"under {FEW_IMAGES:,} images, an official release is most likely the better start: "
             "--init_from FILE (CC-BY-NC 4.0: no commercial use), see docs/recipes.md"
@@ -286,9 +301,7 @@ def _announce(
         lines.append(
             "no images are held out (holdout 0, or under 500 in all): no held-out loss, no pictures"
         )
-    if step == plan.total_steps:
-        lines.append("the run is finished: nothing is left to do")
-    elif step:
+    if step:
         lines.append(f"going on from step {step}")
     for line in lines:
         _log.info("%s", line)

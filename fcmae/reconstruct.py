@@ -10,7 +10,7 @@ from fcmae import pictures
 from fcmae.atomic import check_out_file, out_file
 from fcmae.console import show_logs
 from fcmae.data.evaluation import tell_left_out
-from fcmae.data.files import find_images
+from fcmae.data.files import find_images, refuse_to_replace
 from fcmae.data.loader import HoldoutSet, normalise
 from fcmae.distributed import resolve_device
 from fcmae.restore import build_model, load_run_checkpoint
@@ -39,6 +39,7 @@ def reconstruct(config: ReconstructConfig) -> float:
     device = resolve_device(config.device)
     model, settings = build_model(checkpoint, device)
     files = find_images(config.images, setting="images")
+    refuse_to_replace(out, files)
     shown = HoldoutSet(
         files.select(range(min(config.count, len(files)))),
         (settings["img_size"][0], settings["img_size"][1]),

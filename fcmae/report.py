@@ -103,7 +103,7 @@ def _summary(runs: list[RunData]) -> dict[str, list[str]]:
             rows[name] = cells
 
     add("command", [run.command for run in runs])
-    add("model", [str(run.config.get("model") or "that of the weights") for run in runs])
+    add("model", [_model(run) for run in runs])
     add("state", ["finished" if run.finished else "not finished" for run in runs])
     add("steps", [str(run.metrics[-1]["step"]) if run.metrics else "none" for run in runs])
     add("epochs asked", [str(run.config.get("epochs", "")) for run in runs])
@@ -127,6 +127,11 @@ def _summary(runs: list[RunData]) -> dict[str, list[str]]:
     add("unreadable files", [str(len(run.bad)) for run in runs])
     add("updates not applied", [str(len(run.nonfinite) or "") for run in runs])
     return rows
+
+
+def _model(run: RunData) -> str:
+    own = [f"{key} {run.config[key]}" for key in ("depths", "dims") if run.config.get(key)]
+    return ", ".join(own) or str(run.config.get("model") or "that of the weights")
 
 
 def _curves(runs: list[RunData]) -> list[Figure]:

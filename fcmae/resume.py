@@ -71,6 +71,9 @@ def _named(config: Any, saved: list[Path]) -> Checkpoint:
         if since.state["asked"].get("resume") == asked_settings(config)["resume"]:
             _log.info("going on with what came of %s, not from there again", named)
             return since
+    if not named.is_dir():
+        there = f" or one of {', '.join(map(str, saved))}" if saved else " or a checkpoint's path"
+        raise InputError(f"resume {config.resume!r} is no checkpoint: give auto, never{there}")
     if saved and named.resolve().parent != saved[0].parent.resolve():
         raise InputError(
             f"out {config.out!r} already holds another run: give a new --out to go on from {named}"

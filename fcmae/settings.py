@@ -17,6 +17,13 @@ from sparse.sizes import PATCH
 
 Config = TypeVar("Config")
 
+EXAMPLES = {
+    "img_size": "224 or '[96,160]'", "depths": "'[2,2,6,2]'", "dims": "'[40,80,160,320]'",
+    "val_fraction": "0.2", "head_init_scale": "1", "layer_scale": "1e-6", "clip_grad": "1.0",
+    "crop_scale": "'[0.2,1.0]'", "crop_ratio": "'[0.75,1.3333]'", "betas": "'[0.9,0.95]'",
+}  # fmt: skip
+"""Values that work, by the last part of a setting's name, where its default is none to go by."""
+
 MAX_PIXELS = 179_000_000
 """Largest picture that is decoded, in pixels, where no setting says otherwise."""
 
@@ -70,7 +77,7 @@ def check_range(
                 "finite" if limit == float("inf") else f"{word} {limit}"
                 for limit, word, _ in wanted
             )
-            default = getattr(type(config), name, None)
+            default = EXAMPLES.get(name) or getattr(type(config), name, None)
             example = "" if default is None else f", such as {default}"
             raise InputError(f"{prefix}{name} {value} must be {rule}{example}")
 

@@ -136,7 +136,8 @@ class FinetuneConfig:
     takes that of the weights, and atto from scratch."""
 
     in_chans: int = 3
-    """Channels of the images: 1 reads them as grey, 3 as RGB; other counts need TIFF or .npy."""
+    """Channels of the images: 1 reads them as grey, 3 as RGB, 4 as RGB and alpha; more
+    need .npy."""
 
     img_size: int | list[int] = 224
     """Side of the square crops in pixels, or '[HEIGHT,WIDTH]'."""

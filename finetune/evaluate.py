@@ -16,7 +16,7 @@ from rich.table import Table
 from fcmae.atomic import check_out_file, out_file
 from fcmae.console import show_logs
 from fcmae.data.evaluation import tell_left_out
-from fcmae.data.files import FileList
+from fcmae.data.files import FileList, refuse_to_replace
 from fcmae.data.labelled import TRAIN, VAL, Split, check_known, find_classes, labels_of
 from fcmae.distributed import resolve_device
 from fcmae.settings import height_width, read_yaml
@@ -43,8 +43,9 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
     Returns:
         `top1` and `top5` in percent of the `n` pictures (top5 is the share among the best
         `top5_of`, fewer than five where there are fewer classes); `balanced`, the mean over the
-        classes; `per_class`, {name: {top1, n}}; `unreadable`, the pictures left out; `split` and
-        `weights`, what was measured.
+        classes measured; `per_class`, {name: {top1, n}}, and `not_measured`, the classes without a
+        picture; `unreadable`, the pictures left out; `split`, `weights`, and `kept_back`, whether
+        the pictures are those that the run kept back of one folder: what was measured.
 
     Raises:
         InputError: the weights, the data or `out` is wrong.
@@ -54,12 +55,15 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
     out = None if config.out is None else check_out_file(config.out, ".png", ".csv")
     size = None if config.img_size is None else height_width(config.img_size, multiple=1)
     classifier = load_classifier(config.source, resolve_device(config.device), size)
-    split = find_split(config, classifier)
+    split, kept = find_split(config, classifier)
+    if out is not None:
+        refuse_to_replace(out, split.files)
     confusion, top5, bad = measure(classifier, split, config)
     result = summarise(confusion, top5, classifier.names)
     result |= {
         "unreadable": len(bad),
         "split": split.prefix.rstrip("/") or ".",
+        "kept_back": kept,
         "weights": str(classifier.folder),
     }
     tell_left_out(bad)
@@ -72,8 +76,9 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
     return result
 
 
-def find_split(config: EvaluateConfig, classifier: Classifier) -> Split:
-    """Find the pictures to measure on: data/SPLIT/CLASS, or data/CLASS.
+def find_split(config: EvaluateConfig, classifier: Classifier) -> tuple[Split, bool]:
+    """Find the pictures to measure on: data/SPLIT/CLASS, or data/CLASS; and say whether they are
+    those that a run kept back of one folder.
 
     A run that divided this data by `val_fraction`, or what it exported, is measured on the pictures
     that it kept back then, whatever came to the folder or left it since.
@@ -88,14 +93,14 @@ def find_split(config: EvaluateConfig, classifier: Classifier) -> Split:
     if folder.is_dir():
         files, names = find_classes(folder)
         check_known(folder, names, classifier.names, "the model")
-        return Split(files, f"{config.split}/")
+        return Split(files, f"{config.split}/"), False
     kept = _kept_back(Path(config.source)) if config.split == VAL else None
     if kept is not None:
         trained = Path(kept.roots[0])
         for inside, prefix in ((root / TRAIN, f"{TRAIN}/"), (root, "")):
             if inside.is_dir() and trained.is_dir() and inside.samefile(trained):
                 _log.info("measuring on the %d pictures that the run kept back", len(kept))
-                return Split(kept, prefix)
+                return Split(kept, prefix), True
         _log.warning(
             "all of %s is measured: the run kept back pictures of %s, which is another folder",
             root, trained,
@@ -103,7 +108,7 @@ def find_split(config: EvaluateConfig, classifier: Classifier) -> Split:
     _log.info("%s has no folder %r: its folders are taken for classes", root, config.split)
     files, names = find_classes(root)
     check_known(root, names, classifier.names, "the model")
-    return Split(files, "")
+    return Split(files, ""), False
 
 
 def _kept_back(source: Path) -> FileList | None:
@@ -157,6 +162,7 @@ def summarise(confusion: Counts, top5: int, names: tuple[str, ...]) -> dict[str,
         "balanced": sum(entry["top1"] for entry in per_class.values()) / len(per_class),
         "n": total,
         "per_class": per_class,
+        "not_measured": [name for name, count in zip(names, counts, strict=True) if not count],
     }
 
 
@@ -203,7 +209,8 @@ def _draw_confusion(confusion: Counts, names: tuple[str, ...]) -> Any:
 
 
 def _print_table(result: dict[str, Any]) -> None:
-    table = Table(title=f"{result['weights']} on {result['split']}")
+    place = "the pictures that it kept back" if result["kept_back"] else result["split"]
+    table = Table(title=f"{result['weights']} on {place}")
     for name in ("class", "top-1 %", "images"):
         table.add_column(name, justify="left" if name == "class" else "right")
     classes = result["per_class"]
@@ -213,8 +220,13 @@ def _print_table(result: dict[str, Any]) -> None:
         classes = {name: classes[name] for name in worst}
     for name, entry in classes.items():
         table.add_row(name, f"{entry['top1']:.1f}", str(entry["n"]))
+    absent = result["not_measured"]
+    for name in absent[:MOST_ROWS]:
+        table.add_row(name, "not measured", "0")
     table.add_section()
     table.add_row("all: top-1", f"{result['top1']:.2f}", str(result["n"]))
     table.add_row(f"all: top-{result['top5_of']}", f"{result['top5']:.2f}", str(result["n"]))
-    table.add_row("balanced", f"{result['balanced']:.2f}", "")
+    count = len(result["per_class"])
+    over = f" over {count} of {count + len(absent)} classes" if absent else ""
+    table.add_row(f"balanced{over}", f"{result['balanced']:.2f}", "")
     Console(highlight=False).print(table, markup=False)

@@ -68,15 +68,23 @@ def find_model(model: str | None, weights: str, in_chans: int) -> Start:
     name = None if model is None else timm_name(model)
     if weights == "none":
         return Start(name or timm_name(DEFAULT_MODEL), {})
-    file = find_weights(weights)
+    try:
+        file = find_weights(weights)
+    except InputError as error:
+        raise InputError(f"weights {error}; or none, to train from scratch") from error
     images = read_preprocessing(file)
     own = read_json(file.with_name(CONFIG_FILE))
-    if not (name or own.get("architecture", V2)).startswith(V2):
+    theirs = own.get("architecture", name or V2)
+    wanted = name or theirs
+    if wanted != theirs and not (wanted.startswith(V2) and theirs.startswith(V2)):
+        raise InputError(
+            f"weights {weights!r} are of {theirs}, model is {model!r}: leave --model out, or give "
+            "weights of that model"
+        )
+    if not wanted.startswith(V2):
         state, _ = read_state(file)
-        return Start(
-            name or timm_name(own["architecture"]), dict(own.get("model_args", {})), state,
-            str(file), images,
-        )  # fmt: skip
+        args = dict(own.get("model_args", {}))
+        return Start(timm_name(wanted), args, state, str(file), images)
     found = load_weights(file)
     variant, args = timm_variant(found.architecture)
     if name is not None and (name != variant or args):

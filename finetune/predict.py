@@ -31,7 +31,7 @@ def predict(config: PredictConfig) -> Path:
         RunError: no picture could be read, or `out` could not be written.
     """
     show_logs()
-    out = check_out_file(config.out)
+    out = check_out_file(config.out, ".csv")
     classifier = load_classifier(config.source, resolve_device(config.device))
     files = find_images(config.images, setting="images")
     top = min(config.top, len(classifier.names))

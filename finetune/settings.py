@@ -13,7 +13,7 @@ from torch import nn
 from fcmae.checkpoint import Checkpoint
 from fcmae.convert import timm_config
 from fcmae.data.labelled import LabelledData, Split
-from fcmae.data.loader import measure_mean_std, steps_per_epoch
+from fcmae.data.loader import measure_mean_std, steps_per_epoch, warn_if_far_off
 from fcmae.data.statistics import MeanStd, imagenet_mean_std, resolve_mean_std
 from fcmae.distributed import World
 from fcmae.resources import resolve_precision, resolve_workers
@@ -66,6 +66,10 @@ def resolve_settings(
     """Resolve a config; where a run goes on, mean and std are as it began."""
     per_epoch = steps_per_epoch(len(data.train.files), config.batch_size)
     mean, std = _mean_std(config, img_size, data.train, origin, start)
+    if start is None and world.is_main:
+        warn_if_far_off(
+            data.train.files, img_size, config.in_chans, mean, std, config.seed, config.max_pixels
+        )
     epochs, val_epochs = resolve_epochs(config, len(data.train.files))
     return Settings(
         img_size=img_size,

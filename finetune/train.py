@@ -254,6 +254,9 @@ def _announce(
     step: int,
 ) -> None:
     """Say what the run will do."""
+    if step == plan.total_steps:
+        _log.info("the run is finished: nothing is left to do")
+        return
     everything = sum(p.numel() for p in model.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     share = "" if config.freeze == "none" else f", of which the head is trained ({trained:.3g} M)"
@@ -275,9 +278,12 @@ def _announce(
     recoloured = config.augment.color_jitter or config.augment.randaugment
     if recoloured and config.in_chans not in (1, 3):
         lines.append("randaugment and color_jitter need 1 or 3 channels and are not used")
-    if step == plan.total_steps:
-        lines.append("the run is finished: nothing is left to do")
-    elif step:
+    if origin.images is not None and origin.images.img_size != settings.img_size:
+        height, width = origin.images.img_size
+        lines.append(
+            f"the weights saw images of {height}×{width}: --img_size '[{height},{width}]' is theirs"
+        )
+    if step:
         lines.append(f"going on from step {step}")
     for line in lines:
         _log.info("%s", line)

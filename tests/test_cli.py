@@ -299,6 +299,17 @@ def test_want_of_memory_is_one_line_with_a_cure(
     assert cure in line
 
 
+def test_ctrl_c_while_modules_are_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parse", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "fcmae: error: interrupted\n"
+
+
 def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def twin(_: Any) -> None:
         raise ZeroDivisionError

@@ -99,6 +99,8 @@ def timm_model(model: nn.Module) -> "timm.models.ConvNeXt":
 
 def test_weights_of_another_size_or_channel_count_are_refused(tmp_path: Path) -> None:
     free = exported(random_encoder(), tmp_path / "free")
+    with pytest.raises(InputError, match="are of convnextv2_tiny, model is 'resnet18'"):
+        find_model("resnet18", free, 3)
     with pytest.raises(InputError, match=r"are of convnextv2_tiny with depths .* model is 'atto'"):
         find_model("atto", free, 3)
     atto = exported(random_encoder(depths=[2, 2, 6, 2], dims=[40, 80, 160, 320]), tmp_path / "atto")

@@ -393,6 +393,34 @@ def test_what_was_kept_back_stays_kept_back(
     assert "the run kept back pictures of" in caplog.text
 
 
+def test_classes_that_are_not_measured_are_told(
+    classes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A class of one picture trains and is never measured: the figures say of what they are."""
+    data = tmp_path / "data"
+    shutil.copytree(classes / "train", data)
+    for picture in [*(data / "class 1").iterdir()][1:]:
+        picture.unlink()
+    finetune(config(data, tmp_path / "run", val_fraction=0.25, epochs=1))
+    assert "not in val, so never measured: 'class 1'" in caplog.text
+    capsys.readouterr()
+    result = evaluate(EvaluateConfig(str(tmp_path / "run"), str(data), workers=0))
+    assert result["not_measured"] == ["class 1"]
+    assert [*result["per_class"]] == ["class 0", "class 2"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "on the pictures that it kept back" in said
+    assert "not measured" in said
+    assert "balanced over 2 of 3 classes" in said
+
+
+def test_weights_of_another_size_of_images_are_told(
+    run: Path, classes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    finetune(config(classes, tmp_path / "run", model=None, weights=str(run), img_size=64, epochs=1))
+    assert "the weights saw images of 32×32: --img_size '[32,32]' is theirs" in caplog.text
+
+
 def test_a_class_that_left_val_does_not_end_a_run(classes: Path, tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(classes, data)

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from fcmae.data.loader import (
     measure_mean_std,
     normalise,
     steps_per_epoch,
+    warn_if_far_off,
 )
 from sparse.errors import InputError, RunError
 
@@ -312,3 +314,27 @@ def test_a_reader_that_dies_while_it_sends_ends_in_one_line():
         raise EOFError("something else")
     with pytest.raises(RuntimeError, match="something else"), lost_workers():
         raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize(
+    ("scale", "std", "told"), [(1.0, 0.2, False), (0.02, 0.2, True), (1.0, 30.0, True)]
+)
+def test_a_mean_and_std_of_other_pictures_are_told(tmp_path, caplog, scale, std, told):
+    random = np.random.default_rng(0)
+    for number in range(4):
+        pixels = random.uniform(0, scale, (40, 40, 5)).astype(np.float32)
+        np.save(tmp_path / f"{number}.npy", pixels)
+    files = find_images(str(tmp_path))
+    warn_if_far_off(files, (32, 32), 5, [0.45] * 5, [std] * 5, seed=0, max_pixels=10_000)
+    assert ("--augment.mean data --augment.std data" in caplog.text) == told
+
+
+def test_pictures_of_another_kind_say_what_to_do(tmp_path):
+    for name, shape, cure in (
+        ("last", (9, 8, 5), "not (H, W, 3): give --in_chans 5"),
+        ("first", (5, 9, 8), "not (H, W, 3): channels come last"),
+    ):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "a.npy", np.zeros(shape, np.float32))
+        with pytest.raises(RunError, match=re.escape(f"is {cure}): check that")):
+            PretrainDataset(find_images(str(tmp_path / name)), (64, 64))[0, 0]

@@ -163,3 +163,11 @@ def test_the_end_of_an_epoch_is_logged_once(tmp_path):
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         _cut_metrics(file, 6, due)
         assert [*map(json.loads, file.read_text().splitlines())] == lines[:kept]
+
+
+def test_a_checkpoint_that_is_none_is_answered_with_those_there(whole, pictures, tmp_path):
+    for named in ("Auto", str(whole / "checkpoint" / "step-00000003")):
+        with pytest.raises(InputError, match=r"give auto, never or one of .*step-00000009, .*03$"):
+            pretrain(config(pictures, whole, resume=named))
+        with pytest.raises(InputError, match="is no checkpoint: give auto, never or a checkpoint"):
+            pretrain(config(pictures, tmp_path / "new", resume=named))

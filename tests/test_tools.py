@@ -23,6 +23,7 @@ from finetune.config import FinetuneConfig
 from sparse import available_engines
 from sparse.errors import InputError
 from sparse.sizes import resolve_size
+from tests.conftest import write_pictures
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -69,6 +70,25 @@ def test_reconstruct_refuses(run, pictures, tmp_path, change, message):
         reconstruct(ReconstructConfig(**config))
 
 
+def test_a_picture_is_not_drawn_over_itself(run, tmp_path):
+    data = write_pictures(tmp_path / "data", 2)
+    before = (data / "0001.png").read_bytes()
+    with pytest.raises(InputError, match="is one of the pictures: give another file"):
+        reconstruct(ReconstructConfig(str(run), str(data), str(data / "0001.png")))
+    assert (data / "0001.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.02, 0.03), (0.0, 1500.0), (-3.0, 3.0)])
+def test_dim_and_wide_pictures_are_stretched(low, high):
+    """What is drawn of 16-bit pictures, which use little of their range, and of odd floats."""
+    model = FCMAE.from_size("atto", depths=[1, 1, 1, 1], engine="dense", decoder_dim=8)
+    images = torch.linspace(low, high, 3 * 64 * 64).view(1, 3, 64, 64)
+    mask = torch.tensor([[[True, False], [True, False]]])
+    columns, _ = reconstruct_batch(model, images, mask, [0.0] * 3, [1.0] * 3)
+    unit = (images - low) / (high - low)
+    torch.testing.assert_close(columns[0], ((unit - 0.01) / 0.98).clamp(0, 1), rtol=0, atol=1e-3)
+
+
 def test_a_perfect_prediction_is_the_picture(monkeypatch):
     """Normalised patches come back in real pixel values."""
     model = FCMAE.from_size("atto", depths=[1, 1, 1, 1], engine="dense", decoder_dim=8)
@@ -100,7 +120,9 @@ def test_a_perfect_prediction_is_the_picture(monkeypatch):
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_any_number_of_channels_is_shown(channels):
-    assert grid([torch.rand(2, channels, 32, 64)] * 4).shape == (18 + 2 * 36 - 4, 4 * 68 - 4, 3)
+    """Columns of 64 pixels are drawn twice as large: their headings need the room."""
+    assert grid([torch.rand(2, channels, 32, 64)] * 4).shape == (18 + 2 * 68 - 4, 4 * 132 - 4, 3)
+    assert grid([torch.rand(1, channels, 64, 96)] * 4).shape == (18 + 64, 4 * 100 - 4, 3)
 
 
 def test_doctor_finds_the_engines_agree(capsys):

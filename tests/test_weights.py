@@ -369,6 +369,26 @@ def test_convert_refuses_to_overwrite_a_run_or_a_file(tmp_path: Path) -> None:
         convert(ConvertConfig(str(tmp_path / "run"), str(tmp_path / "x"), layout="minkowski"))
 
 
+def test_convert_refuses_to_replace_another_model(tmp_path: Path) -> None:
+    save_file(random_encoder(), tmp_path / "a.safetensors")
+    save_file(random_encoder(Architecture(SMALL.depths, SMALL.dims, 1)), tmp_path / "b.safetensors")
+    out = tmp_path / "out"
+    for _ in range(2):  # the same kind of encoder again is no other model
+        convert(ConvertConfig(str(tmp_path / "a.safetensors"), str(out)))
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match=r"another model \(convnextv2_tiny, 3 channels\)"):
+        convert(ConvertConfig(str(tmp_path / "b.safetensors"), str(out)))
+    described = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(described | {"num_classes": 4}))
+    with pytest.raises(InputError, match="holds a classifier of 4 classes"):
+        convert(ConvertConfig(str(tmp_path / "a.safetensors"), str(out)))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"holds '1\.jpg' and no model"):
+        convert(ConvertConfig(str(tmp_path / "a.safetensors"), str(tmp_path / "photos")))
+    assert (out / "model.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize(("channels", "mean"), [(3, MEAN), (1, (0.449,)), (2, (0.449, 0.449))])
 def test_convert_weights_that_say_nothing_about_images(
     tmp_path: Path, channels: int, mean: tuple[float, ...]

@@ -208,7 +208,9 @@ def _read_image(file: IO[bytes], in_chans: int, max_pixels: int) -> Picture:
     form = "progressive JPEG" if "progressive" in image.info else str(image.format)
     _check_pixels(*image.size, max_pixels, form)
     if in_chans > 4:
-        raise BadImage(f"a {image.format} picture has at most 4 channels, not {in_chans}: use .npy")
+        raise BadImage(
+            f"of a {image.format} at most 4 channels can be read, not {in_chans}: use .npy"
+        )
     sixteen_bits = image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format == "PPM")
     if not (image.mode in (*_GREY, *_COLOUR, "F") or sixteen_bits):
         raise BadImage(f"pixels of mode {image.mode} have no range that is agreed on")
@@ -235,13 +237,22 @@ def _read_array(file: IO[bytes], in_chans: int, max_pixels: int) -> _Array:
     if dtype.kind != "f" and (dtype.kind, dtype.itemsize) not in (("u", 1), ("u", 2)):
         raise BadImage(f"array of {dtype}: uint8, uint16 and float are read")
     if len(shape) not in (2, 3) or min(shape) < 1 or (*shape, 1)[2] != in_chans:
-        raise BadImage(f"array of shape {shape} is not (H, W, {in_chans})")
+        raise BadImage(f"array of shape {shape} is not (H, W, {in_chans}){_channels_of(shape)}")
     _check_pixels(shape[1], shape[0], max_pixels)
     file.seek(0)
     source = _Array(np.load(file, allow_pickle=False).reshape(*shape[:2], in_chans))
     if dtype.kind == "f":
         _check_finite(source)
     return source
+
+
+def _channels_of(shape: tuple[int, ...]) -> str:
+    """What to do about an array of other channels: the fewest are taken for them."""
+    if len(shape) != 3:
+        return ""
+    if shape[2] == min(shape):
+        return f": give --in_chans {shape[2]}"
+    return ": channels come last" if shape[0] == min(shape) else ""
 
 
 def _check_pixels(width: int, height: int, max_pixels: int, form: str = "") -> None:

@@ -3,13 +3,14 @@
 import os
 from array import array
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from fcmae.data.paths import FEWEST_TO_HOLD_OUT, FileList
 from sparse.errors import InputError
 
-__all__ = ["EXTENSIONS", "FEWEST_TO_HOLD_OUT", "FileList", "find_images"]
+__all__ = ["EXTENSIONS", "FEWEST_TO_HOLD_OUT", "FileList", "find_images", "refuse_to_replace"]
 
 EXTENSIONS = (
     *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff"),
@@ -51,11 +52,20 @@ def find_images(
                 "or a text file of paths that this user may read"
             ) from error
         if scan.count == before:
+            already = " that are not named already" if before else ""
             raise InputError(
-                f"{setting} {source!r} holds no pictures that are not named already: files ending "
-                f"in {', '.join(EXTENSIONS)} count"
+                f"{setting} {source!r} holds no pictures{already}: files ending in "
+                f"{', '.join(EXTENSIONS)} count"
             )
     return scan.finish()
+
+
+def refuse_to_replace(out: Path, files: FileList) -> None:
+    """Raise InputError if the file that a command is to write is one of those it reads."""
+    if out.exists():
+        path = os.fsencode(os.path.abspath(out))
+        if any(files.path(index) == path for index in range(len(files))):
+            raise InputError(f"out {str(out)!r} is one of the pictures: give another file")
 
 
 class _Scan:

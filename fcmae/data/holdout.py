@@ -1,6 +1,7 @@
 """Pictures in their centre crop: those held out of training, and a sample of all to measure."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,6 +13,14 @@ from fcmae.data.files import FileList
 from fcmae.mask import grid_of, random_mask
 from fcmae.settings import MAX_PIXELS
 from sparse.errors import InputError
+
+LOOKED_AT = 32
+"""Pictures by which to tell whether a mean and std are theirs."""
+
+FAR_OFF = 5.0
+"""Factor between deviations, and deviations between means, that are told."""
+
+_log = logging.getLogger(__name__)
 
 
 class HoldoutSet:
@@ -109,3 +118,23 @@ def measure_mean_std(
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 1e-12))
     return mean.tolist(), std.tolist()
+
+
+def warn_if_far_off(
+    files: FileList, img_size: tuple[int, int], in_chans: int, mean: Sequence[float],
+    std: Sequence[float], seed: int, max_pixels: int,
+) -> None:  # fmt: skip
+    """Warn where mean and std are of other pictures than these: little is learnt from what is then
+    all nearly the same number, or far from zero."""
+    try:
+        found = measure_mean_std(files, img_size, in_chans, LOOKED_AT, seed, max_pixels)
+    except InputError:  # none of them can be read: the run will say so
+        return
+    shifts = [(m - given) / s for m, given, s in zip(found[0], mean, std, strict=True)]
+    spreads = [measured / given for measured, given in zip(found[1], std, strict=True)]
+    if min(spreads) < 1 / FAR_OFF or max(spreads) > FAR_OFF or max(map(abs, shifts)) > FAR_OFF:
+        _log.warning(
+            "the pictures have mean %s and std %s, but are normalised with %s and %s: give "
+            "--augment.mean data --augment.std data",
+            *([round(float(value), 4) for value in values] for values in (*found, mean, std)),
+        )

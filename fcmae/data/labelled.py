@@ -7,7 +7,7 @@ name, and their order is that of the classifier's outputs.
 import logging
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -66,7 +66,9 @@ def find_labelled(data: str, val_fraction: float, exclude: str | None = None) ->
         prefix, folder = (f"{TRAIN}/", train) if train.is_dir() else ("", root)
         files, names = find_classes(folder, exclude)
         _check_several(folder, names)
-        kept, held = split_by_hash(files, labels_of(files, names), val_fraction)
+        labels = labels_of(files, names)
+        kept, held = split_by_hash(files, labels, val_fraction)
+        _warn_unmeasured(names, {names[label] for label in labels[held]})
         return LabelledData(
             Split(files.select(kept), prefix), Split(files.select(held), prefix), names
         )
@@ -80,9 +82,7 @@ def find_labelled(data: str, val_fraction: float, exclude: str | None = None) ->
     _check_several(train, names)
     val_files, val_names = find_classes(val, exclude)
     check_known(val, val_names, names, "train")
-    missing = sorted(set(names) - set(val_names))
-    if missing:
-        _log.warning("not in val, so never measured: %s", _some(missing))
+    _warn_unmeasured(names, val_names)
     return LabelledData(Split(files, f"{TRAIN}/"), Split(val_files, f"{VAL}/"), names)
 
 
@@ -152,6 +152,12 @@ def check_known(folder: Path, found: Sequence[str], known: Sequence[str], where:
             f"{folder} has classes that {where} has not: {_some(unknown)}{hint}; known are "
             f"{_some(known)}"
         )
+
+
+def _warn_unmeasured(names: Sequence[str], measured: Iterable[str]) -> None:
+    missing = sorted(set(names) - set(measured))
+    if missing:
+        _log.warning("not in val, so never measured: %s", _some(missing))
 
 
 def _class_names(folder: Path, exclude: str | None) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from fcmae.data.augment import crop_box, flips
 from fcmae.data.batch import Batch, Sample, collate, normalise
 from fcmae.data.decode import BadImage, Pixels, read_picture
 from fcmae.data.files import FileList
-from fcmae.data.holdout import HoldoutSet, measure_mean_std
+from fcmae.data.holdout import HoldoutSet, measure_mean_std, warn_if_far_off
 from fcmae.data.order import Key, StepSampler, check_parts, epoch_order, steps_per_epoch
 from fcmae.mask import grid_of, random_mask
 from fcmae.settings import MAX_PIXELS
@@ -44,6 +44,7 @@ __all__ = [
     "measure_mean_std",
     "normalise",
     "steps_per_epoch",
+    "warn_if_far_off",
 ]
 
 _CANDIDATES = 20
@@ -124,9 +125,11 @@ def read_or_replace(
         except BadImage as error:
             bad.append((files.name(candidate), error.reason))
     name, reason = bad[0]
+    others = len({other for other, _ in bad}) - 1
+    more = f", nor can {others} others tried in its place" if others else ""
     raise RunError(
-        f"picture {name!r} can't be read ({reason}), nor can {len(bad) - 1} others tried in "
-        "its place: check that the data is still there"
+        f"picture {name!r} can't be read ({reason}){more}: check that the pictures are still there "
+        "and of this kind"
     )
 
 
