@@ -155,7 +155,8 @@ def test_after_a_failure_nothing_more_is_begun(tmp_path, monkeypatch):
 
 
 def test_the_search_goes_on_while_the_best_rate_is_the_last(tmp_path, monkeypatch):
-    """Top-1 peaks at 6.4e-2 and, of four lengths, at the second; test is of the seeds."""
+    """Top-1 peaks at 6.4e-2 and, of four lengths, at the second; test is of the seeds; one run
+    with the first seed goes beyond."""
     asked = []
 
     def finetune(name, data, *options):
@@ -169,13 +170,19 @@ def test_the_search_goes_on_while_the_best_rate_is_the_last(tmp_path, monkeypatc
 
     one = study(tmp_path)
     monkeypatch.setattr(one, "finetune", finetune)
-    found = label_shares._side(one, "10/scratch", (60, 150, 300, 600), tmp_path, [])
+    monkeypatch.setattr(label_shares, "EPOCHS", {10: (60, 150, 300, 600)})
+    monkeypatch.setattr(label_shares, "BEYOND", {10: 1200})
+    found = label_shares._side(one, "10/scratch", 10, tmp_path, [])
     assert (found["rate"], found["epochs"]) == (6.4e-2, 150)
     assert found["test"] == [40, 41, 42]
     assert sorted(rate for rate, epochs, _ in asked if epochs == 60) == [
         8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1
     ]  # fmt: skip
-    assert sorted(epochs for _, epochs, _ in asked)[5:] == [150, 150, 150, 300]
+    assert sorted(epochs for _, epochs, _ in asked)[5:] == [150, 150, 150, 300, 1200]
+    assert asked[-1] == (6.4e-2, 1200, 0)
+    assert {epochs: tops["val"] for epochs, tops in found["lengths"].items()} == {
+        60: 50.6, 150: 51.5, 300: 51.5, 1200: 51.5
+    }  # fmt: skip
 
 
 def test_tables_and_plots_are_made_again_from_results_alone(
@@ -201,9 +208,17 @@ def test_tables_and_plots_are_made_again_from_results_alone(
     argv = ["_", "--data", str(labelled), "--out", str(out), "--epochs", "8", "--shares", "10"]
     monkeypatch.setattr("sys.argv", argv)
     assert label_shares.main() == 0
-    last = capsys.readouterr().out.splitlines()[-2:]
-    assert last[0].count("53.5 ± 1.0 (+10.0)") == 3
-    assert last[1].count("43.5 ± 1.0") == 3
+    scores, lengths = (
+        table.splitlines()[-4:] for table in capsys.readouterr().out.split("\n\n")[::2]
+    )
+    assert scores[-2].count("53.5 ± 1.0 (+10.0)") == 3
+    assert scores[-1].count("43.5 ± 1.0") == 3
+    assert lengths == [
+        "| 10 % | pretrained | 60 | 51.0 | 51.0 | 51.0 |",
+        "| 10 % | pretrained | 150 | 52.5 | 52.5 | 52.5 |",
+        "| 10 % | scratch | 60 | 41.0 | 41.0 | 41.0 |",
+        "| 10 % | scratch | 150 | 42.5 | 42.5 | 42.5 |",
+    ]
     assert {path.name for path in out.glob("*.png")} == {"label_shares.png", "frozen_features.png"}
 
 

@@ -131,7 +131,7 @@ def test_held_out_images_give_a_loss_and_pictures(tmp_path):
     events.Reload()
     assert {"loss", "lr", "holdout_loss", "images_per_s"} <= set(events.Tags()["scalars"])
     picture = events.Images("reconstructions")[0]
-    assert (picture.step, picture.width, picture.height) == (4, 4 * 68 - 4, 18 + 8 * 68 - 4)
+    assert (picture.step, picture.width, picture.height) == (4, 4 * 132 - 4, 18 + 8 * 132 - 4)
 
 
 @pytest.mark.parametrize(("chans", "mode"), [(1, "L"), (4, "RGBA")])

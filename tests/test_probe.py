@@ -244,7 +244,9 @@ def test_other_numbers_of_channels(source: Path, classes: Path, tmp_path: Path) 
     grey = write_weights(tmp_path / "1.safetensors", 1)
     assert probe(config(grey, classes), show=False)["val"] == 12
     five = write_weights(tmp_path / "5.safetensors", 5)
-    with pytest.raises(RunError, match=r"none of the 24 pictures.*at most 4 channels, not 5"):
+    with pytest.raises(
+        RunError, match=r"none of the 24 pictures.*at most 4 channels can be read, not 5"
+    ):
         probe(config(five, classes), show=False)
     assert main(["probe", str(five), "--data", str(classes), "--workers", "0"]) == 1
 

@@ -86,8 +86,8 @@ def test_reconstructions_are_those_that_the_run_drew(trained):
     found = re.findall(r'"data:image/jpeg;base64,([^"]+)"', html)
     assert len(found) == 2  # the last ones and the first
     width, height = Image.open(io.BytesIO(base64.b64decode(found[0]))).size
-    assert width == 4 * 64 + 3 * 4
-    assert height == 18 + 8 * (64 + 4) - 4
+    assert width == 4 * 128 + 3 * 4  # pictures of 64 px are drawn at twice their size
+    assert height == 18 + 8 * (128 + 4) - 4
 
 
 def test_several_runs_stand_side_by_side(tmp_path):
@@ -161,7 +161,7 @@ def test_tensorboard_shows_the_curves_and_the_pictures(trained, tmp_path):
             break
     assert image, "the reconstructions are not shown"
     with urllib.request.urlopen(f"{address}/{image[1]}") as answer:
-        assert Image.open(io.BytesIO(answer.read())).size[0] == 4 * 64 + 3 * 4
+        assert Image.open(io.BytesIO(answer.read())).size[0] == 4 * 128 + 3 * 4
     for name in ("loss", "holdout_loss", "probe_linear", "reconstructions"):
         assert f'title="{name}"' in page.html, name
     assert not [line for line in page.console if "error" in line.lower()]

@@ -5,6 +5,7 @@ one seed: rates a factor of two apart at the shortest length until neither neigh
 better, then the best at longer lengths while they are better. The best of all runs with further
 seeds, and is measured on test and on the training pictures whose labels it has not seen: those are
 many more, so that a point can be told from chance, but pretraining has seen them, without labels.
+One run of each side at twice the longest length shows what more of it would do.
 
     python -m benchmarks.experiments.label_shares --data FOLDER
 
@@ -27,6 +28,8 @@ SHARES = (10, 30, 100)
 RATES = (8e-3, 1.6e-2, 3.2e-2)
 """Where the search begins: base_lr, for a batch of 256."""
 EPOCHS = {10: (60, 150), 30: (20, 40, 80), 100: (6, 12, 24)}
+BEYOND = {30: 160, 100: 48}
+"""A length that is tried with one seed, to see where the curves over the lengths lead."""
 SEEDS = (0, 1, 2)
 SIDES = ("pretrained", "scratch")
 FROZEN = {"probe_knn5": "5 nearest", "probe_knn20": "20 nearest", "probe_linear": "linear"}
@@ -51,7 +54,7 @@ def main() -> int:
         given = [*common, "--model", "atto", "--weights", weights]
         return study.together(
             {
-                share: partial(_side, study, f"{share}/{name}", EPOCHS[share], folder, given)
+                share: partial(_side, study, f"{share}/{name}", share, folder, given)
                 for share, folder in labelled.items()
             }
         )
@@ -81,10 +84,9 @@ def main() -> int:
     return 0
 
 
-def _side(
-    study: Study, place: str, lengths: tuple[int, ...], data: Path, common: list[Any]
-) -> dict[str, Any]:
-    """Search, then repeat the best; returns its settings and top-1 of all seeds."""
+def _side(study: Study, place: str, share: int, data: Path, common: list[Any]) -> dict[str, Any]:
+    """Search, then repeat the best; returns its settings and top-1 of all seeds, and as `lengths`
+    that of the first seed at all lengths that were tried."""
 
     def tried(rate: float, epochs: int, seed: int = SEEDS[0]) -> dict[str, float]:
         name = f"{place}/rate-{rate:g}-epochs-{epochs}-seed-{seed}"
@@ -97,17 +99,21 @@ def _side(
         )
         return found
 
-    short, *longer = lengths
+    short, *longer = EPOCHS[share]
     best, found = search(study, RATES, lambda rate: tried(rate, short))
-    length, top = short, found["val"]
+    length, lengths = short, {short: found}
     for more in longer:
-        if (value := tried(best, more)["val"]) <= top:
+        lengths[more] = tried(best, more)
+        if lengths[more]["val"] <= lengths[length]["val"]:
             break
-        length, top = more, value
+        length = more
     seeds = study.together({seed: partial(tried, best, length, seed) for seed in SEEDS})
+    if share in BEYOND:
+        lengths[BEYOND[share]] = tried(best, BEYOND[share])
     return {
         "rate": best,
         "epochs": length,
+        "lengths": lengths,
         **{
             split: [found[split] for found in seeds.values()]
             for split in JUDGES
@@ -127,6 +133,14 @@ def _show(study: Study, sides: dict[str, dict[int, dict[str, Any]]]) -> None:
             scores = [_score(found.get(split), against.get(split)) for split in JUDGES]
             settings = f"{found['rate']:g}, {found['epochs']}"
             print(f"| {share} % | {side} | {settings} | {' | '.join(scores)} |")
+    print("\nTop-1 of the first seed, by epochs:\n")
+    print("| labels | | epochs | val | test | rest |")
+    print("|---|---|---:|---:|---:|---:|")
+    for share in next(iter(sides.values())):
+        for side, shares in sides.items():
+            for epochs, found in shares[share]["lengths"].items():
+                tops = (f"{found[split]:.1f}" if split in found else "" for split in JUDGES)
+                print(f"| {share} % | {side} | {epochs} | {' | '.join(tops)} |")
     lines = []
     for side, shares in sides.items():
         tests = [found["test"] for found in shares.values()]
