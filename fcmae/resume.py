@@ -118,10 +118,13 @@ def _check_same_run(
     changed = differences(asked_settings(config), stored, runtime_keys)
     if changed:
         key, was, now = changed[0]
+        if key == "data":  # one folder is named as it was given, not as a list
+            was, now = (value[0] if len(value) == 1 else value for value in (was, now))
         text = was if isinstance(was, str) else json.dumps(was, separators=(",", ":"))
+        moved = " (if the same pictures are elsewhere now, a link to them)" if key == "data" else ""
         raise InputError(
             f"{key} is {now!r} but the run in {config.out!r} has {was!r}: repeat it with "
-            f"--{key} {shlex.quote(text)}, or give another --out"
+            f"--{key} {shlex.quote(text)}{moved}, or give another --out"
         )
 
 

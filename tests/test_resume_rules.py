@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -92,6 +93,22 @@ def test_paths_are_the_same_from_any_folder(copy, pictures, tmp_path, monkeypatc
     assert pretrain(config(Path(pictures.name), copy)) == 0
     monkeypatch.chdir(tmp_path)
     assert pretrain(config(Path(os.path.relpath(pictures, tmp_path)), copy)) == 0
+
+
+def test_pictures_that_moved_are_found_through_a_link(copy, pictures, tmp_path):
+    rest = r"if the same pictures are elsewhere now, a link to them\), or give another --out"
+    with pytest.raises(InputError, match=rf"--data {re.escape(str(pictures))} \({rest}"):
+        pretrain(config(pictures.parent, copy))
+    link, moved, out = tmp_path / "link", tmp_path / "moved", tmp_path / "linked"
+    link.symlink_to(pictures)
+    assert pretrain(config(link, out)) == 0
+    before = weights(out)
+    shutil.rmtree(list_checkpoints(out / "checkpoints")[0])
+    shutil.copytree(pictures, moved)
+    link.unlink()
+    link.symlink_to(moved)
+    assert pretrain(config(link, out)) == 0
+    assert weights(out) == before
 
 
 def test_what_was_null_is_repeated_as_null(whole, pictures):
