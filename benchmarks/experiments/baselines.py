@@ -3,7 +3,8 @@
     python -m benchmarks.experiments.baselines --data FOLDER --weights RUN
 
 FOLDER has train, val and perhaps test; RUN is a run of pretraining, such as that of label_shares.
-Each model searches its own learning rate, judged on val with one seed.
+Each model searches its own learning rate, judged on val with one seed. Speeds are measured at the
+end, one model after the other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import timm
 
 from benchmarks.experiments.folders import label_share, shrink, with_test
-from benchmarks.experiments.study import Study, arguments, search
+from benchmarks.experiments.study import JUDGES, Study, arguments, search
 
 OURS = "atto"
 RATES = (2e-3, 8e-3, 3.2e-2)
@@ -36,16 +37,22 @@ def main() -> int:
     study = Study(options)
     data = with_test(shrink(options.data, study.out / "pictures", options.side), study.out / "all")
     data = label_share(data, options.share, study.out / f"labels-{options.share}")
-    common = [
-        "--img_size", options.img_size, "--epochs", options.epochs, "--val_epochs", 2,
-        "--precision", options.precision,
-    ]  # fmt: skip
+    common = ["--img_size", options.img_size, "--precision", options.precision, "--val_epochs", 2]
 
     def tried(row: str, rate: float) -> dict[str, float]:
         weights = options.weights if row == "pretrained" else "none"
         given = [*common, "--model", ROWS[row], "--weights", weights, "--optim.base_lr", rate]
+        given += ["--epochs", options.epochs]
         found: dict[str, float] = study.once(
             f"{row}/{rate:g}", lambda: study.finetune(f"runs/{row}-{rate:g}", data, *given)
+        )
+        return found
+
+    def speed(model: str) -> float:
+        given = [*common, "--model", model, "--weights", "none", "--epochs", 2]
+        found: float = study.once(
+            f"speed/{model}",
+            lambda: study.finetune(f"runs/speed-{model}", data, *given)["images_per_s"],
         )
         return found
 
@@ -53,13 +60,16 @@ def main() -> int:
         rate, found = search(study, RATES, partial(tried, row))
         return {"rate": rate, **found}
 
-    print("| model | weights M | images/s | rate | val top-1 % | test top-1 % |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for row, found in study.together({row: partial(best, row) for row in options.only}).items():
+    rows = study.together({row: partial(best, row) for row in options.only})
+    speeds = {row: speed(ROWS[row]) for row in rows}
+    print("| model | weights M | images/s | rate | val top-1 % | test top-1 % | rest of train |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for row, found in rows.items():
         name = f"{ROWS[row]}, {'pretrained' if row == 'pretrained' else 'from scratch'}"
+        tops = (f"{found[split]:.1f}" for split in JUDGES)
         print(
-            f"| {name} | {_millions(ROWS[row]):.1f} | {found['images_per_s']:.0f} | "
-            f"{found['rate']:g} | {found['val']:.1f} | {found['test']:.1f} |"
+            f"| {name} | {_millions(ROWS[row]):.1f} | {speeds[row]:.0f} | {found['rate']:g} | "
+            f"{' | '.join(tops)} |"
         )
     return 0
 
