@@ -117,7 +117,7 @@ class ProbeConfig:
     """Measure frozen features on labelled images: nearest neighbours and a linear classifier."""
 
     source: str
-    """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V2. May be given as the
+    """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V1 or V2. May be given as the
     first argument."""
 
     data: str
@@ -170,7 +170,7 @@ class EmbedConfig:
     """Write the features of images to a file of numpy arrays."""
 
     source: str
-    """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V2. May be given as the
+    """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V1 or V2. May be given as the
     first argument."""
 
     images: str
@@ -202,7 +202,7 @@ class DiversityConfig:
     """Measure how different the channels of every block are: features that collapsed are alike."""
 
     source: str | list[str]
-    """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V2; several as '[A,B]'.
+    """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V1 or V2; several as '[A,B]'.
     May be given as the first argument."""
 
     images: str
