@@ -117,8 +117,8 @@ class ProbeConfig:
     """Measure frozen features on labelled images: nearest neighbours and a linear classifier."""
 
     source: str
-    """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V1 or V2. May be given as the
-    first argument."""
+    """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V1 or V2. May be
+    given as the first argument."""
 
     data: str
     """Labelled images: a folder with train/CLASS and val/CLASS, or one folder of classes together
@@ -170,8 +170,8 @@ class EmbedConfig:
     """Write the features of images to a file of numpy arrays."""
 
     source: str
-    """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V1 or V2. May be given as the
-    first argument."""
+    """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V1 or V2. May be
+    given as the first argument."""
 
     images: str
     """Folder of images, flat or nested, or a text file of paths."""
@@ -202,8 +202,8 @@ class DiversityConfig:
     """Measure how different the channels of every block are: features that collapsed are alike."""
 
     source: str | list[str]
-    """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V1 or V2; several as '[A,B]'.
-    May be given as the first argument."""
+    """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V1 or V2; several as
+    '[A,B]'. May be given as the first argument."""
 
     images: str
     """Folder of images, flat or nested, or a text file of paths."""
