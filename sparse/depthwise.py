@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -30,6 +31,7 @@ class _Depthwise(torch.autograd.Function):
         return F.conv2d(x_BCHW, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_BCHW):  # type: ignore[no-untyped-def]
         x_BCHW, weight = ctx.saved_tensors
         pad = weight.shape[-1] // 2

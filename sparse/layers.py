@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparse.engines.base import ImageRows, Sites, hide
@@ -69,6 +70,7 @@ class _GrnMlp(torch.autograd.Function):
         return out_NC
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_NC):  # type: ignore[no-untyped-def]
         (
             x_NC, norm_w_C, norm_b_C, w1_KC, b1_K, grn_w_K, grn_b_K, w2_CK,

@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 
 from sparse import SparseConvNeXtV2
 from sparse.convert import to_timm
+from sparse.depthwise import depthwise
 from sparse.engines.base import ImageRows
 from sparse.layers import SparseMlp, drop_images, grn_mlp, weight_and_bias
 from sparse.sizes import SIZES
@@ -142,3 +143,16 @@ def test_drop_path_rises_with_depth_and_rests_in_evaluation():
     assert torch.equal(encoder(images, mask), encoder(images, mask))
     encoder.train()
     assert not torch.equal(encoder(images, mask), encoder(images, mask))
+
+
+def test_a_second_derivative_of_grn_mlp_and_depthwise_raises():
+    norm, mlp, _ = random_mlp(3)
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    maps = torch.randn(2, 3, 5, 5, requires_grad=True)
+    for inputs, out in (
+        (x, apply_mlp(x, norm, mlp, sites_of((6,)))),
+        (maps, depthwise(maps, torch.randn(3, 1, 3, 3), torch.zeros(3))),
+    ):
+        (gradient,) = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()

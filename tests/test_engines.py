@@ -183,3 +183,14 @@ def test_shapes_that_do_not_fit(images, mask, message):
     encoder = SparseConvNeXtV2.from_size("atto", depths=[1, 1, 1, 1], engine="dense")
     with pytest.raises(InputError, match=message):
         encoder(torch.zeros(images), torch.zeros(mask, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("engine", FAST_ENGINES)
+def test_a_second_derivative_raises_instead_of_being_wrong(engine):
+    """The custom functions have hand-written first derivatives only."""
+    encoder = random_encoder(engine, 3, model="atto", depths=[1, 1, 1, 1])
+    images = torch.randn(2, 3, 64, 64, requires_grad=True)
+    out = encoder(images, torch.tensor([[[False, True], [True, False]]] * 2))
+    (gradient,) = torch.autograd.grad(out.square().sum(), images, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparse.depthwise import correlate
@@ -113,6 +114,7 @@ class _WindowedDepthwise(torch.autograd.Function):
         return windows.to_rows(F.conv2d(windows.with_halo(x_NC), weight, bias, groups=len(weight)))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_NC):  # type: ignore[no-untyped-def]
         x_NC, weight = ctx.saved_tensors
         windows: Windows = ctx.windows
