@@ -101,13 +101,16 @@ class _GrnMlp(torch.autograd.Function):
                 dh_NK @ w1_KC, x, x.shape[1:], mean, rstd, norm_w_C, norm_b_C, [True] * 3
             )
             parts = [dnorm_w_C, dnorm_b_C, dh_NK.t() @ y_NC, dh_NK.sum(0), dw2_CK]
-            # The first piece's parts are the totals of those that follow.
+            # In float32 at least: in bfloat16 a long sum stops growing. The first piece's parts
+            # are the totals of those that follow.
+            parts = [part.to(norm_BK.dtype) for part in parts]
             sums = [t.add_(p) for t, p in zip(sums, parts, strict=True)] if sums else parts
         dnorm_w_C, dnorm_b_C, dw1_KC, db1_K, dw2_CK = sums
         db2_C = grad_NC.sum(0)
-        dw2_CK.addr_(db2_C, grn_b_K.to(dw2_CK.dtype))
+        dw2_CK.addr_(db2_C.to(dw2_CK.dtype), grn_b_K.to(dw2_CK.dtype))
         dgrn_w_K = (ds_BK * _relative(norm_BK)).sum(0).to(grn_w_K.dtype)
         dgrn_b_K = torch.mv(w2_CK.t(), db2_C).to(grn_b_K.dtype)
+        dnorm_w_C, dnorm_b_C, dw1_KC, db1_K, dw2_CK = (t.to(x_NC.dtype) for t in sums)
         return (
             dx_NC, dnorm_w_C, dnorm_b_C, dw1_KC, db1_K, dgrn_w_K, dgrn_b_K, dw2_CK, db2_C,
             None, None, None,

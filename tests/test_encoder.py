@@ -156,3 +156,18 @@ def test_a_second_derivative_of_grn_mlp_and_depthwise_raises():
         (gradient,) = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             gradient.sum().backward()
+
+
+def test_bfloat16_weight_gradients_do_not_lose_long_sums(monkeypatch):
+    """512 images, one at a time, whose gradients all point the same way."""
+    monkeypatch.setattr("sparse.engines.base.PIECE", 1)
+    norm, mlp, parameters = random_mlp(4)
+    norm, mlp = norm.float(), mlp.float()
+    x = torch.randn(1, 8, 4).repeat(512, 1, 1).flatten(0, 1)
+    sites = sites_of((8,) * 512)
+    exact = torch.autograd.grad(apply_mlp(x, norm, mlp, sites).sum(), parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = apply_mlp(x, norm, mlp, sites)
+    found = torch.autograd.grad(out.sum(), parameters)
+    for got, want in zip(found, exact, strict=True):
+        assert (got - want).norm() < 0.02 * want.norm()
