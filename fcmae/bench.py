@@ -31,8 +31,7 @@ from fcmae.measure import (
 from fcmae.run import versions
 from fcmae.settings import height_width
 from fcmae.tool_config import BenchConfig
-from sparse.engines import ENGINES
-from sparse.engines.minkowski import why_unavailable
+from sparse.engines import available_engines
 
 PASSES = 3
 """A backward pass multiplies twice as much as the forward pass."""
@@ -89,10 +88,7 @@ def measure(
     model: str, config: BenchConfig, img_size: tuple[int, int], device: torch.device
 ) -> dict[str, Any]:
     """Images/s, arithmetic as a share of a matrix product's, and peak memory of each step."""
-    names = [name for name in ENGINES if name != "minkowski" or device.type == "cpu"]
-    if why_unavailable() is not None and "minkowski" in names:
-        names.remove("minkowski")
-    names += [TIMM, f"patch{BF16}", f"patch{WHOLE}"]
+    names = [*available_engines(device.type), TIMM, f"patch{BF16}", f"patch{WHOLE}"]
     batch = config.batch_size
     images, mask = example(batch, img_size, config.mask_ratio, device)
     steps = {name: partial(make_step(name, model, device), images, mask) for name in names}

@@ -15,8 +15,7 @@ from torch import Tensor
 from fcmae.measure import example, make_step, time_in_turns
 from fcmae.tool_config import DoctorConfig
 from sparse import SparseConvNeXtV2
-from sparse.engines import ENGINES
-from sparse.engines.minkowski import INSTALL, why_unavailable
+from sparse.engines import ENGINES, available_engines, get_engine
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "jsonargparse",
             "tensorboard", "MinkowskiEngine")  # fmt: skip
@@ -46,22 +45,23 @@ def doctor(config: DoctorConfig) -> int:
     for heading in ("engine", "runs", "largest difference", "images/s"):
         table.add_column(heading)
     sound = True
-    reason = why_unavailable()
-    usable = [name for name in ENGINES if name != "minkowski" or reason is None]
+    usable = available_engines()
     images, mask = example(BATCH, IMG_SIZE, 0.6, torch.device("cpu"))
     steps = {name: partial(make_step(name, "atto", images.device), images, mask) for name in usable}
     seconds = time_in_turns(steps, 5, torch.device("cpu"))
     for name in ENGINES:
         if name not in usable:
-            table.add_row(name, f"no: {reason}; {INSTALL}", "", "")
+            table.add_row(name, f"no: {ENGINES[name].missing()}", "", "")
             continue
         difference = parity(name, images, mask)
         sound &= difference <= TOLERANCE
         verdict = "yes" if difference <= TOLERANCE else "DISAGREES"
         table.add_row(name, verdict, f"{difference:.1e}", f"{BATCH / seconds[name]:.1f}")
     console.print(table)
-    chosen = "minkowski" if "minkowski" in usable else "patch"
-    console.print(f"engine auto is {chosen} on the CPU here, patch on a GPU", highlight=False)
+    auto = {kind: get_engine("auto", kind).name for kind in ("cpu", "cuda")}
+    console.print(
+        f"engine auto is {auto['cpu']} on the CPU here, {auto['cuda']} on a GPU", highlight=False
+    )
     return 0 if sound else 1
 
 

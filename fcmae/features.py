@@ -73,7 +73,7 @@ def load_backbone(
     weights = load_weights(file)
     kind = weights.architecture
     encoder = SparseConvNeXtV2(
-        kind.depths, kind.dims, kind.in_chans, engine="dense", use_grn=kind.use_grn,
+        kind.depths, kind.dims, kind.in_chans, use_grn=kind.use_grn,
         layer_scale=1.0 if kind.layer_scale else None,
     )  # fmt: skip
     encoder.load_state_dict(encoder_part(weights.state))
@@ -90,7 +90,7 @@ def random_backbone(like: Backbone, seed: int = 0) -> Backbone:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = SparseConvNeXtV2(
-            given.depths, given.dims, given.in_chans, engine="dense",
+            given.depths, given.dims, given.in_chans,
             use_grn=block.mlp.grn is not None,
             layer_scale=None if block.gamma is None else V1_LAYER_SCALE,
         )  # fmt: skip

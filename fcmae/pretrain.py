@@ -56,10 +56,10 @@ from fcmae.settings import height_width, to_dict
 from fcmae.task import PretrainTask, Settings
 from fcmae.watch import make_watchers
 from fcmae.weights import init_encoder
-from sparse import SparseConvNeXtV2, get_engine
+from sparse import SparseConvNeXtV2
 from sparse.convert import infer_architecture
 from sparse.encoder import init_fan_in
-from sparse.engines import Engine
+from sparse.engines import get_engine
 from sparse.errors import InputError
 from sparse.sizes import resolve_size
 
@@ -84,7 +84,7 @@ def pretrain(config: PretrainConfig) -> int:
     check_mask_ratio(config.mask_ratio, grid_of(img_size))
     resolve_size(config.model, config.depths, config.dims)
     device = resolve_device(config.device)
-    engine = get_engine(config.engine, device.type)
+    get_engine(config.engine, device.type, compiled=config.compile)
     with join_world(device) as world, Signals() as signals:
         check_parts(config.batch_size, world.size, config.accumulate)
         start = find_start(config, "pretrain", RUNTIME_KEYS)
@@ -100,7 +100,7 @@ def pretrain(config: PretrainConfig) -> int:
         )  # fmt: skip
         # A run that goes on needs no more what it started from.
         fresh = config if start is None else replace(config, init_from=None)
-        model = build_model(fresh, engine).to(device)
+        model = build_model(fresh).to(device)
         if sampler.start_step < plan.total_steps:
             check_disk(config, checkpoint_bytes(model))
         # Nobody writes before everybody has checked.
@@ -117,7 +117,7 @@ def pretrain(config: PretrainConfig) -> int:
                 task,
                 plan,
                 config,
-                _as_json(config, settings, plan, model),
+                _as_json(config, settings, plan, model, device),
                 train.name,
                 world,
                 folder,
@@ -210,15 +210,14 @@ def _find_labelled(config: PretrainConfig) -> LabelledData | None:
     return find_labelled(config.probe.data, config.probe.val_fraction, exclude=config.out)
 
 
-def build_model(config: PretrainConfig, engine: Engine) -> FCMAE:
+def build_model(config: PretrainConfig) -> FCMAE:
     """The model with its initial weights: a function of the seed, the same on every process."""
     torch.manual_seed(rng.seed_for(config.seed, rng.MODEL, 0, 0))
     encoder = SparseConvNeXtV2.from_size(
-        config.model, config.depths, config.dims, in_chans=config.in_chans, engine="dense",
+        config.model, config.depths, config.dims, in_chans=config.in_chans, engine=config.engine,
         drop_path=config.drop_path, use_grn=config.use_grn, layer_scale=config.layer_scale,
         recompute=config.recompute,
     )  # fmt: skip
-    encoder.engine = engine
     if config.init == "fan_in":
         init_fan_in(encoder)
     if config.init_from is not None:
@@ -237,7 +236,7 @@ def _optimizer(config: PretrainConfig, model: FCMAE) -> torch.optim.Optimizer:
 
 
 def _as_json(
-    config: PretrainConfig, settings: Settings, plan: Plan, model: FCMAE
+    config: PretrainConfig, settings: Settings, plan: Plan, model: FCMAE, device: torch.device
 ) -> dict[str, Any]:
     return {
         **to_dict(config),
@@ -247,7 +246,7 @@ def _as_json(
         "std": settings.std,
         "depths": list(model.encoder.depths),
         "dims": list(model.encoder.dims),
-        "engine": model.encoder.engine.name,
+        "engine": model.encoder.engine_on(device).name,
         "precision": settings.precision,
         "workers": settings.workers,
     }
@@ -268,8 +267,8 @@ def _announce(
     visible = keep_count(h * w, config.mask_ratio)
     millions = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     lines = [
-        f"encoder {name}: {millions:.3g} M weights, engine {model.encoder.engine.name} on "
-        f"{world.device}, {settings.precision}, {torch.get_num_threads()} threads, "
+        f"encoder {name}: {millions:.3g} M weights, engine "
+        f"{encoder.engine_on(world.device).name} on {world.device}, {settings.precision}, {torch.get_num_threads()} threads, "
         f"{settings.workers} workers, {world.size} process{'es' if world.size > 1 else ''}",
         f"images {settings.img_size[0]}×{settings.img_size[1]}: {visible} of {h * w} patches "
         "visible, the others to reconstruct",

@@ -9,7 +9,7 @@ import torch
 
 from fcmae.checkpoint import Checkpoint, load_checkpoint, load_model_tensors, newest_good
 from fcmae.model import FCMAE
-from sparse import SparseConvNeXtV2, get_engine
+from sparse import SparseConvNeXtV2
 from sparse.errors import InputError
 
 
@@ -40,10 +40,9 @@ def build_model(checkpoint: Checkpoint, device: torch.device) -> tuple[FCMAE, di
     """The model of a checkpoint in evaluation mode, and the settings it was trained with."""
     settings = checkpoint.state["settings"]
     encoder = SparseConvNeXtV2(
-        settings["depths"], settings["dims"], settings["in_chans"], engine="dense",
+        settings["depths"], settings["dims"], settings["in_chans"],
         use_grn=settings["use_grn"], layer_scale=settings["layer_scale"],
     )  # fmt: skip
-    encoder.engine = get_engine("auto", device.type)
     model = FCMAE(
         encoder, settings["decoder"]["dim"], settings["decoder"]["depth"], settings["mask_ratio"],
         settings["norm_pix_loss"],

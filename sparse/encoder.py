@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from sparse.engines import Engine, get_engine
-from sparse.engines.base import Sites, hide
+from sparse.engines import check_engine_name, get_engine
+from sparse.engines.base import Engine, Sites, hide
 from sparse.errors import InputError
 from sparse.layers import LAYER_NORM_EPS, SparseBlock, weight_and_bias
 from sparse.sizes import PATCH, STRIDES, resolve_size
@@ -48,7 +48,8 @@ class SparseConvNeXtV2(nn.Module):
         depths: blocks of each of the four stages.
         dims: channels of each stage.
         in_chans: channels of the images.
-        engine: `auto`, `minkowski`, `patch` or `dense`; see `sparse.engines.get_engine`.
+        engine: `auto`, `minkowski`, `patch` or `dense`; see `sparse.engines.get_engine`. `auto` is
+            resolved by the device of the images, when they come.
         drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
         use_grn: global response normalisation (V2); False for V1 blocks.
         layer_scale: initial LayerScale (V1); None for none.
@@ -56,7 +57,7 @@ class SparseConvNeXtV2(nn.Module):
             it: the same numbers, for less memory and somewhat more time. V2 blocks only.
 
     Raises:
-        InputError: the engine is unknown or can't run here.
+        InputError: the engine is unknown or not installed.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class SparseConvNeXtV2(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.engine: Engine = get_engine(engine)
+        check_engine_name(engine)
+        self.engine, self._compiled = engine, False
+        self._engines: dict[tuple[str, str, torch.dtype, bool], Engine] = {}
         self.depths, self.dims = tuple(depths), tuple(dims)
         self.in_chans = in_chans
         self.stem = nn.Sequential(
@@ -118,23 +121,33 @@ class SparseConvNeXtV2(nn.Module):
             (B, dims[-1], H/32, W/32), zeros where hidden.
 
         Raises:
-            InputError: shapes that don't go together.
+            InputError: shapes that don't go together, or an engine that can't run on this device.
         """
         self._check(images_BCHW, mask_BHW)
-        return self.encode(images_BCHW, self.engine.sites(mask_BHW.cpu(), images_BCHW.device))
+        device = images_BCHW.device
+        return self.encode(images_BCHW, self.engine_on(device).sites(mask_BHW.cpu(), device))
+
+    def engine_on(self, device: torch.device) -> Engine:
+        """Return the engine that computes on a device.
+
+        Raises:
+            InputError: the engine asked for by name can't run there.
+        """
+        key = (self.engine, device.type, self.stem[0].weight.dtype, self._compiled)
+        if key not in self._engines:
+            self._engines[key] = get_engine(*key)
+        return self._engines[key]
 
     def compile_encode(self) -> None:
         """Have `torch.compile` make one graph, without breaks, of all but the index tables.
 
         Raises:
-            InputError: the engine calls into MinkowskiEngine, or there is no C++ compiler.
+            InputError: there is no C++ compiler, or the engine asked for by name has operators that
+                can't be compiled.
         """
-        if self.engine.name == "minkowski":
-            raise InputError(
-                "compile can't take MinkowskiEngine's operators: use engine 'patch', which gives "
-                "the same numbers"
-            )
         check_compiler()
+        self._compiled = True
+        self.engine_on(self.stem[0].weight.device)
         self.encode = torch.compile(self.encode, fullgraph=True)  # type: ignore[method-assign]
 
     def encode(self, images_BCHW: Tensor, sites: Sequence[Sites]) -> Tensor:

@@ -21,12 +21,20 @@ def test_one_graph_without_breaks(engine, recompute):
         mask = make_mask("random", 2, 3, 2)[:, torch.randperm(3)]
         results = []
         for encode in (encoder.encode, compiled):
-            out = encode(images + seed, encoder.engine.sites(mask, images.device))
+            out = encode(images + seed, encoder.engine_on(images.device).sites(mask, images.device))
             out.square().sum().backward()
             results.append([out.detach(), *(p.grad for p in encoder.parameters())])
             encoder.zero_grad()
         for eager, traced in zip(*results, strict=True):
             torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_auto_takes_an_engine_that_compiles(monkeypatch):
+    """Where MinkowskiEngine is installed too, although it is the default without compiling."""
+    monkeypatch.setattr("torch.compile", lambda encode, **_: encode)
+    encoder = random_encoder("auto", 3, model="atto", depths=[1, 1, 1, 1])
+    encoder.compile_encode()
+    assert encoder.engine_on(torch.device("cpu")).name == "patch"
 
 
 @needs_minkowski

@@ -164,10 +164,9 @@ def test_engine_names():
 
 
 def test_a_named_engine_that_cannot_run_is_an_error(monkeypatch):
-    monkeypatch.setattr("sparse.engines.minkowski.why_unavailable", lambda: "it is not installed")
+    monkeypatch.setattr("sparse.engines.why_unavailable", lambda: "it is not installed")
     with pytest.raises(InputError, match=r"not installed; install it with `python -m sparse\."):
         get_engine("minkowski")
-    monkeypatch.setattr("sparse.engines.why_unavailable", lambda: "it is not installed")
     assert get_engine("auto").name == "patch"
 
 
@@ -194,3 +193,13 @@ def test_a_second_derivative_raises_instead_of_being_wrong(engine):
     (gradient,) = torch.autograd.grad(out.square().sum(), images, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
+
+
+def test_auto_is_resolved_by_the_device_of_the_images():
+    """`FCMAE.from_size("atto").cuda()` has to work where MinkowskiEngine is installed."""
+    encoder = random_encoder("auto", 3, model="atto", depths=[1, 1, 1, 1])
+    assert encoder.engine_on(torch.device("cpu")).name == available_engines()[0]
+    assert encoder.engine_on(torch.device("cuda")).name == "patch"
+    assert encoder.engine_on(torch.device("meta")).name == "patch"
+    half = encoder.to(torch.bfloat16)
+    assert half.engine_on(torch.device("cpu")).name == "patch"

@@ -13,7 +13,6 @@ from fcmae.loss import (
     unpatchify,
 )
 from fcmae.pretrain import build_model
-from sparse import get_engine
 from sparse.errors import InputError
 
 SMALL = {"depths": [1, 1, 1, 1], "engine": "patch", "decoder_dim": 32}
@@ -124,7 +123,7 @@ def test_official_widths():
 @pytest.mark.parametrize("init", ["fan_in", "paper"])
 def test_initial_weights(init):
     """fan_in keeps the signal's variance through the encoder; the paper's are 0.02 everywhere."""
-    model = build_model(PretrainConfig(data="-", out="-", init=init), get_engine("patch"))
+    model = build_model(PretrainConfig(data="-", out="-", init=init, engine="patch"))
     fan_ins = {
         "encoder.stem.0": 48, "encoder.stages.2.downsample.1": 320,
         "encoder.stages.3.blocks.0.conv_dw": 49, "encoder.stages.3.blocks.1.mlp.fc2": 1280,

@@ -16,7 +16,6 @@ from fcmae.config import DecoderConfig, PretrainConfig
 from fcmae.pretrain import build_model, pretrain
 from fcmae.run import _cut_metrics
 from fcmae.settings import to_dict, to_yaml
-from sparse import get_engine
 from sparse.errors import InputError
 from tests.cli import metrics, weights
 
@@ -77,7 +76,7 @@ def test_the_same_command_goes_on_and_not_back_again(whole, copy, pictures, tmp_
 
 
 def test_a_run_that_goes_on_needs_no_start_weights(pictures, tmp_path):
-    encoder = build_model(config(pictures, tmp_path), get_engine("patch", "cpu")).encoder
+    encoder = build_model(config(pictures, tmp_path)).encoder
     save_file(encoder.state_dict(), tmp_path / "start.safetensors")
     given = config(pictures, tmp_path / "run", init_from=str(tmp_path / "start.safetensors"))
     assert pretrain(given) == 0

@@ -48,7 +48,7 @@ class Unmasked:
 def main() -> int:
     config = parse(PretrainConfig, sys.argv[1:], "")
     assert config is not None
-    with mock.patch("fcmae.pretrain.get_engine", return_value=Unmasked()):
+    with mock.patch("sparse.encoder.get_engine", return_value=Unmasked()):
         return pretrain(config)
 
 

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from sparse.engines.base import ImageRows, PackedSites, Sites
 from sparse.engines.patch import PatchEngine
-from sparse.errors import InputError
 from sparse.sizes import PATCH, STRIDES
 
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
@@ -128,28 +127,11 @@ def _strided_convolution() -> tuple[ModuleType, ModuleType, Any]:
 
 
 class MinkowskiEngine:
-    """Sparse convolution with MinkowskiEngine's coordinate maps; CPU only.
-
-    Raises:
-        InputError: MinkowskiEngine is not installed or does not load.
-    """
+    """Sparse convolution with MinkowskiEngine's coordinate maps; CPU only."""
 
     name = "minkowski"
 
-    def __init__(self) -> None:
-        reason = why_unavailable()
-        if reason is not None:
-            raise InputError(
-                f"engine 'minkowski' can't run: {reason}; install it with `{INSTALL}`, or use "
-                "engine 'patch', which gives the same numbers"
-            )
-
     def sites(self, mask_BHW: Tensor, device: torch.device) -> Sequence[Sites]:
-        if device.type != "cpu":
-            raise InputError(
-                f"engine 'minkowski' computes on the CPU, not on {device.type!r}: use engine "
-                "'patch' there, which gives the same numbers"
-            )
         visible = ~mask_BHW
         if not visible.any():  # MinkowskiEngine crashes on zero coordinates, so none are made
             return PatchEngine().sites(mask_BHW, device)
