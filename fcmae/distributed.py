@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from sparse.devices import to_device
 from sparse.errors import InputError
 
 PATIENCE = timedelta(minutes=10)
@@ -95,8 +96,7 @@ class OnHost:
     """Values on their way from a device to the host, which waits for them only when it reads."""
 
     def __init__(self, values: Tensor) -> None:
-        # Only CUDA's copies can be waited for, and copies of others read before they arrive.
-        self._values = values.to("cpu", non_blocking=values.is_cuda)
+        self._values = to_device(values, "cpu")
         self._arrived: torch.cuda.Event | None = None
         if values.is_cuda:
             self._arrived = torch.cuda.Event()

@@ -11,6 +11,7 @@ from fcmae.decoder import Decoder
 from fcmae.loss import reconstruction_loss
 from fcmae.mask import check_mask_ratio, keep_count
 from sparse import SparseConvNeXtV2
+from sparse.devices import to_device
 from sparse.sizes import PATCH
 
 
@@ -95,7 +96,7 @@ class FCMAE(nn.Module):
         if mask is None:
             mask = self.draw_mask(images_BCHW, generator)
         features_BCHW = self.encoder(images_BCHW, mask)
-        hidden = mask.to(images_BCHW.device, non_blocking=images_BCHW.is_cuda)
+        hidden = to_device(mask, images_BCHW.device)
         pred = self.decoder(features_BCHW, hidden)
         loss = reconstruction_loss(pred, images_BCHW, hidden, self.norm_pix_loss)
         return FCMAEOutput(loss, pred, mask)

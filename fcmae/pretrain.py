@@ -268,8 +268,9 @@ def _announce(
     millions = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     lines = [
         f"encoder {name}: {millions:.3g} M weights, engine "
-        f"{encoder.engine_on(world.device).name} on {world.device}, {settings.precision}, {torch.get_num_threads()} threads, "
-        f"{settings.workers} workers, {world.size} process{'es' if world.size > 1 else ''}",
+        f"{encoder.engine_on(world.device).name} on {world.device}, {settings.precision}, "
+        f"{torch.get_num_threads()} threads, {settings.workers} workers, "
+        f"{world.size} process{'es' if world.size > 1 else ''}",
         f"images {settings.img_size[0]}×{settings.img_size[1]}: {visible} of {h * w} patches "
         "visible, the others to reconstruct",
         f"{plan.total_steps} steps of {config.batch_size} images: {plan.epochs} epochs over "

@@ -26,6 +26,7 @@ from fcmae.task import Interrupted
 from fcmae.weights import BEST
 from finetune.augment import seeded
 from finetune.model import set_training
+from sparse.devices import to_device
 from sparse.errors import RunError
 
 TOP = 5
@@ -231,7 +232,7 @@ class FinetuneTask:
         device = self._world.device
         images = normalise(batch.images, self._mean, self._std, device)
         images = images.contiguous(memory_format=torch.channels_last)
-        return images, batch.labels.to(device, non_blocking=device.type == "cuda")
+        return images, to_device(batch.labels, device)
 
     def _record_bad(self, bad: list[tuple[str, str]]) -> None:
         everywhere = [entry for entries in self._world.gather(bad) for entry in entries]

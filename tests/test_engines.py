@@ -203,3 +203,19 @@ def test_auto_is_resolved_by_the_device_of_the_images():
     assert encoder.engine_on(torch.device("meta")).name == "patch"
     half = encoder.to(torch.bfloat16)
     assert half.engine_on(torch.device("cpu")).name == "patch"
+
+
+@pytest.mark.parametrize(("device", "waits"), [("mps", True), ("cpu", True), ("cuda", False)])
+def test_only_copies_to_cuda_do_not_wait(device, waits, monkeypatch):
+    """Index tables are temporaries: MPS could read them after their memory is reused."""
+    asked = []
+
+    def record(tensor, *arguments, non_blocking=False, **_):
+        asked.append(non_blocking)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    for engine in ("patch", "dense"):
+        get_engine(engine, device).sites(make_mask("ragged", 2, 3, 3), torch.device(device))
+    assert asked
+    assert set(asked) == {not waits}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fcmae.data.decode import Pixels
+from sparse.devices import to_device
 
 
 @dataclass
@@ -72,8 +73,7 @@ def normalise(
     The copy to the device is of the bytes, and does not wait where the batch is pinned.
     """
     units = 255.0 if images.dtype == torch.uint8 else 1.0
-    on_cuda = torch.device(device).type == "cuda"  # others may read before it arrives
-    scaled = images.to(device, non_blocking=on_cuda).to(torch.float32, copy=True)
+    scaled = to_device(images, device).to(torch.float32, copy=True)
     std_C = torch.tensor(std, dtype=torch.float32, device=scaled.device)
     mean_C = torch.tensor(mean, dtype=torch.float32, device=scaled.device)
     scaled.mul_((1 / (units * std_C)).view(1, -1, 1, 1))

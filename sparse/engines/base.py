@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse.devices import to_device
 from sparse.engines.windows import Windows, windowed_depthwise
 
 PIECE = 4 * 2**20
@@ -38,7 +39,7 @@ class ImageRows:
         self.uniform = bool((counts_B == counts_B[0]).all())
         self.per_image = int(counts_B[0])
         if not self.uniform:
-            self.index = torch.repeat_interleave(counts_B).to(device, non_blocking=True)
+            self.index = to_device(torch.repeat_interleave(counts_B), device)
 
     @classmethod
     def equal(cls, batch: int, per_image: int, device: torch.device) -> ImageRows:
@@ -156,7 +157,7 @@ class PackedSites:
         device: torch.device,
     ) -> None:
         self.shape, self.side, self.images = shape, side, images
-        self.index_N = index_N.to(device, non_blocking=True)
+        self.index_N = to_device(index_N, device)
         self.windows = Windows(index_N, shape, side, device)
 
     def stem(self, images_BCHW: Tensor, weight_OI44: Tensor, bias_O: Tensor) -> Tensor:

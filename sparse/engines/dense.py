@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparse.devices import to_device
 from sparse.engines.base import ImageRows, hide
 from sparse.sizes import PATCH, STRIDES
 
@@ -30,7 +31,7 @@ class DenseSites:
         self.shape = (hidden.shape[0], hidden.shape[1], hidden.shape[2])
         self.visible_N1: Tensor | None = None
         if hidden.any():
-            self.visible_N1 = (~hidden).reshape(-1, 1).to(device, torch.float32, non_blocking=True)
+            self.visible_N1 = to_device((~hidden).reshape(-1, 1), device, torch.float32)
         self.images = ImageRows.equal(self.shape[0], self.shape[1] * self.shape[2], device)
 
     def map_of(self, x_NC: Tensor) -> Tensor:

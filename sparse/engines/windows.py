@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparse.depthwise import correlate
+from sparse.devices import to_device
 
 HALO = 3
 """Sites around a window that a 7×7 kernel reaches."""
@@ -56,15 +57,15 @@ class Windows:
         halo, core = halo[used], core[used]
 
         self.count = len(core)
-        self.halo = halo.flatten().to(device, non_blocking=True)
-        self.core = core.flatten().to(device, non_blocking=True)
+        self.halo = to_device(halo.flatten(), device)
+        self.core = to_device(core.flatten(), device)
         # The same with the windows running fastest, for weight gradients.
-        self.halo_last = halo.permute(1, 2, 0).flatten().to(device, non_blocking=True)
-        self.core_last = core.permute(1, 2, 0).flatten().to(device, non_blocking=True)
+        self.halo_last = to_device(halo.permute(1, 2, 0).flatten(), device)
+        self.core_last = to_device(core.permute(1, 2, 0).flatten(), device)
         self.rows: Tensor | None = None
         if not patches:
             self.rows = (core.flatten() < rows).nonzero().flatten()
-            self.rows = self.rows[core.flatten()[self.rows].argsort()].to(device)
+            self.rows = to_device(self.rows[core.flatten()[self.rows].argsort()], device)
 
     def with_halo(self, rows_NC: Tensor) -> Tensor:
         """Rows → windows (G, C, h+6, w+6), channels last in memory, zeros where nothing is."""
