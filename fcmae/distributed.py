@@ -100,7 +100,7 @@ class OnHost:
         self._arrived: torch.cuda.Event | None = None
         if values.is_cuda:
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> list[float]:
         if self._arrived is not None:
@@ -150,12 +150,12 @@ def join_world(device: torch.device) -> Iterator[World]:
 
     Gradients travel by nccl between GPUs and by gloo between CPUs; control messages by gloo.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield World(0, 1, device)
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     rank = int(os.environ["RANK"])
     dist.init_process_group(backend, store=_store(), rank=rank, world_size=size, timeout=PATIENCE)
