@@ -20,7 +20,9 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """`auto` → bf16 on GPUs that have it, else fp32: on CPUs all engines then agree to 1e-5."""
     if precision != "auto":
         return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def cpu_multiplies_bf16() -> bool:

@@ -1,0 +1,50 @@
+"""Devices that this machine may not have: what a run asks of them, seen from outside."""
+
+import pytest
+import torch
+
+from fcmae.distributed import OnHost, join_world
+from fcmae.resources import resolve_precision
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_emulated_bfloat16_is_not_chosen(native, precision, monkeypatch):
+    """GPUs without bfloat16 emulate it, slower than float32."""
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
+    assert resolve_precision("auto", torch.device("cuda")) == precision
+    assert resolve_precision("auto", torch.device("cpu")) == "fp32"
+
+
+def test_one_process_computes_on_the_gpu_that_it_is_given(monkeypatch):
+    """Else streams and events are those of cuda:0."""
+    chosen = []
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join_world(torch.device("cuda:1")) as world:
+        assert world.size == 1
+    assert chosen == [torch.device("cuda:1")]
+
+
+def test_values_are_waited_for_on_their_own_device(monkeypatch):
+    recorded = []
+
+    class Event:
+        def record(self, stream):
+            recorded.append(stream)
+
+        def synchronize(self):
+            pass
+
+    class Values:
+        is_cuda, device = True, torch.device("cuda:1")
+
+        def to(self, *_, **__):
+            return [1.0, 2.0]
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: f"stream of {device}")
+    assert OnHost(Values()).read() == [1.0, 2.0]
+    assert recorded == ["stream of cuda:1"]
