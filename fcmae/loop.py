@@ -32,7 +32,7 @@ from fcmae.plan import Clock, Plan, Signals
 from fcmae.resume import asked_settings
 from fcmae.run import RunFolder, check_bad_share, check_skips, names_of, versions
 from fcmae.task import Interrupted, Task
-from fcmae.update import RunningStatistics, Update, gradient_norm
+from fcmae.update import RunningStatistics, Update, check_gate, gradient_norm
 from sparse.errors import RunError
 
 MOST_SAVE_FAILURES = 3
@@ -68,6 +68,7 @@ class Loop:
         self.epoch_end_due = False
         self._save_failures, self._bad_seen = 0, set[str]()
         self._unchecked: Update | None = None
+        check_gate(task.optimizer)
         self._statistics = RunningStatistics(task.model if plan.nonfinite == "skip" else None)
         self.forward: nn.Module = task.model
         if world.size > 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fcmae.distributed import OnHost
+from sparse.errors import InputError
 
 
 class Update(NamedTuple):
@@ -21,6 +22,20 @@ class Update(NamedTuple):
     step: int
     values: OnHost
     read: list[Tensor]
+
+
+def check_gate(optimizer: torch.optim.Optimizer) -> None:
+    """Make sure that an optimizer obeys `found_inf`, by which an update that is not finite is
+    skipped without waiting for the device.
+
+    Raises:
+        InputError: it would apply such an update.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise InputError(
+            f"optimizer {type(optimizer).__name__} ignores found_inf, so a loss that is not finite "
+            "would destroy the weights: use one that supports it, such as AdamW(fused=True)"
+        )
 
 
 def gradient_norm(model: nn.Module, clip: float | None) -> Tensor:
