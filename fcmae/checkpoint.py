@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fcmae.atomic import sync
@@ -36,17 +36,42 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds.
+    """What a checkpoint is made of, to be saved.
 
     Attributes:
         tensors: by file: `model`, `optimizer` and, where there is one, `ema`; then by name.
         state: JSON: the position, settings and versions.
-        path: where it was read from.
     """
 
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
-    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A verified checkpoint on the disk: its folder and its `state.json`.
+
+    Tensors are read when they are asked for, so that a run does not hold a second copy of them.
+    """
+
+    path: Path
+    state: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Read one of its files, such as `model`; {} where it has none of that name.
+
+        Raises:
+            InputError: the file can't be read.
+        """
+        file = self.path / f"{name}.safetensors"
+        if not file.exists():
+            return {}
+        try:
+            with safe_open(file, "pt") as content:
+                # Copies, since what safetensors gives is mapped from the file and would keep it.
+                return {key: content.get_tensor(key).clone() for key in content.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"checkpoint {self.path} can't be read: {error}") from error
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -122,8 +147,8 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint folder after verifying it.
+def load_checkpoint(path: Path) -> SavedCheckpoint:
+    """Open a checkpoint folder after verifying it.
 
     Raises:
         InputError: missing or damaged; says why.
@@ -134,10 +159,23 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"checkpoint {path} can't be used: {reason}; choose another, or --resume auto, which "
             "takes the newest good one"
         )
+    return _open(path)
+
+
+def newest_checkpoint(folder: Path) -> SavedCheckpoint | None:
+    """Open the newest checkpoint that verifies; logs which newer ones were passed over, and why.
+
+    Raises:
+        InputError: it verifies, but is of another format.
+    """
+    newest = newest_good(folder)
+    return None if newest is None else _open(newest)
+
+
+def _open(path: Path) -> SavedCheckpoint:
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"checkpoint {path} can't be read: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"checkpoint {path} has another format than {FORMAT}: use its own version")
@@ -147,7 +185,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 f"checkpoint {path} can't be used: its {STATE} has no {key} that is a "
                 f"{kind.__name__}; choose another"
             )
-    return Checkpoint(tensors, state, path)
+    return SavedCheckpoint(path, state)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fcmae import rng
 from fcmae.checkpoint import (
     Checkpoint,
+    SavedCheckpoint,
     load_model_tensors,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -75,15 +76,15 @@ class Loop:
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.forward = DistributedDataParallel(task.model, device_ids=ids)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: SavedCheckpoint) -> None:
         """Go on from a checkpoint.
 
         Raises:
             InputError: it is of another model.
         """
-        load_model_tensors(self.task.model, checkpoint.tensors["model"])
+        load_model_tensors(self.task.model, checkpoint.tensors("model"))
         names = names_of(self.task.model)
-        load_optimizer_tensors(self.task.optimizer, names, checkpoint.tensors.get("optimizer", {}))
+        load_optimizer_tensors(self.task.optimizer, names, checkpoint.tensors("optimizer"))
         self.task.restore(checkpoint)
         self.step = checkpoint.state["step"]
         self.epoch_end_due = checkpoint.state["epoch_end_due"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fcmae import rng
-from fcmae.checkpoint import Checkpoint
+from fcmae.checkpoint import SavedCheckpoint
 from fcmae.config import RUNTIME_KEYS, PretrainConfig
 from fcmae.console import show_logs
 from fcmae.convert import export_folder
@@ -142,7 +142,7 @@ def pretrain(config: PretrainConfig) -> int:
 
 
 def _find_files(
-    config: PretrainConfig, start: Checkpoint | None
+    config: PretrainConfig, start: SavedCheckpoint | None
 ) -> tuple[FileList, FileList, FileList]:
     """All files, those to train on and those held out: as stored where a run goes on."""
     began = time.perf_counter()
@@ -172,7 +172,7 @@ def _resolve(
     img_size: tuple[int, int],
     train: FileList,
     world: World,
-    start: Checkpoint | None,
+    start: SavedCheckpoint | None,
 ) -> Settings:
     mean, std = _mean_std(config, img_size, train, start)
     if start is None and world.is_main:
@@ -187,7 +187,10 @@ def _resolve(
 
 
 def _mean_std(
-    config: PretrainConfig, img_size: tuple[int, int], train: FileList, start: Checkpoint | None
+    config: PretrainConfig,
+    img_size: tuple[int, int],
+    train: FileList,
+    start: SavedCheckpoint | None,
 ) -> MeanStd:
     if start is not None:
         return start.state["settings"]["mean"], start.state["settings"]["std"]

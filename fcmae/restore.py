@@ -7,27 +7,31 @@ from typing import Any
 
 import torch
 
-from fcmae.checkpoint import Checkpoint, load_checkpoint, load_model_tensors, newest_good
+from fcmae.checkpoint import (
+    MANIFEST,
+    SavedCheckpoint,
+    load_checkpoint,
+    load_model_tensors,
+    newest_checkpoint,
+)
 from fcmae.model import FCMAE
 from sparse import SparseConvNeXtV2
 from sparse.errors import InputError
 
 
-def load_run_checkpoint(run: str) -> Checkpoint:
+def load_run_checkpoint(run: str) -> SavedCheckpoint:
     """The newest good checkpoint of a pretraining run, or the checkpoint folder itself.
 
     Raises:
         InputError: there is none, or it is not of pretraining.
     """
     path = Path(run)
-    if not (path / "manifest.json").exists():
-        newest = newest_good(path / "checkpoints")
-        if newest is None:
-            raise InputError(
-                f"{run!r} holds no good checkpoint: give the --out folder of `fcmae pretrain`"
-            )
-        path = newest
-    checkpoint = load_checkpoint(path)
+    named = (path / MANIFEST).exists()
+    checkpoint = load_checkpoint(path) if named else newest_checkpoint(path / "checkpoints")
+    if checkpoint is None:
+        raise InputError(
+            f"{run!r} holds no good checkpoint: give the --out folder of `fcmae pretrain`"
+        )
     if checkpoint.state.get("command") != "pretrain":
         raise InputError(
             f"{run!r} is a run of `fcmae {checkpoint.state.get('command')}`, which has no decoder: "
@@ -36,7 +40,7 @@ def load_run_checkpoint(run: str) -> Checkpoint:
     return checkpoint
 
 
-def build_model(checkpoint: Checkpoint, device: torch.device) -> tuple[FCMAE, dict[str, Any]]:
+def build_model(checkpoint: SavedCheckpoint, device: torch.device) -> tuple[FCMAE, dict[str, Any]]:
     """The model of a checkpoint in evaluation mode, and the settings it was trained with."""
     settings = checkpoint.state["settings"]
     encoder = SparseConvNeXtV2(
@@ -47,5 +51,5 @@ def build_model(checkpoint: Checkpoint, device: torch.device) -> tuple[FCMAE, di
         encoder, settings["decoder"]["dim"], settings["decoder"]["depth"], settings["mask_ratio"],
         settings["norm_pix_loss"],
     )  # fmt: skip
-    load_model_tensors(model, checkpoint.tensors["model"])
+    load_model_tensors(model, checkpoint.tensors("model"))
     return model.to(device).eval(), settings

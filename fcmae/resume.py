@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fcmae.atomic import check_out_folder
-from fcmae.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, newest_good
+from fcmae.checkpoint import SavedCheckpoint, list_checkpoints, load_checkpoint, newest_checkpoint
 from fcmae.data.files import FileList
 from fcmae.settings import differences, flatten, read_yaml, to_dict
 from sparse.errors import InputError
@@ -21,7 +21,7 @@ _PATHS = {"data": (), "weights": ("none",), "init_from": (), "resume": ("auto", 
 _log = logging.getLogger(__name__)
 
 
-def find_start(config: Any, command: str, runtime_keys: frozenset[str]) -> Checkpoint | None:
+def find_start(config: Any, command: str, runtime_keys: frozenset[str]) -> SavedCheckpoint | None:
     """Decide where a run begins: at a checkpoint, or (None) at the start. Writes nothing.
 
     Args:
@@ -48,29 +48,26 @@ def find_start(config: Any, command: str, runtime_keys: frozenset[str]) -> Check
     if config.resume not in ("auto", "never"):
         checkpoint = _named(config, saved)
     elif saved:
-        newest = newest_good(out / "checkpoints")
-        if newest is None:
+        checkpoint = newest_checkpoint(out / "checkpoints")
+        if checkpoint is None:
             raise InputError(
                 f"all {len(saved)} checkpoints in {config.out!r} are damaged: give another "
                 "--out to start anew"
             )
-        checkpoint = load_checkpoint(newest)
     else:
         return None
     _check_same_run(config, command, runtime_keys, checkpoint)
     return checkpoint
 
 
-def _named(config: Any, saved: list[Path]) -> Checkpoint:
+def _named(config: Any, saved: list[Path]) -> SavedCheckpoint:
     """The checkpoint that `resume` names, or the newest that came of going on from it: the same
     command given again goes on, and does not begin there once more."""
     named = Path(config.resume)
-    newest = newest_good(Path(config.out) / "checkpoints")
-    if newest is not None:
-        since = load_checkpoint(newest)
-        if since.state["asked"].get("resume") == asked_settings(config)["resume"]:
-            _log.info("going on with what came of %s, not from there again", named)
-            return since
+    since = newest_checkpoint(Path(config.out) / "checkpoints")
+    if since is not None and since.state["asked"].get("resume") == asked_settings(config)["resume"]:
+        _log.info("going on with what came of %s, not from there again", named)
+        return since
     if not named.is_dir():
         there = f" or one of {', '.join(map(str, saved))}" if saved else " or a checkpoint's path"
         raise InputError(f"resume {config.resume!r} is no checkpoint: give auto, never{there}")
@@ -104,7 +101,7 @@ def _check_unused(out: Path) -> None:
 
 
 def _check_same_run(
-    config: Any, command: str, runtime_keys: frozenset[str], checkpoint: Checkpoint
+    config: Any, command: str, runtime_keys: frozenset[str], checkpoint: SavedCheckpoint
 ) -> None:
     was_command = checkpoint.state.get("command")
     if was_command != command:
@@ -161,13 +158,12 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def stored_files(found: FileList | None, start: Checkpoint, name: str) -> FileList:
+def stored_files(found: FileList | None, start: SavedCheckpoint, name: str) -> FileList:
     """The files that a run which goes on began with.
 
     Of those `found` now, if any are known, the ones that came later are ignored with a notice;
     vanished ones will count as unreadable.
     """
-    assert start.path is not None
     stored = FileList.load(start.path.parent.parent / name)
     if found is not None and len(found) > len(stored):
         _log.info("%d files more than when the run began are ignored", len(found) - len(stored))

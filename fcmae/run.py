@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fcmae import __version__
-from fcmae.checkpoint import Checkpoint, forget_after
+from fcmae.checkpoint import SavedCheckpoint, forget_after
 from fcmae.settings import save_yaml
 from sparse.errors import InputError, RunError
 
@@ -146,7 +146,7 @@ class RunFolder:
         threading.excepthook = self._hook
 
 
-def open_run(config: Any, command: str, start: Checkpoint | None) -> RunFolder:
+def open_run(config: Any, command: str, start: SavedCheckpoint | None) -> RunFolder:
     """The folder of a run that begins anew, or at a checkpoint."""
     if start is None:
         return RunFolder(config, command, 0)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fcmae.checkpoint import Checkpoint
+from fcmae.checkpoint import SavedCheckpoint
 from fcmae.data.loader import Batch, normalise
 from fcmae.model import FCMAE
 
@@ -53,7 +53,7 @@ class Task(Protocol):
         """Further JSON to save."""
         ...
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: SavedCheckpoint) -> None:
         """Take back what `extra_tensors` and `extra_state` gave."""
         ...
 
@@ -120,5 +120,5 @@ class PretrainTask:
     def extra_state(self) -> dict[str, Any]:
         return {}
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: SavedCheckpoint) -> None:
         pass

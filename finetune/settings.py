@@ -10,7 +10,7 @@ from typing import Any
 from timm.data.mixup import Mixup
 from torch import nn
 
-from fcmae.checkpoint import Checkpoint
+from fcmae.checkpoint import SavedCheckpoint
 from fcmae.convert import timm_config
 from fcmae.data.labelled import LabelledData, Split
 from fcmae.data.loader import measure_mean_std, steps_per_epoch, warn_if_far_off
@@ -61,7 +61,7 @@ def resolve_settings(
     data: LabelledData,
     origin: Start,
     world: World,
-    start: Checkpoint | None,
+    start: SavedCheckpoint | None,
 ) -> Settings:
     """Resolve a config; where a run goes on, mean and std are as it began."""
     per_epoch = steps_per_epoch(len(data.train.files), config.batch_size)
@@ -97,7 +97,7 @@ def _mean_std(
     img_size: tuple[int, int],
     train: Split,
     origin: Start,
-    start: Checkpoint | None,
+    start: SavedCheckpoint | None,
 ) -> MeanStd:
     if start is not None:
         return start.state["settings"]["mean"], start.state["settings"]["std"]

@@ -15,7 +15,7 @@ from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fcmae.checkpoint import Checkpoint, load_model_tensors
+from fcmae.checkpoint import SavedCheckpoint, load_model_tensors
 from fcmae.convert import write_timm_folder
 from fcmae.data.batch import normalise
 from fcmae.data.evaluation import LabelledBatch
@@ -163,10 +163,10 @@ class FinetuneTask:
     def extra_state(self) -> dict[str, Any]:
         return {"best": self.best_score}
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: SavedCheckpoint) -> None:
         if self.ema is not None:
-            load_model_tensors(self.ema.model, checkpoint.tensors["ema"])
-        self.best = checkpoint.tensors.get(BEST)
+            load_model_tensors(self.ema.model, checkpoint.tensors("ema"))
+        self.best = checkpoint.tensors(BEST) or None
         self.best_score = checkpoint.state["best"]
         if self._folder is not None:
             self.write_best(self._folder.path / BEST)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fcmae import rng
-from fcmae.checkpoint import Checkpoint
+from fcmae.checkpoint import SavedCheckpoint
 from fcmae.console import show_logs
 from fcmae.data.duplicates import Duplicate, report_duplicates, write_duplicates
 from fcmae.data.evaluation import EvalDataset, batches_of, collate_labelled
@@ -150,7 +150,7 @@ def _find_duplicates(
     return report_duplicates(config.near_duplicates, data, config.workers, world.device)
 
 
-def _find_data(config: FinetuneConfig, start: Checkpoint | None) -> LabelledData:
+def _find_data(config: FinetuneConfig, start: SavedCheckpoint | None) -> LabelledData:
     """The pictures and classes: as stored where a run goes on, whatever is there now."""
     found = None
     try:
@@ -175,7 +175,7 @@ def _find_data(config: FinetuneConfig, start: Checkpoint | None) -> LabelledData
 
 
 def _stored_data(
-    config: FinetuneConfig, start: Checkpoint, found: LabelledData | None
+    config: FinetuneConfig, start: SavedCheckpoint, found: LabelledData | None
 ) -> LabelledData:
     def stored(name: str, there: Split | None) -> Split:
         files = stored_files(None if there is None else there.files, start, name)
@@ -190,7 +190,7 @@ def _stored_data(
     )
 
 
-def _find_model(config: FinetuneConfig, start: Checkpoint | None) -> Start:
+def _find_model(config: FinetuneConfig, start: SavedCheckpoint | None) -> Start:
     """The model and its weights; a run that goes on needs the weights no more."""
     if start is None:
         return find_model(config.model, config.weights, config.in_chans)

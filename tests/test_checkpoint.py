@@ -8,15 +8,18 @@ from torch import nn
 
 from fcmae.checkpoint import (
     Checkpoint,
+    _describe,
     damage,
     list_checkpoints,
     load_checkpoint,
     load_model_tensors,
     load_optimizer_tensors,
+    newest_checkpoint,
     newest_good,
     optimizer_tensors,
     save_checkpoint,
 )
+from fcmae.update import check_gate
 from sparse.errors import InputError
 
 
@@ -31,8 +34,8 @@ def test_what_is_saved_comes_back(tmp_path):
     path = save_checkpoint(tmp_path, 12, example(), keep=2)
     assert path.name == "step-00000012"
     back = load_checkpoint(path)
-    assert torch.equal(back.tensors["model"]["a"], torch.ones(3))
-    assert back.tensors["optimizer"]["a/step"].shape == ()
+    assert torch.equal(back.tensors("model")["a"], torch.ones(3))
+    assert back.tensors("optimizer")["a/step"].shape == ()
     assert back.state == {"format": 1, "step": 12, **example().state}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["step-00000012"]
 
@@ -109,7 +112,7 @@ def test_a_damaged_one_of_the_same_step_is_replaced(tmp_path):
     path = save_checkpoint(tmp_path, 1, example(1), keep=2)
     (path / "model.safetensors").write_bytes(b"")
     save_checkpoint(tmp_path, 1, example(2), keep=2)
-    assert load_checkpoint(path).tensors["model"]["a"][0] == 2
+    assert load_checkpoint(path).tensors("model")["a"][0] == 2
 
 
 def test_what_a_crash_left_is_cleared(tmp_path):
@@ -148,3 +151,31 @@ def test_optimizer_state_goes_by_name():
 def test_another_architecture_names_both_sides():
     with pytest.raises(InputError, match=r"weight is \(2, 4\) there and \(2, 3\) in this model"):
         load_model_tensors(nn.Linear(3, 2), nn.Linear(4, 2).state_dict())
+
+
+def test_a_resume_verifies_each_file_once_and_holds_no_tensors(tmp_path, monkeypatch):
+    for step in (1, 2):
+        path = save_checkpoint(tmp_path, step, example(step), keep=2)
+    read = []
+    monkeypatch.setattr(
+        "fcmae.checkpoint._describe",
+        lambda file, real=_describe: (read.append(file), real(file))[1],
+    )
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.tensors("model")["a"][0] == 2
+    assert sorted(read) == [
+        path / name for name in sorted(("model.safetensors", "optimizer.safetensors", "state.json"))
+    ]
+    assert vars(newest).keys() == {"path", "state"}
+    assert newest.tensors("ema") == {}
+
+
+def test_an_optimizer_without_the_gate_is_refused():
+    """It would apply an update whose loss is not finite."""
+    model = nn.Linear(2, 2)
+    check_gate(torch.optim.AdamW(model.parameters(), fused=True))
+    check_gate(torch.optim.SGD(model.parameters(), fused=True))
+    for optimizer in (torch.optim.AdamW(model.parameters()), torch.optim.Rprop(model.parameters())):
+        with pytest.raises(InputError, match="ignores found_inf"):
+            check_gate(optimizer)
