@@ -92,6 +92,10 @@ class World:
             dist.barrier(group=self.control)
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+"""The world of a run of one process on the CPU."""
+
+
 class OnHost:
     """Values on their way from a device to the host, which waits for them only when it reads."""
 

@@ -15,7 +15,7 @@ from fcmae.console import show_logs
 from fcmae.data.duplicates import report_duplicates
 from fcmae.data.evaluation import tell_left_out
 from fcmae.data.labelled import LabelledData, check_known, find_labelled
-from fcmae.distributed import resolve_device
+from fcmae.distributed import World, resolve_device
 from fcmae.features import Backbone, load_backbone, random_backbone
 from fcmae.probing import labelled_features, measure
 from fcmae.resources import resolve_workers
@@ -53,7 +53,7 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
         _check_classes(config, backbone.file, data)
     alike = {}
     if config.near_duplicates is not None:  # first, since a folder that is none ends the command
-        found = report_duplicates(config.near_duplicates, data, config.workers, device)
+        found = report_duplicates(config.near_duplicates, data, config.workers, World(0, 1, device))
         alike["near_duplicates"] = [entry._asdict() for entry in found]
     result = _measured(backbone, data, config)
     if config.baseline:

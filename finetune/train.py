@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from fcmae import rng
 from fcmae.checkpoint import SavedCheckpoint
 from fcmae.console import show_logs
-from fcmae.data.duplicates import Duplicate, report_duplicates, write_duplicates
+from fcmae.data.duplicates import report_duplicates, write_duplicates
 from fcmae.data.evaluation import EvalDataset, batches_of, collate_labelled
 from fcmae.data.labelled import LabelledData, Split, find_labelled, labels_of
 from fcmae.data.loader import StepSampler, check_parts, make_loader
@@ -97,7 +97,9 @@ def finetune(config: FinetuneConfig) -> int:
         size = checkpoint_bytes(model, copies=1 + (config.ema_decay is not None))
         if sampler.start_step < plan.total_steps:
             check_disk(config, size)
-        duplicates = _find_duplicates(config, data, world)
+        duplicates = None
+        if config.near_duplicates is not None:
+            duplicates = report_duplicates(config.near_duplicates, data, config.workers, world)
         optimizer = make_optimizer(model, config.optim)
         # Nobody writes before everybody has checked.
         lists = data.train.files, data.val.files
@@ -139,15 +141,6 @@ def finetune(config: FinetuneConfig) -> int:
         finally:
             if folder is not None:
                 folder.close()
-
-
-def _find_duplicates(
-    config: FinetuneConfig, data: LabelledData, world: World
-) -> list[Duplicate] | None:
-    """Near-duplicates of validation pictures, where asked for, on the main process."""
-    if config.near_duplicates is None or not world.is_main:
-        return None
-    return report_duplicates(config.near_duplicates, data, config.workers, world.device)
 
 
 def _find_data(config: FinetuneConfig, start: SavedCheckpoint | None) -> LabelledData:

@@ -1,14 +1,19 @@
 """Near-duplicates among photographs: copies are found, other pictures and mirrored ones are not."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from fcmae.data.duplicates import MOST_BITS, Duplicate, find_duplicates, perceptual_hash
 from fcmae.data.files import FileList, find_images
+from fcmae.distributed import World
 from fcmae.samples import photograph
 from sparse.errors import RunError
 from tests.conftest import write_pictures
@@ -118,3 +123,30 @@ def test_a_reader_that_died_is_told(pictures: Path, monkeypatch: pytest.MonkeyPa
     files = find_images(str(pictures))
     with pytest.raises(RunError, match=r"killed by signal.*fewer --workers"):
         find_duplicates(files, files, 0)
+
+
+class Threads(World):
+    """Two processes of a run, played by two threads."""
+
+    items: dict[int, Any] = {}  # noqa: RUF012
+    meeting = threading.Barrier(2, timeout=60)
+
+    def gather(self, item: Any) -> list[Any]:
+        self.items[self.rank] = item
+        self.meeting.wait()
+        found = [self.items[0], self.items[1]]
+        self.meeting.wait()
+        return found
+
+
+def test_processes_share_the_search(photographs: Path, copies: Path) -> None:
+    """None waits for another that searches alone, and each has the result of one process."""
+    files, originals = find_images(str(copies)), find_images(str(photographs))
+
+    def search(rank: int) -> list[Duplicate]:
+        world = Threads(rank, 2, torch.device("cpu"))
+        return find_duplicates(files, originals, 0, world)
+
+    with ThreadPoolExecutor(2) as pool:
+        shared = list(pool.map(search, range(2)))
+    assert shared == [find_duplicates(files, originals, 0)] * 2

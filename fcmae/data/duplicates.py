@@ -30,6 +30,7 @@ from fcmae.data.evaluation import SHOWN, batches_of
 from fcmae.data.files import FileList, find_images
 from fcmae.data.labelled import LabelledData
 from fcmae.data.loader import lost_workers, make_loader
+from fcmae.distributed import ALONE, World
 from fcmae.resources import resolve_workers
 from fcmae.settings import MAX_PIXELS
 
@@ -94,43 +95,68 @@ def perceptual_hash(path: str | bytes) -> Hash | None:
 
 
 def find_duplicates(
-    files: FileList, others: FileList, workers: int, shown: bool = False
+    files: FileList,
+    others: FileList,
+    workers: int,
+    world: World = ALONE,
+    shown: bool = False,
 ) -> list[Duplicate]:
     """Find the pictures in `files` that are near-duplicates of one in `others`, its nearest.
+
+    Args:
+        world: the processes that share the work, each with the whole result in the end. None of
+            them waits for another that works alone: a collective would time out.
+        shown: with a progress bar, on terminals.
 
     Raises:
         RunError: a process that reads pictures died.
     """
-    if not len(files) or not len(others):
-        return []
-    wanted, wanted_at = _hashes(others, workers, "hashes of val" if shown else None)
-    found, found_at = _hashes(files, workers, "hashes to compare" if shown else None)
-    if not len(wanted) or not len(found):
-        return []
-    result = []
+    wanted, wanted_at = _hashes(others, workers, world, "hashes of val" if shown else None)
+    parts = world.gather((wanted, wanted_at))
+    wanted = np.concatenate([part[0] for part in parts])
+    wanted_at = [index for part in parts for index in part[1]]
+    found, found_at = _hashes(files, workers, world, "hashes to compare" if shown else None)
+    own = _nearest(files, found, found_at, others, wanted, wanted_at)
+    everywhere = [entry for part in world.gather(own) for entry in part]
+    return [entry for _, entry in sorted(everywhere)]
+
+
+def _nearest(
+    files: FileList, found: Hash, found_at: Sequence[int],
+    others: FileList, wanted: Hash, wanted_at: Sequence[int],
+) -> list[tuple[int, Duplicate]]:  # fmt: skip
+    """(position, duplicate) of those of `found` that are near one of `wanted`."""
+    result: list[tuple[int, Duplicate]] = []
+    if not len(wanted):
+        return result
     signs = _signs(wanted)
     for start in range(0, len(found), _AT_ONCE):
         alike = _signs(found[start : start + _AT_ONCE]) @ signs.T
         best = alike.max(1)
         bits = ((BITS - best.values) / 2).round().int()
         for place in (bits <= MOST_BITS).nonzero().flatten().tolist():
-            near = int(best.indices[place])
-            name, of = files.name(int(found_at[start + place])), others.name(int(wanted_at[near]))
-            result.append(Duplicate(name, of, int(bits[place])))
+            index, near = found_at[start + place], wanted_at[int(best.indices[place])]
+            entry = Duplicate(files.name(index), others.name(near), int(bits[place]))
+            result.append((index, entry))
     return result
 
 
 def report_duplicates(
-    images: str, data: LabelledData, workers: str | int, device: torch.device
+    images: str, data: LabelledData, workers: str | int, world: World
 ) -> list[Duplicate]:
     """Say which pictures of a folder are near-duplicates of pictures in val, and return them.
+
+    All processes of `world` share the work; the main one reports.
 
     Raises:
         InputError: no pictures there.
         RunError: a process that reads pictures died.
     """
     files = find_images(images, setting="near_duplicates")
-    found = find_duplicates(files, data.val.files, resolve_workers(workers, device), shown=True)
+    processes = resolve_workers(workers, world.device)
+    found = find_duplicates(files, data.val.files, processes, world, shown=world.is_main)
+    if not world.is_main:
+        return found
     for entry in found[:SHOWN]:
         _log.warning(
             "near-duplicate of a validation picture: %s is like %s%s", entry.path, data.val.prefix,
@@ -152,9 +178,13 @@ def write_duplicates(found: Sequence[Duplicate], path: Path) -> None:
         file.write_text("".join(json.dumps(entry._asdict()) + "\n" for entry in found))
 
 
-def _hashes(files: FileList, workers: int, what: str | None) -> tuple[Hash, Sequence[int]]:
-    """Hashes (N, 32) of the files that have one, and which files these are."""
-    batches = batches_of(len(files), 64)
+def _hashes(
+    files: FileList, workers: int, world: World, what: str | None
+) -> tuple[Hash, Sequence[int]]:
+    """Hashes (N, 32) of this process's share of the files, and which files these are."""
+    batches = [batch for batch in batches_of(len(files), 64, world.rank, world.size) if batch]
+    if not batches:
+        return np.empty((0, 32), np.uint8), []
     loader = make_loader(_HashDataset(files), batches, workers, join=_join)
     with lost_workers():
         parts = list(tracked(loader, len(batches), what))
