@@ -103,8 +103,9 @@ def pretrain(config: PretrainConfig) -> int:
         model = build_model(fresh).to(device)
         if sampler.start_step < plan.total_steps:
             check_disk(config, checkpoint_bytes(model))
+        probed = [] if labelled is None else [labelled.train.files, labelled.val.files]
         # Nobody writes before everybody has checked.
-        world.check_same(facts(config, RUNTIME_KEYS, sampler.start_step, files))
+        world.check_same(facts(config, sampler.start_step, files, *probed))
         folder = open_run(config, "pretrain", start) if world.is_main else None
         try:
             if folder is not None:

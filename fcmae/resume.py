@@ -131,11 +131,15 @@ def asked_settings(config: Any) -> dict[str, Any]:
     return _anywhere(asked)
 
 
-def facts(config: Any, runtime_keys: frozenset[str], step: int, *lists: FileList) -> dict[str, Any]:
+_OWN = frozenset({*_PATHS, "out", "device", "workers", "probe.data", "near_duplicates"})
+"""Settings in which the processes of a run may differ, as on machines that mount a disk elsewhere;
+of the files behind the paths it is compared which they are."""
+
+
+def facts(config: Any, step: int, *lists: FileList) -> dict[str, Any]:
     """What all processes of a run must have in common: settings, where they begin, and files."""
-    spared = runtime_keys | {"data"}
     return {
-        **{k: v for k, v in flatten(to_dict(config)).items() if k.split(".")[0] not in spared},
+        **{key: value for key, value in flatten(to_dict(config)).items() if key not in _OWN},
         "a first step after": step,
         **{f"files (list {n})": (len(files), files.digest()) for n, files in enumerate(lists, 1)},
     }

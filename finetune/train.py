@@ -103,7 +103,7 @@ def finetune(config: FinetuneConfig) -> int:
         optimizer = make_optimizer(model, config.optim)
         # Nobody writes before everybody has checked.
         lists = data.train.files, data.val.files
-        world.check_same(facts(config, RUNTIME_KEYS, sampler.start_step, *lists))
+        world.check_same(facts(config, sampler.start_step, *lists))
         folder = open_run(config, "finetune", start) if world.is_main else None
         try:
             exported = exported_config(config, settings, origin.name, args, model, data.names)

@@ -135,3 +135,23 @@ def test_wrong_probes_are_refused_before_anything_is_written(
     assert main(["pretrain", "--data", str(pictures), "--out", str(out), *TINY, *given]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not out.exists()
+
+
+def test_processes_compare_what_they_probe_before_anything_is_written(
+    pictures: Path, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists that differ would leave one process waiting for the features of another."""
+    compared: list[dict[str, Any]] = []
+    monkeypatch.setattr(World, "check_same", lambda _, facts: compared.append(dict(facts)) or 1 / 0)
+    given = config(pictures, tmp_path / "run", classes)
+    image = classes / "val" / "a" / "0000.png"
+    with pytest.raises(ZeroDivisionError):
+        pretrain(given)
+    image.rename(image.with_name("moved.png"))
+    with pytest.raises(ZeroDivisionError):
+        pretrain(given)
+    image.with_name("moved.png").rename(image)
+    before, after = compared
+    assert [key for key in before if before[key] != after[key]] == ["files (list 3)"]
+    assert before["probe.epochs"] == 2
+    assert not (tmp_path / "run").exists()
