@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from fcmae.data.batch import normalise
 from fcmae.data.evaluation import LabelledBatch
 from fcmae.data.statistics import imagenet_mean_std
-from fcmae.distributed import World
-from fcmae.loop import Loop
-from fcmae.plan import Signals, make_plan
+from fcmae.train.loop import Loop
+from fcmae.train.plan import Signals, make_plan
+from fcmae.train.processes import World
 from finetune.blocks import speed_up
 from finetune.config import FinetuneConfig, FinetuneOptimConfig
 from finetune.optim import make_optimizer

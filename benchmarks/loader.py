@@ -26,12 +26,12 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
+from fcmae.config.values import MAX_PIXELS
 from fcmae.data.augment import crop_box
 from fcmae.data.decode import read_picture
 from fcmae.data.files import FileList, find_images
 from fcmae.data.loader import PretrainDataset, StepSampler, collate, make_loader, normalise
 from fcmae.data.statistics import imagenet_mean_std
-from fcmae.settings import MAX_PIXELS
 
 SIDE = 224
 SCALE = (0.2, 1.0)

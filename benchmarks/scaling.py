@@ -16,8 +16,8 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fcmae.bench import visible_share
-from fcmae.measure import example, make_step, peak_memory, time_in_turns
+from fcmae.inspect.benchmark import visible_share
+from fcmae.inspect.timing import example, make_step, peak_memory, time_in_turns
 from sparse import available_engines
 
 SIDES = (96, 160, 224, 320, 448)

@@ -20,8 +20,8 @@ from torch import Tensor
 from fcmae.data.files import find_images
 from fcmae.data.loader import PretrainDataset, StepSampler, make_loader, normalise
 from fcmae.data.statistics import imagenet_mean_std
-from fcmae.measure import WHOLE, make_step
-from fcmae.resources import resolve_workers
+from fcmae.inspect.timing import WHOLE, make_step
+from fcmae.train.machine import resolve_workers
 
 SIDE = 224
 MEAN, STD = imagenet_mean_std(3)

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fcmae.config import PretrainConfig
-    from fcmae.model import FCMAE, FCMAEOutput
+    from fcmae.config.pretraining import PretrainConfig
+    from fcmae.model.fcmae import FCMAE, FCMAEOutput
 
 __version__ = "0.1.0"
 __all__ = ["FCMAE", "FCMAEOutput", "PretrainConfig", "__version__"]
 
-_HOMES = {"FCMAE": "model", "FCMAEOutput": "model", "PretrainConfig": "config"}
+_HOMES = {
+    "FCMAE": "model.fcmae",
+    "FCMAEOutput": "model.fcmae",
+    "PretrainConfig": "config.pretraining",
+}
 
 
 def _check_sparse() -> None:

@@ -35,14 +35,14 @@ COMMANDS = {
     "pretrain": Command(
         "learn from unlabeled images by reconstructing hidden patches",
         "fcmae pretrain --data DIR --out RUN",
-        "fcmae.config:PretrainConfig",
-        "fcmae.pretrain:pretrain",
+        "fcmae.config.pretraining:PretrainConfig",
+        "fcmae.train.pretraining:pretrain",
     ),
     "convert": Command(
         "turn a pretrained sparse model into a dense one that timm loads",
         "fcmae convert RUN|CHECKPOINT --out DIR",
-        "fcmae.tool_config:ConvertConfig",
-        "fcmae.convert:convert",
+        "fcmae.config.tools:ConvertConfig",
+        "fcmae.weights.export:convert",
         "source",
     ),
     "finetune": Command(
@@ -68,56 +68,56 @@ COMMANDS = {
     "reconstruct": Command(
         "draw original, masked and reconstructed images side by side",
         "fcmae reconstruct RUN --images DIR --out FILE.png",
-        "fcmae.tool_config:ReconstructConfig",
-        "fcmae.reconstruct:reconstruct",
+        "fcmae.config.tools:ReconstructConfig",
+        "fcmae.inspect.reconstructing:reconstruct",
         "run",
     ),
     "probe": Command(
         "measure frozen features: nearest neighbours and a linear classifier",
         "fcmae probe RUN|WEIGHTS --data DIR",
-        "fcmae.tool_config:ProbeConfig",
-        "fcmae.probe:probe",
+        "fcmae.config.tools:ProbeConfig",
+        "fcmae.inspect.probing:probe",
         "source",
     ),
     "embed": Command(
         "write the features of images to a file",
         "fcmae embed RUN|WEIGHTS --images DIR --out FILE.npz",
-        "fcmae.tool_config:EmbedConfig",
-        "fcmae.embed:embed",
+        "fcmae.config.tools:EmbedConfig",
+        "fcmae.inspect.embedding:embed",
         "source",
     ),
     "diversity": Command(
         "measure whether the channels of a block have collapsed",
         "fcmae diversity RUN|WEIGHTS --images DIR",
-        "fcmae.tool_config:DiversityConfig",
-        "fcmae.diversity:diversity",
+        "fcmae.config.tools:DiversityConfig",
+        "fcmae.inspect.diversity:diversity",
         "source",
     ),
     "report": Command(
         "write a page on one or several runs: curves, pictures, settings",
         "fcmae report RUN ...",
-        "fcmae.tool_config:ReportConfig",
-        "fcmae.report:report",
+        "fcmae.config.tools:ReportConfig",
+        "fcmae.inspect.reporting:report",
         "runs",
     ),
     "samples": Command(
         "write a small labelled set of images to try things on",
         "fcmae samples DIR",
-        "fcmae.tool_config:SamplesConfig",
-        "fcmae.samples:samples",
+        "fcmae.config.tools:SamplesConfig",
+        "fcmae.data.samples:samples",
         "out",
     ),
     "doctor": Command(
         "show versions, engines, whether they agree, and how fast each is",
         "fcmae doctor",
-        "fcmae.tool_config:DoctorConfig",
-        "fcmae.doctor:doctor",
+        "fcmae.config.tools:DoctorConfig",
+        "fcmae.inspect.diagnosis:doctor",
     ),
     "bench": Command(
         "time the engines side by side: images/s, peak memory, ratios",
         "fcmae bench",
-        "fcmae.tool_config:BenchConfig",
-        "fcmae.bench:bench",
+        "fcmae.config.tools:BenchConfig",
+        "fcmae.inspect.benchmark:bench",
     ),
 }
 
@@ -224,7 +224,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _parse(command: Command, arguments: list[str]) -> Any:
-    from fcmae.options import parse  # imports jsonargparse
+    from fcmae.config.parsing import parse  # imports jsonargparse
 
     return parse(_load(command.config), arguments, command.usage, command.positional)
 

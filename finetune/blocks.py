@@ -12,20 +12,21 @@ from timm.layers.mlp import GlobalResponseNormMlp
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from sparse.depthwise import depthwise
-from sparse.engines.base import ImageRows
-from sparse.layers import LAYER_NORM_EPS, grn_mlp, weight_and_bias
+from sparse.block import weight_and_bias
+from sparse.ops.depthwise import depthwise
+from sparse.ops.grn_mlp import LAYER_NORM_EPS, grn_mlp
+from sparse.rows import ImageRows
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """See `sparse.depthwise.depthwise`."""
+    """See `sparse.ops.depthwise.depthwise`."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return depthwise(x_BCHW, *weight_and_bias(self))
 
 
 class FusedBlock(ConvNeXtBlock):
-    """A ConvNeXt V2 block (arXiv 2301.00808, figure 5): see `sparse.layers.grn_mlp`."""
+    """A ConvNeXt V2 block (arXiv 2301.00808, figure 5): see `sparse.block.grn_mlp`."""
 
     def forward(self, x: Tensor) -> Tensor:
         mlp = self.mlp

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fcmae.checkpoint import first_difference
-from fcmae.convert import CROP_PCT, default_preprocessing
+from fcmae.config.values import MAX_PIXELS
 from fcmae.data.evaluation import EvalDataset, LabelledBatch, batches_of, each_batch
 from fcmae.data.files import FileList
 from fcmae.data.labelled import Labels
-from fcmae.resources import resolve_workers
-from fcmae.settings import MAX_PIXELS
-from fcmae.weights import BEST, CONFIG_FILE, WEIGHTS_FILE, read_json, read_state
+from fcmae.train.checkpoint import first_difference
+from fcmae.train.machine import resolve_workers
+from fcmae.weights.export import CROP_PCT, default_preprocessing
+from fcmae.weights.read import BEST, CONFIG_FILE, WEIGHTS_FILE, read_json, read_state
 from finetune.blocks import speed_up
 from finetune.model import Start, build_model, timm_name
 from sparse.errors import InputError

@@ -6,8 +6,8 @@ The string under a field is its `--help` text; see fcmae/config.py.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fcmae.config import Precision
-from fcmae.settings import (
+from fcmae.config.pretraining import Precision
+from fcmae.config.values import (
     MAX_PIXELS,
     check_channels,
     check_crop,

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fcmae.atomic import check_out_file, out_file
+from fcmae.config.values import height_width, read_yaml
 from fcmae.console import show_logs
 from fcmae.data.evaluation import tell_left_out
 from fcmae.data.files import FileList, refuse_to_replace
 from fcmae.data.labelled import TRAIN, VAL, Split, check_known, find_classes, labels_of
-from fcmae.distributed import resolve_device
-from fcmae.settings import height_width, read_yaml
+from fcmae.train.processes import resolve_device
 from finetune.classifier import Classifier, load_classifier
 from finetune.settings import VAL_LIST
 from finetune.tool_config import EvaluateConfig

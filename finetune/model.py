@@ -14,9 +14,9 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fcmae.checkpoint import first_difference
-from fcmae.convert import timm_variant
-from fcmae.weights import (
+from fcmae.train.checkpoint import first_difference
+from fcmae.weights.export import timm_variant
+from fcmae.weights.read import (
     CONFIG_FILE,
     Preprocessing,
     find_weights,

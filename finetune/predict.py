@@ -11,7 +11,7 @@ from pathlib import Path
 from fcmae.atomic import check_out_file, out_file
 from fcmae.console import show_logs
 from fcmae.data.files import FileList, find_images
-from fcmae.distributed import resolve_device
+from fcmae.train.processes import resolve_device
 from finetune.classifier import load_classifier
 from finetune.tool_config import PredictConfig
 from sparse.errors import RunError

@@ -10,15 +10,15 @@ from typing import Any
 from timm.data.mixup import Mixup
 from torch import nn
 
-from fcmae.checkpoint import SavedCheckpoint
-from fcmae.convert import timm_config
+from fcmae.config.values import to_dict
 from fcmae.data.labelled import LabelledData, Split
 from fcmae.data.loader import measure_mean_std, steps_per_epoch, warn_if_far_off
 from fcmae.data.statistics import MeanStd, imagenet_mean_std, resolve_mean_std
-from fcmae.distributed import World
-from fcmae.resources import resolve_precision, resolve_workers
-from fcmae.settings import to_dict
-from fcmae.weights import Preprocessing
+from fcmae.train.checkpoint import SavedCheckpoint
+from fcmae.train.machine import resolve_precision, resolve_workers
+from fcmae.train.processes import World
+from fcmae.weights.export import timm_config
+from fcmae.weights.read import Preprocessing
 from finetune.config import FinetuneConfig
 from finetune.model import Start, classifier_names
 from sparse.errors import InputError

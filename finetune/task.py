@@ -15,15 +15,15 @@ from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fcmae.checkpoint import SavedCheckpoint, load_model_tensors
-from fcmae.convert import write_timm_folder
 from fcmae.data.batch import normalise
 from fcmae.data.evaluation import LabelledBatch
-from fcmae.distributed import World
-from fcmae.run import RunFolder, check_bad_share
-from fcmae.schedule import ema_decay
-from fcmae.task import Interrupted
-from fcmae.weights import BEST
+from fcmae.train.checkpoint import SavedCheckpoint, load_model_tensors
+from fcmae.train.optimizer import ema_decay
+from fcmae.train.processes import World
+from fcmae.train.run_folder import RunFolder, check_bad_share
+from fcmae.train.task import Interrupted
+from fcmae.weights.export import write_timm_folder
+from fcmae.weights.read import BEST
 from finetune.augment import seeded
 from finetune.model import set_training
 from sparse.devices import to_device
@@ -64,7 +64,7 @@ class Ema:
 
 
 class FinetuneTask:
-    """See `fcmae.loop.Task`.
+    """See `fcmae.train.loop.Task`.
 
     Args:
         model, optimizer: on the device.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fcmae.settings import check_range, height_width
+from fcmae.config.values import check_range, height_width
 
 
 @dataclass

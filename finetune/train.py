@@ -12,20 +12,20 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fcmae import rng
-from fcmae.checkpoint import SavedCheckpoint
+from fcmae.config.values import height_width
 from fcmae.console import show_logs
 from fcmae.data.duplicates import report_duplicates, write_duplicates
 from fcmae.data.evaluation import EvalDataset, batches_of, collate_labelled
 from fcmae.data.labelled import LabelledData, Split, find_labelled, labels_of
 from fcmae.data.loader import StepSampler, check_parts, make_loader
-from fcmae.distributed import World, join_world, resolve_device
-from fcmae.loop import Loop
-from fcmae.plan import Plan, Signals, make_plan
-from fcmae.resources import autocast_dtype, check_disk, checkpoint_bytes, disk_line
-from fcmae.resume import facts, find_start, stored_files
-from fcmae.run import open_run
-from fcmae.settings import height_width
-from fcmae.weights import BEST
+from fcmae.train.checkpoint import SavedCheckpoint
+from fcmae.train.loop import Loop
+from fcmae.train.machine import autocast_dtype, check_disk, checkpoint_bytes, disk_line
+from fcmae.train.plan import Plan, Signals, make_plan
+from fcmae.train.processes import World, join_world, resolve_device
+from fcmae.train.resume import facts, find_start, stored_files
+from fcmae.train.run_folder import open_run
+from fcmae.weights.read import BEST
 from finetune.augment import TrainDataset, recolouring
 from finetune.blocks import speed_up
 from finetune.config import RUNTIME_KEYS, FinetuneConfig

@@ -9,10 +9,11 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from sparse.block import SparseBlock, weight_and_bias
 from sparse.engines import check_engine_name, get_engine
 from sparse.engines.base import Engine, Sites, hide
 from sparse.errors import InputError
-from sparse.layers import LAYER_NORM_EPS, SparseBlock, weight_and_bias
+from sparse.ops.grn_mlp import LAYER_NORM_EPS
 from sparse.sizes import PATCH, STRIDES, resolve_size
 
 
@@ -133,7 +134,8 @@ class SparseConvNeXtV2(nn.Module):
         Raises:
             InputError: the engine asked for by name can't run there.
         """
-        key = (self.engine, device.type, self.stem[0].weight.dtype, self._compiled)
+        dtype = next(self.parameters()).dtype
+        key = (self.engine, device.type, dtype, self._compiled)
         if key not in self._engines:
             self._engines[key] = get_engine(*key)
         return self._engines[key]
@@ -147,7 +149,7 @@ class SparseConvNeXtV2(nn.Module):
         """
         check_compiler()
         self._compiled = True
-        self.engine_on(self.stem[0].weight.device)
+        self.engine_on(next(self.parameters()).device)
         self.encode = torch.compile(self.encode, fullgraph=True)  # type: ignore[method-assign]
 
     def encode(self, images_BCHW: Tensor, sites: Sequence[Sites]) -> Tensor:

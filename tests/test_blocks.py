@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from finetune.blocks import DepthwiseConv2d, FusedBlock, speed_up
-from sparse.depthwise import depthwise
+from sparse.ops.depthwise import depthwise
 
 
 def random_model(name, **options):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fcmae.checkpoint import (
+from fcmae.train.checkpoint import (
     Checkpoint,
     _describe,
     damage,
@@ -19,7 +19,7 @@ from fcmae.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from fcmae.update import check_gate
+from fcmae.train.update import check_gate
 from sparse.errors import InputError
 
 
@@ -101,7 +101,7 @@ def test_a_failing_save_leaves_the_previous_one_and_no_half(tmp_path, monkeypatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fcmae.checkpoint.sync", full)
+    monkeypatch.setattr("fcmae.train.checkpoint.sync", full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, 2, example(), keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
@@ -158,7 +158,7 @@ def test_a_resume_verifies_each_file_once_and_holds_no_tensors(tmp_path, monkeyp
         path = save_checkpoint(tmp_path, step, example(step), keep=2)
     read = []
     monkeypatch.setattr(
-        "fcmae.checkpoint._describe",
+        "fcmae.train.checkpoint._describe",
         lambda file, real=_describe: (read.append(file), real(file))[1],
     )
     newest = newest_checkpoint(tmp_path)

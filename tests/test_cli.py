@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fcmae import cli
-from fcmae.config import PretrainConfig
+from fcmae.config.pretraining import PretrainConfig
 from sparse.errors import InputError, RunError
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import finetune.config
-from fcmae.config import (
+from fcmae.config.parsing import leaves, load_config, parse
+from fcmae.config.pretraining import (
     RUNTIME_KEYS,
     AugmentConfig,
     DecoderConfig,
@@ -18,17 +19,7 @@ from fcmae.config import (
     OptimConfig,
     PretrainConfig,
 )
-from fcmae.options import leaves, load_config, parse
-from fcmae.settings import (
-    differences,
-    flatten,
-    from_dict,
-    height_width,
-    read_yaml,
-    save_yaml,
-    to_dict,
-)
-from fcmae.tool_config import (
+from fcmae.config.tools import (
     BenchConfig,
     ConvertConfig,
     DiversityConfig,
@@ -38,6 +29,15 @@ from fcmae.tool_config import (
     ReconstructConfig,
     ReportConfig,
     SamplesConfig,
+)
+from fcmae.config.values import (
+    differences,
+    flatten,
+    from_dict,
+    height_width,
+    read_yaml,
+    save_yaml,
+    to_dict,
 )
 from finetune.config import FinetuneAugmentConfig, FinetuneConfig, FinetuneOptimConfig
 from finetune.tool_config import EvaluateConfig, PredictConfig

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fcmae.distributed import OnHost, join_world
-from fcmae.resources import resolve_precision
+from fcmae.train.machine import resolve_precision
+from fcmae.train.processes import OnHost, join_world
 
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])

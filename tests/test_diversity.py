@@ -16,15 +16,15 @@ from torch import Tensor
 
 from fcmae import FCMAE
 from fcmae.cli import main
+from fcmae.config.tools import DiversityConfig
 from fcmae.data.files import find_images
 from fcmae.data.loader import HoldoutSet, normalise
-from fcmae.diversity import block_diversity, channel_diversity, diversity
-from fcmae.task import Settings
-from fcmae.tool_config import DiversityConfig
-from fcmae.watch import HoldoutWatcher
+from fcmae.inspect.diversity import block_diversity, channel_diversity, diversity
+from fcmae.inspect.watch import HoldoutWatcher
+from fcmae.train.task import Settings
 from sparse import SparseConvNeXtV2
+from sparse.block import SparseBlock
 from sparse.errors import InputError, RunError
-from sparse.layers import SparseBlock
 from tests.test_engines import FAST_ENGINES, make_mask, random_encoder
 from tests.test_features import ENCODERS, SMALL, timm_twin
 
@@ -141,7 +141,7 @@ def test_blocks_against_a_computation_by_hand(engine: str, monkeypatch: pytest.M
         assert not x_BNC.requires_grad
         return channel_diversity(x_BNC)
 
-    monkeypatch.setattr("fcmae.diversity.channel_diversity", watched)
+    monkeypatch.setattr("fcmae.inspect.diversity.channel_diversity", watched)
     found = block_diversity(encoder, [images[:3], images[3:]])
     assert list(found) == list(expected) == BLOCKS
     for name, (value, zero) in expected.items():

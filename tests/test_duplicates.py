@@ -13,8 +13,8 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from fcmae.data.duplicates import MOST_BITS, Duplicate, find_duplicates, perceptual_hash
 from fcmae.data.files import FileList, find_images
-from fcmae.distributed import World
-from fcmae.samples import photograph
+from fcmae.data.samples import photograph
+from fcmae.train.processes import World
 from sparse.errors import RunError
 from tests.conftest import write_pictures
 

@@ -8,10 +8,11 @@ import torch
 from torch.autograd import gradcheck
 
 from sparse import SparseConvNeXtV2
+from sparse.block import SparseMlp, drop_images, weight_and_bias
 from sparse.convert import to_timm
-from sparse.depthwise import depthwise
-from sparse.engines.base import ImageRows
-from sparse.layers import SparseMlp, drop_images, grn_mlp, weight_and_bias
+from sparse.ops.depthwise import depthwise
+from sparse.ops.grn_mlp import grn_mlp
+from sparse.rows import ImageRows
 from sparse.sizes import SIZES
 from tests.test_engines import FAST_ENGINES, random_encoder
 
@@ -75,7 +76,7 @@ def apply_mlp(x, norm, mlp, sites, recompute=False):
 @pytest.mark.parametrize("piece", [1, 2**22])
 @pytest.mark.parametrize("counts", [(5, 5), (2, 2, 2, 2, 2), (3, 7), (0, 10)])
 def test_grn_mlp_is_the_formula_image_by_image(counts, piece, recompute, monkeypatch):
-    monkeypatch.setattr("sparse.engines.base.PIECE", piece)
+    monkeypatch.setattr("sparse.rows.PIECE", piece)
     norm, mlp, parameters = random_mlp(3)
     x = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
     found = apply_mlp(x, norm, mlp, sites_of(counts), recompute)
@@ -93,7 +94,7 @@ def test_grn_mlp_is_the_formula_image_by_image(counts, piece, recompute, monkeyp
 @pytest.mark.parametrize("piece", [1, 2**22])
 @pytest.mark.parametrize("visible", [None, torch.tensor([[1.0], [1], [0], [1]] * 2).double()])
 def test_grn_mlp_gradcheck(visible, piece, monkeypatch):
-    monkeypatch.setattr("sparse.engines.base.PIECE", piece)
+    monkeypatch.setattr("sparse.rows.PIECE", piece)
     norm, mlp, parameters = random_mlp(2)
     x = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
     sites = sites_of((4, 4), visible)
@@ -160,7 +161,7 @@ def test_a_second_derivative_of_grn_mlp_and_depthwise_raises():
 
 def test_bfloat16_weight_gradients_do_not_lose_long_sums(monkeypatch):
     """512 images, one at a time, whose gradients all point the same way."""
-    monkeypatch.setattr("sparse.engines.base.PIECE", 1)
+    monkeypatch.setattr("sparse.rows.PIECE", 1)
     norm, mlp, parameters = random_mlp(4)
     norm, mlp = norm.float(), mlp.float()
     x = torch.randn(1, 8, 4).repeat(512, 1, 1).flatten(0, 1)

@@ -16,8 +16,8 @@ from benchmarks.experiments import ablations, finetune_recipe, label_shares
 from benchmarks.experiments.folders import label_share, shrink, tenth, with_test
 from benchmarks.experiments.judge import across, compare
 from benchmarks.experiments.study import Study, arguments
-from fcmae.config import PretrainConfig
-from fcmae.options import parse
+from fcmae.config.parsing import parse
+from fcmae.config.pretraining import PretrainConfig
 from finetune.config import FinetuneConfig
 
 

@@ -14,19 +14,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fcmae.checkpoint import list_checkpoints
 from fcmae.cli import main
-from fcmae.config import AugmentConfig, DecoderConfig, PretrainConfig
-from fcmae.convert import default_preprocessing, timm_variant
+from fcmae.config.pretraining import AugmentConfig, DecoderConfig, PretrainConfig
+from fcmae.config.tools import EmbedConfig
 from fcmae.data.evaluation import EvalDataset
 from fcmae.data.files import FileList, find_images
-from fcmae.distributed import World
-from fcmae.embed import embed
-from fcmae.features import Backbone, extract, load_backbone, pooled, random_backbone
-from fcmae.pretrain import pretrain
-from fcmae.task import Interrupted
-from fcmae.tool_config import EmbedConfig
-from fcmae.weights import Preprocessing
+from fcmae.inspect.embedding import embed
+from fcmae.inspect.features import Backbone, extract, load_backbone, pooled, random_backbone
+from fcmae.train.checkpoint import list_checkpoints
+from fcmae.train.pretraining import pretrain
+from fcmae.train.processes import World
+from fcmae.train.task import Interrupted
+from fcmae.weights.export import default_preprocessing, timm_variant
+from fcmae.weights.read import Preprocessing
 from finetune.classifier import Classifier
 from finetune.config import FinetuneConfig
 from finetune.train import finetune

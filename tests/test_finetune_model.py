@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from fcmae.convert import export_folder
+from fcmae.weights.export import export_folder
 from finetune.config import FinetuneConfig
 from finetune.model import (
     Start,

@@ -21,10 +21,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fcmae.checkpoint import list_checkpoints
 from fcmae.data.evaluation import EvalDataset, collate_labelled
 from fcmae.data.files import FileList
 from fcmae.data.labelled import find_classes, labels_of
+from fcmae.train.checkpoint import list_checkpoints
 from finetune.config import FinetuneAugmentConfig, FinetuneConfig, FinetuneOptimConfig
 from finetune.evaluate import evaluate, summarise
 from finetune.model import find_model
@@ -173,7 +173,7 @@ def test_best_weights_are_those_that_the_checkpoint_knows(
     shutil.copytree(run, tmp_path / "run")
     for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints")[: STEPS - 2]:
         shutil.rmtree(checkpoint)
-    monkeypatch.setattr("fcmae.loop.Loop.run", lambda loop, *_: loop.step)
+    monkeypatch.setattr("fcmae.train.loop.Loop.run", lambda loop, *_: loop.step)
     assert finetune(config(classes, tmp_path / "run")) == 2
     assert not (tmp_path / "run" / "best").exists()
 

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fcmae.checkpoint import Checkpoint, damage, load_checkpoint, save_checkpoint
-from fcmae.config import RUNTIME_KEYS, PretrainConfig
-from fcmae.resume import asked_settings, find_start
-from fcmae.weights import load_weights
+from fcmae.config.pretraining import RUNTIME_KEYS, PretrainConfig
+from fcmae.train.checkpoint import Checkpoint, damage, load_checkpoint, save_checkpoint
+from fcmae.train.resume import asked_settings, find_start
+from fcmae.weights.read import load_weights
 from sparse import SparseConvNeXtV2
 from sparse.convert import from_minkowski, to_minkowski, to_timm
 from sparse.errors import InputError

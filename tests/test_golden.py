@@ -11,8 +11,8 @@ from typing import Literal
 
 import pytest
 
-from fcmae.config import AugmentConfig, DecoderConfig, OptimConfig, PretrainConfig
-from fcmae.pretrain import pretrain
+from fcmae.config.pretraining import AugmentConfig, DecoderConfig, OptimConfig, PretrainConfig
+from fcmae.train.pretraining import pretrain
 from sparse.engines.minkowski import why_unavailable
 from tests.cli import metrics
 from tests.conftest import write_pictures

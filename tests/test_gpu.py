@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fcmae import FCMAE
-from fcmae.measure import example, gpu_peak, make_step
-from fcmae.pretrain import pretrain
+from fcmae.inspect.timing import example, gpu_peak, make_step
+from fcmae.train.pretraining import pretrain
 from tests.cli import metrics
 from tests.test_engines import MASKS, make_mask, random_encoder
 from tests.test_pretrain_input import config

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from fcmae import rng
-from fcmae.mask import check_mask_ratio, grid_of, keep_count, random_mask
-from fcmae.settings import height_width
+from fcmae.config.values import height_width
+from fcmae.model.mask import check_mask_ratio, grid_of, keep_count, random_mask
 from sparse.errors import InputError
 
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from fcmae import FCMAE
-from fcmae.config import PretrainConfig
-from fcmae.loss import (
+from fcmae.config.pretraining import PretrainConfig
+from fcmae.model.loss import (
     patch_statistics,
     patchify,
     reconstruction_loss,
     to_pixels,
     unpatchify,
 )
-from fcmae.pretrain import build_model
+from fcmae.train.pretraining import build_model
 from sparse.errors import InputError
 
 SMALL = {"depths": [1, 1, 1, 1], "engine": "patch", "decoder_dim": 32}

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fcmae.config import AugmentConfig, OptimConfig, PretrainConfig
-from fcmae.distributed import World
-from fcmae.pretrain import pretrain
+from fcmae.config.pretraining import AugmentConfig, OptimConfig, PretrainConfig
+from fcmae.train.pretraining import pretrain
+from fcmae.train.processes import World
 from sparse import available_engines
 from sparse.errors import InputError, RunError
 from tests.cli import metrics
@@ -253,7 +253,7 @@ def nonfinite(out):
 
 
 def test_holding_everything_out_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("fcmae.pretrain.FEWEST_TO_HOLD_OUT", 6)
+    monkeypatch.setattr("fcmae.train.pretraining.FEWEST_TO_HOLD_OUT", 6)
     data = write_pictures(tmp_path / "data", 8)
     with pytest.raises(InputError, match="holdout 8 leaves none of the 8 images to train on"):
         pretrain(config(data, tmp_path / "run", holdout=8))

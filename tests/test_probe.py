@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from fcmae import probing
 from fcmae.cli import main
+from fcmae.config.tools import ProbeConfig
 from fcmae.data.files import find_images
-from fcmae.features import extract, load_backbone, random_backbone
-from fcmae.probe import probe
-from fcmae.probing import PENALTIES, Labelled, fit_linear, knn, linear_probe, wilson
-from fcmae.tool_config import ProbeConfig
+from fcmae.inspect import probes as probing
+from fcmae.inspect.features import extract, load_backbone, random_backbone
+from fcmae.inspect.probes import PENALTIES, Labelled, fit_linear, knn, linear_probe, wilson
+from fcmae.inspect.probing import probe
 from finetune.train import finetune
 from sparse import SparseConvNeXtV2
 from sparse.encoder import init_fan_in
@@ -63,7 +63,7 @@ def test_neighbours_against_a_computation_by_hand(monkeypatch: pytest.MonkeyPatc
     expected = [knn_by_hand(train.numpy(), labels.numpy(), val.numpy(), k, 6) for k in ks]
     assert len({*map(tuple, expected)}) > 2
     assert [guess.tolist() for guess in knn(train, labels, val, ks, 6)] == expected
-    monkeypatch.setattr("fcmae.probing._AT_ONCE", 200)
+    monkeypatch.setattr("fcmae.inspect.probes._AT_ONCE", 200)
     assert [guess.tolist() for guess in knn(train, labels, val, ks, 6)] == expected
 
 

@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from fcmae import FCMAE
-from fcmae.checkpoint import list_checkpoints
 from fcmae.cli import main
-from fcmae.config import EpochProbeConfig, PretrainConfig
+from fcmae.config.pretraining import EpochProbeConfig, PretrainConfig
+from fcmae.config.tools import ProbeConfig
 from fcmae.data.evaluation import EvalDataset
 from fcmae.data.labelled import find_labelled
-from fcmae.distributed import World
-from fcmae.features import Backbone
-from fcmae.pretrain import pretrain
-from fcmae.probe import probe
-from fcmae.probing import labelled_features, measure
-from fcmae.task import Settings
-from fcmae.tool_config import ProbeConfig
-from fcmae.watch import NEIGHBOURS, ProbeWatcher
-from fcmae.weights import Preprocessing
+from fcmae.inspect.features import Backbone
+from fcmae.inspect.probes import labelled_features, measure
+from fcmae.inspect.probing import probe
+from fcmae.inspect.watch import NEIGHBOURS, ProbeWatcher
+from fcmae.train.checkpoint import list_checkpoints
+from fcmae.train.pretraining import pretrain
+from fcmae.train.processes import World
+from fcmae.train.task import Settings
+from fcmae.weights.read import Preprocessing
 from tests.cli import TINY, metrics, weights
 from tests.conftest import write_pictures
 from tests.test_features import CPU, pretrain_config
@@ -142,7 +142,12 @@ def test_processes_compare_what_they_probe_before_anything_is_written(
 ) -> None:
     """Lists that differ would leave one process waiting for the features of another."""
     compared: list[dict[str, Any]] = []
-    monkeypatch.setattr(World, "check_same", lambda _, facts: compared.append(dict(facts)) or 1 / 0)
+
+    def record(_: World, facts: dict[str, Any]) -> None:
+        compared.append(facts)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(World, "check_same", record)
     given = config(pictures, tmp_path / "run", classes)
     image = classes / "val" / "a" / "0000.png"
     with pytest.raises(ZeroDivisionError):

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fcmae import figures
-from fcmae.report import render, report
-from fcmae.run_data import read_runs
-from fcmae.tool_config import ReportConfig
+from fcmae.config.tools import ReportConfig
+from fcmae.inspect import figures
+from fcmae.inspect.reporting import render, report
+from fcmae.train.run_data import read_runs
 from sparse.errors import InputError
 from tests.browser import open_page
 from tests.cli import TINY, begin, metrics, run, until

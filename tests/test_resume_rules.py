@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from fcmae import resources
-from fcmae.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from fcmae.config import DecoderConfig, PretrainConfig
-from fcmae.pretrain import build_model, pretrain
-from fcmae.run import _cut_metrics
-from fcmae.settings import to_dict, to_yaml
+from fcmae.config.pretraining import DecoderConfig, PretrainConfig
+from fcmae.config.values import to_dict, to_yaml
+from fcmae.train import machine as resources
+from fcmae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from fcmae.train.pretraining import build_model, pretrain
+from fcmae.train.run_folder import _cut_metrics
 from sparse.errors import InputError
 from tests.cli import metrics, weights
 

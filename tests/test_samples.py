@@ -6,16 +6,16 @@ from random import Random
 import pytest
 from PIL import Image
 
-import fcmae.samples
-from fcmae.samples import PHOTOGRAPHS, Box, cells, crop_boxes, photograph, samples, square
-from fcmae.tool_config import SamplesConfig
+import fcmae.data.samples
+from fcmae.config.tools import SamplesConfig
+from fcmae.data.samples import PHOTOGRAPHS, Box, cells, crop_boxes, photograph, samples, square
 from sparse.errors import InputError
 
 
 @pytest.fixture
 def two_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = {name: PHOTOGRAPHS[name] for name in ("cat", "coins")}
-    monkeypatch.setattr(fcmae.samples, "PHOTOGRAPHS", pictures)
+    monkeypatch.setattr(fcmae.data.samples, "PHOTOGRAPHS", pictures)
 
 
 def tiny(out: Path, **changes: int) -> SamplesConfig:
@@ -144,7 +144,7 @@ def test_refuses_a_set_of_other_settings(tmp_path: Path) -> None:
 def test_missing_scikit_image_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fcmae.samples, "find_spec", lambda _: None)
+    monkeypatch.setattr(fcmae.data.samples, "find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"pip install 'fcmae\[samples\]'"):
         samples(tiny(tmp_path / "new"))
     assert not (tmp_path / "new").exists()

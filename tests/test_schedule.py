@@ -6,8 +6,8 @@ import pytest
 from torch import nn
 
 from fcmae import FCMAE
-from fcmae.plan import Clock, pretraining_epochs
-from fcmae.schedule import cosine_with_warmup, decay_groups, ema_decay, warmup_steps
+from fcmae.train.optimizer import cosine_with_warmup, decay_groups, ema_decay, warmup_steps
+from fcmae.train.plan import Clock, pretraining_epochs
 
 
 def test_warmup_is_a_tenth_at_most_unless_given():
@@ -58,7 +58,7 @@ def test_ema_starts_short():
 def clock(monkeypatch):
     """A clock whose `now` the test sets."""
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr("fcmae.plan.time.perf_counter", lambda: now.seconds)
+    monkeypatch.setattr("fcmae.train.plan.time.perf_counter", lambda: now.seconds)
     clock = Clock()
     clock.now = now
     return clock

@@ -1,4 +1,4 @@
-"""Rules for the source as a whole, read with `ast`: who imports whom, file sizes, safe loading."""
+"""Rules for the source as a whole, read with `ast`: who imports whom, safe loading."""
 
 import ast
 from collections.abc import Iterator
@@ -10,15 +10,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("sparse", "fcmae", "finetune")
 """Lowest first: a package imports itself and those before it."""
 
-MAX_LINES = 320
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 FILES = sorted([*SOURCES, *(ROOT / "benchmarks").rglob("*.py")])
 TORCH_FREE = (
     "sparse/errors.py",
     "sparse/sizes.py",
-    "fcmae/config.py",
-    "fcmae/tool_config.py",
-    "fcmae/settings.py",
+    "fcmae/config/pretraining.py",
+    "fcmae/config/tools.py",
+    "fcmae/config/values.py",
+    "fcmae/config/parsing.py",
     "finetune/config.py",
     "finetune/tool_config.py",
 )
@@ -63,12 +63,6 @@ def test_imports_go_one_way(path: Path) -> None:
 def test_only_the_installed_packages_are_imported(path: Path) -> None:
     names = {name.split(".")[0] for name in imported(ast.walk(parse(path)))}
     assert names & {"tests", "benchmarks", "configs"} == set()
-
-
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_files_are_short(path: Path) -> None:
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines < MAX_LINES, f"{relative(path)} has {lines} lines; split it by what it does"
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

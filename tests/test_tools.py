@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 
 from fcmae import FCMAE
-from fcmae.bench import bench, visible_share
-from fcmae.config import DecoderConfig, PretrainConfig
-from fcmae.doctor import doctor, parity
-from fcmae.measure import macs
-from fcmae.options import load_config
-from fcmae.pictures import COLUMNS, grid, reconstruct_batch
-from fcmae.pretrain import pretrain
-from fcmae.reconstruct import reconstruct
-from fcmae.tool_config import BenchConfig, DoctorConfig, ReconstructConfig
+from fcmae.config.parsing import load_config
+from fcmae.config.pretraining import DecoderConfig, PretrainConfig
+from fcmae.config.tools import BenchConfig, DoctorConfig, ReconstructConfig
+from fcmae.inspect.benchmark import bench, visible_share
+from fcmae.inspect.diagnosis import doctor, parity
+from fcmae.inspect.reconstructing import reconstruct
+from fcmae.inspect.reconstructions import COLUMNS, grid, reconstruct_batch
+from fcmae.inspect.timing import macs
+from fcmae.train.pretraining import pretrain
 from finetune.config import FinetuneConfig
 from sparse import available_engines
 from sparse.errors import InputError
@@ -98,7 +98,7 @@ def test_a_perfect_prediction_is_the_picture(monkeypatch):
     normalised = (images - shift) / scale
 
     def perfect(features, mask):
-        from fcmae.loss import patch_statistics, patchify
+        from fcmae.model.loss import patch_statistics, patchify
 
         patches = patchify(normalised)
         middle, deviation = patch_statistics(patches)
@@ -133,7 +133,7 @@ def test_doctor_finds_the_engines_agree(capsys):
 
 
 def test_doctor_notices_an_engine_that_disagrees(monkeypatch):
-    from sparse.engines.windows import Windows
+    from sparse.ops.windows import Windows
 
     right = Windows.weight_gradient
     monkeypatch.setattr(Windows, "weight_gradient", lambda *a: 1.001 * right(*a))

@@ -18,10 +18,10 @@ from timm.models import adapt_input_conv
 from torch import Tensor
 
 from fcmae.atomic import atomic_write
-from fcmae.checkpoint import Checkpoint, save_checkpoint
-from fcmae.convert import convert, export_folder
-from fcmae.tool_config import ConvertConfig
-from fcmae.weights import (
+from fcmae.config.tools import ConvertConfig
+from fcmae.train.checkpoint import Checkpoint, save_checkpoint
+from fcmae.weights.export import convert, export_folder
+from fcmae.weights.read import (
     adapt_in_chans,
     find_weights,
     load_weights,
@@ -296,8 +296,8 @@ def test_the_bytes_depend_on_the_weights_alone(tmp_path: Path) -> None:
     with safe_open(tmp_path / "a/model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
     script = (
-        "import sys; from fcmae.tool_config import ConvertConfig; "
-        "from fcmae.convert import convert; "
+        "import sys; from fcmae.config.tools import ConvertConfig; "
+        "from fcmae.weights.export import convert; "
         "convert(ConvertConfig(sys.argv[1], sys.argv[2]))"
     )
     for seed in ("1", "2"):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fcmae.config import PretrainConfig
-from fcmae.options import parse
-from fcmae.pretrain import pretrain
+from fcmae.config.parsing import parse
+from fcmae.config.pretraining import PretrainConfig
+from fcmae.train.pretraining import pretrain
 from sparse.engines.dense import DenseSites
 from sparse.sizes import PATCH, STRIDES
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fcmae.atomic import atomic_write
+from fcmae.config.values import MAX_PIXELS
 from fcmae.console import tracked
 from fcmae.data.batch import as_float
 from fcmae.data.decode import BadImage, read_picture
@@ -30,9 +31,8 @@ from fcmae.data.evaluation import SHOWN, batches_of
 from fcmae.data.files import FileList, find_images
 from fcmae.data.labelled import LabelledData
 from fcmae.data.loader import lost_workers, make_loader
-from fcmae.distributed import ALONE, World
-from fcmae.resources import resolve_workers
-from fcmae.settings import MAX_PIXELS
+from fcmae.train.machine import resolve_workers
+from fcmae.train.processes import ALONE, World
 
 SIDE = 64
 FREQUENCIES = 16

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from fcmae import rng
+from fcmae.config.values import MAX_PIXELS
 from fcmae.data.augment import center_box
 from fcmae.data.batch import Batch, Sample, as_float, collate
 from fcmae.data.decode import BadImage, Pixels, read_picture
 from fcmae.data.files import FileList
-from fcmae.mask import grid_of, random_mask
-from fcmae.settings import MAX_PIXELS
+from fcmae.model.mask import grid_of, random_mask
 from sparse.errors import InputError
 
 LOOKED_AT = 32

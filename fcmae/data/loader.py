@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fcmae import rng
+from fcmae.config.values import MAX_PIXELS
 from fcmae.data.augment import crop_box, flips
 from fcmae.data.batch import Batch, Sample, collate, normalise
 from fcmae.data.decode import BadImage, Pixels, read_picture
 from fcmae.data.files import FileList
 from fcmae.data.holdout import HoldoutSet, measure_mean_std, warn_if_far_off
 from fcmae.data.order import Key, StepSampler, check_parts, epoch_order, steps_per_epoch
-from fcmae.mask import grid_of, random_mask
-from fcmae.settings import MAX_PIXELS
+from fcmae.model.mask import grid_of, random_mask
 from sparse.errors import RunError
 
 __all__ = [

@@ -7,7 +7,7 @@ stage at stride s has H = height/s by W = width/s of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -15,70 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse.devices import to_device
-from sparse.engines.windows import Windows, windowed_depthwise
-
-PIECE = 4 * 2**20
-"""Bytes of a batch's widest rows that a CPU works on at a time: what its caches hold."""
-
-
-class ImageRows:
-    """Which image each row belongs to; rows of one image stand together, images in batch order.
-
-    A batch whose images all show equally many sites, as in pretraining, is handled as a
-    (B, n, C) view; any other through an index. Both give the same numbers.
-
-    Args:
-        counts_B: visible sites of each image, int64, on the CPU.
-        device: where the rows will be.
-    """
-
-    index: Tensor | None = None
-
-    def __init__(self, counts_B: Tensor, device: torch.device) -> None:
-        self.batch, self.device = len(counts_B), device
-        self.uniform = bool((counts_B == counts_B[0]).all())
-        self.per_image = int(counts_B[0])
-        if not self.uniform:
-            self.index = to_device(torch.repeat_interleave(counts_B), device)
-
-    @classmethod
-    def equal(cls, batch: int, per_image: int, device: torch.device) -> ImageRows:
-        """Images that all have the same number of rows."""
-        images = cls.__new__(cls)
-        images.batch, images.device, images.uniform = batch, device, True
-        images.per_image = per_image
-        return images
-
-    def split(self, x_NC: Tensor) -> Tensor:
-        """View rows, all or a piece, as (B, n, C) where possible, else leave them (N, C)."""
-        if not self.uniform:
-            return x_NC
-        images = len(x_NC) // self.per_image if self.per_image else self.batch
-        return x_NC.view(images, self.per_image, x_NC.shape[-1])
-
-    def pieces(self, row_bytes: int) -> Iterator[tuple[slice, slice]]:
-        """Rows and images to work on at a time: about `PIECE` bytes on a CPU, else all at once."""
-        size = self.batch
-        if self.uniform and self.per_image and self.device.type == "cpu":
-            size = max(1, PIECE // (self.per_image * row_bytes))
-        if size >= self.batch:
-            yield slice(None), slice(None)
-            return
-        for first in range(0, self.batch, size):
-            last = min(first + size, self.batch)
-            yield slice(first * self.per_image, last * self.per_image), slice(first, last)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Add up the rows of each image: a result of `split` → (B, C)."""
-        if self.index is None:
-            return x.sum(1)
-        # A product with the membership matrix: index_add_ is many times slower on the CPU.
-        member_BN = self.index == torch.arange(self.batch, device=x.device)[:, None]
-        return member_BN.to(x.dtype) @ x
-
-    def expand(self, s_BC: Tensor) -> Tensor:
-        """Repeat per-image values so that they broadcast against a result of `split`."""
-        return s_BC[:, None] if self.index is None else s_BC.index_select(0, self.index)
+from sparse.ops.windows import Windows, windowed_depthwise
+from sparse.rows import ImageRows
 
 
 class Sites(Protocol):

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse.devices import to_device
-from sparse.engines.base import ImageRows, hide
+from sparse.engines.base import hide
+from sparse.rows import ImageRows
 from sparse.sizes import PATCH, STRIDES
 
 

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse.engines.base import ImageRows, PackedSites, Sites
+from sparse.engines.base import PackedSites, Sites
 from sparse.engines.patch import PatchEngine
+from sparse.rows import ImageRows
 from sparse.sizes import PATCH, STRIDES
 
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse.engines.base import ImageRows, PackedSites
+from sparse.engines.base import PackedSites
+from sparse.rows import ImageRows
 from sparse.sizes import PATCH, STRIDES
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fcmae.checkpoint import (
+from fcmae.train.checkpoint import (
     Checkpoint,
     damage,
     list_checkpoints,

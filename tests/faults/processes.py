@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import load_file
 
-from fcmae.checkpoint import damage, list_checkpoints, newest_good
+from fcmae.train.checkpoint import damage, list_checkpoints, newest_good
 from sparse import available_engines
 from tests.cli import (
     TINY,

@@ -1,0 +1,216 @@
+"""`fcmae samples`: a labelled image set, cut offline from the photographs in scikit-image's wheel.
+
+A class is a photograph. Each is divided into a grid of cells with gaps between them; some cells are
+for validation, the others for training, and a crop never leaves its cell. So no pixel of a
+validation image was ever seen in training, yet both splits show all parts of the picture.
+"""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from PIL import Image, ImageEnhance, ImageOps
+from rich.progress import track
+
+from fcmae.atomic import atomic_write, check_out_folder
+from fcmae.config.tools import SamplesConfig
+from fcmae.config.values import to_dict
+from fcmae.console import console
+from sparse.errors import InputError
+
+PHOTOGRAPHS = {
+    "astronaut": "astronaut.png",
+    "brick": "brick.png",
+    "camera": "camera.png",
+    "cat": "chelsea.png",
+    "cell": "cell.png",
+    "coffee": "coffee.png",
+    "coins": "coins.png",
+    "galaxies": "hubble_deep_field.jpg",
+    "grass": "grass.png",
+    "gravel": "gravel.png",
+    "moon": "moon.png",
+    "motorcycle": "motorcycle_left.png",
+    "retina": "retina.jpg",
+    "rocket": "rocket.jpg",
+    "tissue": "ihc.png",
+}
+"""Class → file. The rest of the wheel are drawings, text, blurred or tiny pictures, and
+motorcycle_right, which shows what motorcycle_left does."""
+
+GRID = 4
+"""Cells a side; a quarter of them, one in each row and column, is for validation."""
+
+GAP = 0.02
+"""Space between two cells, as a share of the shorter side of the photograph."""
+
+SIDES = (0.5, 1.0)
+"""Smallest and largest side of a crop, as a share of its cell's shorter side."""
+
+GREY = 0.3
+"""Share of the crops that lose their colour, since half of the photographs have none."""
+
+STRENGTH = 0.4
+"""Brightness, contrast and saturation change by a factor of at most 1 ± STRENGTH."""
+
+MARKER = "samples.json"
+"""File in the folder that says what made it."""
+
+QUALITY = 90
+
+
+class Box(NamedTuple):
+    """A rectangle in pixels; right and bottom lie outside of it."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+def cells(width: int, height: int, random: Random) -> dict[str, list[Box]]:
+    """Divide a picture of that many pixels into the cells of "train" and of "val"."""
+    margin = max(1, round(GAP * min(width, height) / 2))
+    val_columns = shuffled(GRID, random)
+    split: dict[str, list[Box]] = {"train": [], "val": []}
+    for row in range(GRID):
+        for column in range(GRID):
+            box = Box(
+                column * width // GRID + margin,
+                row * height // GRID + margin,
+                (column + 1) * width // GRID - margin,
+                (row + 1) * height // GRID - margin,
+            )
+            split["val" if val_columns[row] == column else "train"].append(box)
+    return split
+
+
+def shuffled(count: int, random: Random) -> list[int]:
+    """Put 0 … count - 1 in random order, by `random()`: the one stream Python never changes."""
+    keys = [random.random() for _ in range(count)]
+    return sorted(range(count), key=keys.__getitem__)
+
+
+def crop_boxes(name: str, width: int, height: int, config: SamplesConfig) -> dict[str, list[Box]]:
+    """Return the squares that are cut from the photograph `name` for "train" and for "val"."""
+    random = Random(f"{config.seed}/{name}/boxes")
+    counts = {"train": config.per_class_train, "val": config.per_class_val}
+    return {
+        split: [square(boxes[index % len(boxes)], random) for index in range(counts[split])]
+        for split, boxes in cells(width, height, random).items()
+    }
+
+
+def square(cell: Box, random: Random) -> Box:
+    """Return a random square inside a cell."""
+    width, height = cell.right - cell.left, cell.bottom - cell.top
+    low, high = SIDES
+    side = max(1, int((low + (high - low) * random.random()) * min(width, height)))
+    left = cell.left + int(random.random() * (width - side + 1))
+    top = cell.top + int(random.random() * (height - side + 1))
+    return Box(left, top, left + side, top + side)
+
+
+def vary(image: Image.Image, random: Random) -> Image.Image:
+    """Return the picture as another light and another camera might have shown it."""
+    if random.random() < 0.5:
+        image = ImageOps.mirror(image)
+    if random.random() < 0.5:
+        image = ImageOps.flip(image)
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = enhance(image).enhance(1 + STRENGTH * (2 * random.random() - 1))
+    if random.random() < GREY:
+        image = image.convert("L").convert("RGB")
+    return image
+
+
+def photograph(name: str) -> Image.Image:
+    """Read the photograph of a class.
+
+    The file is looked up without importing scikit-image, whose own functions would try to download
+    what they do not find.
+
+    Raises:
+        InputError: scikit-image, or this picture of it, is not installed.
+    """
+    package = find_spec("skimage")
+    remedy = "it is in scikit-image: pip install 'fcmae[samples]'"
+    if package is None or not package.submodule_search_locations:
+        raise InputError(f"the photograph {PHOTOGRAPHS[name]} is missing; {remedy}")
+    path = Path(package.submodule_search_locations[0]) / "data" / PHOTOGRAPHS[name]
+    if not path.is_file():
+        raise InputError(f"{path} is missing; {remedy}")
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def is_done(root: Path, settings: dict[str, object]) -> bool:
+    """True if the folder holds this very set, False if it may be written.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    if root.exists() and not root.is_dir():
+        raise InputError(f"{root} is a file; name a folder to write the samples to")
+    if not root.is_dir() or not any(root.iterdir()):
+        return False
+    try:
+        found = json.loads((root / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or "complete" not in found:
+        raise InputError(f"{root} holds files that are no sample set; name an empty or new folder")
+    complete = found.pop("complete")
+    if found != settings:
+        raise InputError(
+            f"{root} holds a sample set of other settings; name an empty or new folder"
+        )
+    return bool(complete)
+
+
+def mark(root: Path, settings: dict[str, object], *, complete: bool) -> None:
+    """Write down what the folder is."""
+    with atomic_write(root / MARKER) as path:
+        text = json.dumps({**settings, "complete": complete}, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def samples(config: SamplesConfig) -> Path:
+    """Write `out`/train/CLASS/*.jpg and `out`/val/CLASS/*.jpg; return the folder.
+
+    The bytes depend on the config alone (and on Pillow's JPEG encoder). A set that is there already
+    is left as it is, and an interrupted one is written again.
+
+    Raises:
+        InputError: scikit-image is missing, or the folder holds something else.
+    """
+    root = check_out_folder(config.out)
+    settings = {key: value for key, value in to_dict(config).items() if key != "out"}
+    photographs = {name: photograph(name) for name in PHOTOGRAPHS}
+    total = len(photographs) * (config.per_class_train + config.per_class_val)
+    if is_done(root, settings):
+        console.print(f"{total} sample images are in {root} already")
+        return root
+    root.mkdir(parents=True, exist_ok=True)
+    mark(root, settings, complete=False)
+    for name, photo in track(
+        photographs.items(), "Writing samples", console=console, transient=True
+    ):
+        write_class(root, name, photo, config)
+    mark(root, settings, complete=True)
+    console.print(f"{total} sample images of {len(photographs)} classes are in {root}")
+    return root
+
+
+def write_class(root: Path, name: str, photo: Image.Image, config: SamplesConfig) -> None:
+    """Cut all images of one class."""
+    for split, boxes in crop_boxes(name, photo.width, photo.height, config).items():
+        folder = root / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, box in enumerate(boxes):
+            # Cropped before it is resized: the filter must not reach over the edge of the box.
+            crop = photo.crop(box).resize((config.size, config.size), Image.Resampling.BICUBIC)
+            image = vary(crop, Random(f"{config.seed}/{name}/{split}/{index}"))
+            image.save(folder / f"{index:04}.jpg", quality=QUALITY)

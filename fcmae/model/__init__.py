@@ -1,0 +1,1 @@
+"""FCMAE: masks, decoder, loss and the autoencoder."""

@@ -1,0 +1,111 @@
+"""FCMAE (arXiv 2301.00808, section 3): mask, encode what is visible, decode, compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fcmae.model.decoder import Decoder
+from fcmae.model.loss import reconstruction_loss
+from fcmae.model.mask import check_mask_ratio, keep_count
+from sparse import SparseConvNeXtV2
+from sparse.devices import to_device
+from sparse.sizes import PATCH
+
+
+@dataclass
+class FCMAEOutput:
+    """What a forward pass gives.
+
+    Attributes:
+        loss: scalar, float32: mean squared error over the hidden patches.
+        pred: (B, C·32², H/32, W/32), the channel axis in the order (row, column, channel).
+        mask: (B, H/32, W/32) bool, True = hidden.
+    """
+
+    loss: Tensor
+    pred: Tensor
+    mask: Tensor
+
+
+class FCMAE(nn.Module):
+    """A fully convolutional masked autoencoder around a sparse ConvNeXt V2 encoder.
+
+    Args:
+        encoder: the sparse encoder.
+        decoder_dim, decoder_depth: see `Decoder`.
+        mask_ratio: share of patches hidden when `forward` draws the mask.
+        norm_pix_loss: normalise the target patch by patch.
+    """
+
+    def __init__(
+        self,
+        encoder: SparseConvNeXtV2,
+        decoder_dim: int = 512,
+        decoder_depth: int = 1,
+        mask_ratio: float = 0.6,
+        norm_pix_loss: bool = True,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = Decoder(encoder.dims[-1], decoder_dim, decoder_depth, encoder.in_chans)
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+
+    @classmethod
+    def from_size(
+        cls,
+        model: str,
+        depths: list[int] | None = None,
+        dims: list[int] | None = None,
+        *,
+        decoder_dim: int = 512,
+        decoder_depth: int = 1,
+        mask_ratio: float = 0.6,
+        norm_pix_loss: bool = True,
+        **encoder_options: object,
+    ) -> FCMAE:
+        """Build around a published encoder size; `encoder_options` as for `SparseConvNeXtV2`.
+
+        Raises:
+            InputError: unknown size or engine.
+        """
+        encoder = SparseConvNeXtV2.from_size(model, depths, dims, **encoder_options)
+        return cls(encoder, decoder_dim, decoder_depth, mask_ratio, norm_pix_loss)
+
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> FCMAEOutput:
+        """Reconstruct the hidden patches of normalised images.
+
+        Args:
+            images_BCHW: height and width multiples of 32.
+            mask: (B, H/32, W/32) bool, True = hidden, best kept on the CPU; drawn at random with
+                `mask_ratio` if None.
+            generator: CPU generator for a mask drawn here.
+
+        Raises:
+            InputError: shapes that don't go together, or a ratio that leaves nothing visible or
+                nothing hidden.
+        """
+        if mask is None:
+            mask = self.draw_mask(images_BCHW, generator)
+        features_BCHW = self.encoder(images_BCHW, mask)
+        hidden = to_device(mask, images_BCHW.device)
+        pred = self.decoder(features_BCHW, hidden)
+        loss = reconstruction_loss(pred, images_BCHW, hidden, self.norm_pix_loss)
+        return FCMAEOutput(loss, pred, mask)
+
+    def draw_mask(self, images_BCHW: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Hide the same number of random patches in every image → (B, H/32, W/32) bool, CPU."""
+        batch, _, height, width = images_BCHW.shape
+        grid = (height // PATCH, width // PATCH)
+        check_mask_ratio(self.mask_ratio, grid)
+        patches = grid[0] * grid[1]
+        rank = torch.rand(batch, patches, generator=generator).argsort(1).argsort(1)
+        return (rank >= keep_count(patches, self.mask_ratio)).view(batch, *grid)

@@ -1,0 +1,304 @@
+"""The training loop that pretraining and fine-tuning share: a run that can stop and go on anywhere.
+
+The step is computed on all processes; everything that only one of them may decide (time to save, a
+signal) is agreed on after each step, so that all save and stop together.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fcmae import rng
+from fcmae.console import StepProgress
+from fcmae.data.loader import lost_workers
+from fcmae.train.checkpoint import (
+    Checkpoint,
+    SavedCheckpoint,
+    load_model_tensors,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from fcmae.train.plan import Clock, Plan, Signals
+from fcmae.train.processes import OnHost, World
+from fcmae.train.resume import asked_settings
+from fcmae.train.run_folder import RunFolder, check_bad_share, check_skips, names_of, versions
+from fcmae.train.task import Interrupted, Task
+from fcmae.train.update import RunningStatistics, Update, check_gate, gradient_norm
+from sparse.errors import RunError
+
+MOST_SAVE_FAILURES = 3
+
+_log = logging.getLogger(__name__)
+
+
+class Loop:
+    """Trains a task from where it is to the end of the plan.
+
+    Args:
+        task, plan: what and how.
+        config: recorded in each checkpoint, as asked.
+        settings: the same with every `auto` resolved, and what was measured from the data.
+        name_of: from the position of a training file to its name.
+        world: the processes.
+        folder: where the main process records; None on the others.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        plan: Plan,
+        config: Any,
+        settings: dict[str, Any],
+        name_of: Callable[[int], str],
+        world: World,
+        folder: RunFolder | None,
+    ) -> None:
+        self.task, self.plan, self.world, self.folder = task, plan, world, folder
+        self.config, self.settings, self._name_of = config, settings, name_of
+        self.step = self.skipped = 0
+        self.epoch_end_due = False
+        self._save_failures, self._bad_seen = 0, set[str]()
+        self._unchecked: Update | None = None
+        check_gate(task.optimizer)
+        self._statistics = RunningStatistics(task.model if plan.nonfinite == "skip" else None)
+        self.forward: nn.Module = task.model
+        if world.size > 1:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(task.model, device_ids=ids)
+
+    def restore(self, checkpoint: SavedCheckpoint) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            InputError: it is of another model.
+        """
+        load_model_tensors(self.task.model, checkpoint.tensors("model"))
+        names = names_of(self.task.model)
+        load_optimizer_tensors(self.task.optimizer, names, checkpoint.tensors("optimizer"))
+        self.task.restore(checkpoint)
+        self.step = checkpoint.state["step"]
+        self.epoch_end_due = checkpoint.state["epoch_end_due"]
+        self.skipped = checkpoint.state.get("skipped", 0)
+        threads = checkpoint.state["threads"]
+        if threads != torch.get_num_threads() and self.world.device.type == "cpu":
+            _log.warning(
+                "this run was on %d threads and goes on with %d: its numbers will differ in the "
+                "last bits from those of a run never stopped", threads, torch.get_num_threads(),
+            )  # fmt: skip
+
+    def run(self, batches: Iterator[Any], signals: Signals) -> int:
+        """Train to the end, or until a signal.
+
+        Args:
+            batches: parts of batches on this process, `accumulate` of them a step, from the
+                current step on.
+            signals: what wishes the run to stop.
+
+        Returns:
+            0 when done, 130 after Ctrl-C, 143 after SIGTERM or SIGUSR1; the state is saved then.
+
+        Raises:
+            RunError: the loss is not finite, too many pictures are unreadable, a process that reads
+                them died, or saving failed three times.
+        """
+        plan = self.plan
+        progress = StepProgress(plan.total_steps, self.step, plan.epochs, self.folder is None)
+        with signals.ctrl_c(), progress, lost_workers("; it goes on from the last checkpoint"):
+            clock = Clock()
+            while self.step < plan.total_steps or self.epoch_end_due:
+                bad: list[tuple[str, str]] = []
+                if not self.epoch_end_due:
+                    bad = self._train_step(batches, progress, clock)
+                    self.epoch_end_due = self.step % plan.steps_per_epoch == 0
+                if self.epoch_end_due and not self._stop_wanted(signals):
+                    self._end_epoch(signals)
+                    clock.skip()
+                due = clock.save_due(plan.checkpoint_minutes)
+                stop, save, found = self.world.agree([signals.received, int(due), len(bad)])
+                if found:
+                    self._record_bad(bad)
+                by_step = plan.checkpoint_steps and self.step % plan.checkpoint_steps == 0
+                finished = self.step == plan.total_steps and not self.epoch_end_due
+                if save or by_step or stop or finished:
+                    began = time.perf_counter()
+                    self.save(must=bool(stop) or finished)
+                    clock.saved(began, plan.checkpoint_steps if by_step else None)
+                if stop and not finished:
+                    _log.info(
+                        "stopped after step %d; the same command goes on from there", self.step
+                    )
+                    return 130 if stop == signal.SIGINT else 143
+        return 0
+
+    def _train_step(
+        self, batches: Iterator[Any], progress: StepProgress, clock: Clock
+    ) -> list[tuple[str, str]]:
+        """One update: accumulate, reduce, gate, apply. Returns what was unreadable and is new."""
+        plan, optimizer = self.plan, self.task.optimizer
+        rate = plan.learning_rate(self.step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        torch.manual_seed(rng.seed_for(plan.seed, rng.DROP_PATH, self.step, self.world.rank))
+
+        self._statistics.remember()
+        total = torch.zeros((), device=self.world.device)
+        bad: list[tuple[str, str]] = []
+        read: list[Tensor] = []
+        for part in range(plan.accumulate):
+            batch = next(batches)
+            last = part == plan.accumulate - 1
+            with self._sync_gradients(last), self._autocast():
+                loss = self.task.loss(self.forward, batch) / plan.accumulate
+            with self._sync_gradients(last):
+                loss.backward()
+            total += loss.detach()
+            read.append(batch.indices)
+            bad += batch.bad
+
+        norm = gradient_norm(self.task.model, plan.clip_grad)
+        total = self.world.sum(torch.stack([total, (~torch.isfinite(total + norm)).float()]))
+        # The fused AdamW takes exactly 1 for "skip": a sum over the processes would not stop it.
+        loss, broken = total[0] / self.world.size, (total[1] > 0).float()
+        self._check_finite()  # of the step before, while a GPU is busy with this one
+        optimizer.found_inf = broken  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self._statistics.restore(broken)
+        self.step += 1
+        self._unchecked = Update(self.step, OnHost(torch.stack([broken, loss, norm])), read)
+        self.task.after_step(self.step)
+
+        clock.count(sum(map(len, read)) * self.world.size)
+        progress.advance(self.step)
+        due = self.step % plan.log_steps == 0 or self.step in (1, plan.total_steps)
+        if due and self._check_finite():
+            self._log(progress, clock, float(loss), rate, float(norm))
+        return [entry for entry in bad if entry[0] not in self._bad_seen]
+
+    def _sync_gradients(self, last: bool) -> AbstractContextManager[None]:
+        """Let gradients travel between processes only with the last part of a batch."""
+        if last or not isinstance(self.forward, DistributedDataParallel):
+            return nullcontext()
+        return self.forward.no_sync()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.plan.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.world.device.type, self.plan.autocast)
+
+    def _check_finite(self) -> bool:
+        """Look at the newest update that was not looked at yet: was its loss or gradient finite?
+
+        Raises:
+            RunError: not so, and the run is to stop, or has skipped as many as it may.
+        """
+        if self._unchecked is None:
+            return True
+        step, values, read = self._unchecked
+        self._unchecked = None
+        broken, loss, norm = values.read()
+        if not broken:
+            return True
+        self.skipped += 1
+        names = [self._name_of(index) for indices in read for index in indices.tolist()]
+        everywhere = [name for names in self.world.gather(names) for name in names]
+        if self.folder is not None:
+            self.folder.record_nonfinite(step, loss, norm, everywhere)
+        what = (
+            f"the loss or its gradient is not finite at step {step} (loss {loss:g}, gradient norm "
+            f"{norm:g}); the update was not applied"
+        )
+        check_skips(what, self.skipped, self.plan.nonfinite, self.plan.max_nonfinite)
+        _log.warning("%s: %d of at most %d", what, self.skipped, self.plan.max_nonfinite)
+        return False
+
+    def _log(
+        self, progress: StepProgress, clock: Clock, loss: float, rate: float, norm: float
+    ) -> None:
+        speed = clock.images_per_second()
+        epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
+        shown = {"loss": loss, "lr": rate, "images_per_s": speed}
+        left = clock.seconds_a_step() * (self.plan.total_steps - self.step)
+        progress.report(self.step, epoch, shown, left)
+        if self.folder is not None:
+            self.folder.log(self.step, {"epoch": epoch, **shown, "grad_norm": norm})
+
+    def _end_epoch(self, signals: Signals) -> None:
+        self._check_finite()
+        epoch = self.step // self.plan.steps_per_epoch
+        try:
+            metrics = self.task.end_epoch(epoch, self.step, lambda: self._stop_wanted(signals))
+        except Interrupted:
+            return
+        self.epoch_end_due = False
+        if metrics and self.folder is not None:
+            self.folder.log(self.step, {"epoch": epoch, **metrics})
+            alone = {name: value for name, value in metrics.items() if "/" not in name}
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in alone.items())
+            _log.info("epoch %d: %s", epoch, figures)
+
+    def _stop_wanted(self, signals: Signals) -> bool:
+        return self.world.agree([signals.received])[0] != 0
+
+    def _record_bad(self, new: list[tuple[str, str]]) -> None:
+        everywhere = [entry for entries in self.world.gather(new) for entry in entries]
+        self._bad_seen.update(path for path, _ in everywhere)
+        distinct = self.folder.record_bad(everywhere) if self.folder is not None else 0
+        check_bad_share(self.world.agree([distinct])[0], self.task.files, self.plan.max_bad)
+
+    def save(self, must: bool = False) -> None:
+        """Save a checkpoint from the main process; the others wait for its word.
+
+        Raises:
+            RunError: saving failed for the third time, or failed where it `must` not.
+        """
+        self._check_finite()
+        failed = 0
+        if self.folder is not None:
+            try:
+                self.folder.sync()
+                save_checkpoint(
+                    self.folder.checkpoints, self.step, self._checkpoint(),
+                    self.plan.keep_checkpoints,
+                )  # fmt: skip
+                self._save_failures = 0
+            except OSError as error:
+                self._save_failures += 1
+                failed = self._save_failures
+                _log.warning("could not save at step %d: %s", self.step, error)
+        failed = self.world.agree([failed])[0]
+        if failed >= MOST_SAVE_FAILURES or (failed and must):
+            raise RunError(
+                f"could not save at step {self.step}: free space on the disk of "
+                f"{self.config.out!r} and give the same command again to go on"
+            )
+
+    def _checkpoint(self) -> Checkpoint:
+        tensors = {
+            "model": self.task.model.state_dict(),
+            "optimizer": optimizer_tensors(self.task.optimizer, names_of(self.task.model)),
+            **self.task.extra_tensors(),
+        }
+        state = {
+            "command": self.folder.command if self.folder else None,
+            "epoch": self.step // self.plan.steps_per_epoch,
+            "epoch_end_due": self.epoch_end_due,
+            "skipped": self.skipped,
+            "asked": asked_settings(self.config),
+            "settings": self.settings,
+            "processes": self.world.size,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            **self.task.extra_state(),
+        }
+        return Checkpoint(tensors, state)

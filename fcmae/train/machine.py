@@ -1,0 +1,88 @@
+"""What a run takes of the machine: arithmetic, worker processes and disk space."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fcmae.train.checkpoint import list_checkpoints
+from sparse.errors import InputError
+
+MOST_WORKERS = 8
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` → bf16 on GPUs that have it, else fp32: on CPUs all engines then agree to 1e-5."""
+    if precision != "auto":
+        return precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products (AVX512-BF16 or AMX)."""
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def resolve_workers(workers: str | int, device: torch.device) -> int:
+    """`auto` → one process per core of this machine and training process, at most 8.
+
+    A quarter of that where the CPU computes as well: readers are faster than the model there, and
+    take its cores.
+    """
+    if workers != "auto":
+        return int(workers)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(MOST_WORKERS, share if device.type != "cpu" else share // 4))
+
+
+def checkpoint_bytes(model: nn.Module, copies: int = 0) -> int:
+    """Size of one checkpoint: weights, AdamW's two averages of what is trained, further copies."""
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    return sum(size * (1 + copies + 2 * trained) for size, trained in sizes)
+
+
+def check_disk(config: Any, size: int) -> None:
+    """Refuse a run whose checkpoints, of `size` bytes each, do not fit on the disk of `config.out`.
+
+    Raises:
+        InputError: there is less free than what `keep_checkpoints` and one being written need
+            beside those that are there already.
+    """
+    there = len(list_checkpoints(Path(config.out) / "checkpoints"))
+    need = size * (max(config.keep_checkpoints - there, 0) + 1)
+    free = free_bytes(Path(config.out))
+    if need > free:
+        raise InputError(
+            f"out {config.out!r} has {free / 1e9:.2f} GB free, but its checkpoints, one being "
+            f"written beside {config.keep_checkpoints}, need {need / 1e9:.2f} GB more: free some "
+            "or give another --out"
+        )
+
+
+def disk_line(config: Any, size: int) -> str:
+    """Say what the checkpoints need and what is free."""
+    return (
+        f"checkpoints in {config.out}: {size / 1e6:.0f} MB each, up to "
+        f"{size * (config.keep_checkpoints + 1) / 1e6:.0f} MB together; "
+        f"{free_bytes(Path(config.out)) / 1e9:.1f} GB free"
+    )
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk that holds `path`, or will."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

@@ -1,0 +1,180 @@
+"""Where a run begins: anew, or at a checkpoint of the same run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from fcmae.atomic import check_out_folder
+from fcmae.config.values import differences, flatten, read_yaml, to_dict
+from fcmae.data.files import FileList
+from fcmae.train.checkpoint import (
+    SavedCheckpoint,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+)
+from sparse.errors import InputError
+
+_PATHS = {"data": (), "weights": ("none",), "init_from": (), "resume": ("auto", "never")}
+"""Settings that hold a path, and the words they take besides."""
+
+_log = logging.getLogger(__name__)
+
+
+def find_start(config: Any, command: str, runtime_keys: frozenset[str]) -> SavedCheckpoint | None:
+    """Decide where a run begins: at a checkpoint, or (None) at the start. Writes nothing.
+
+    Args:
+        config: has `out` and `resume`: `auto`, `never` or the path of a checkpoint.
+        command: `pretrain` or `finetune`.
+        runtime_keys: settings that may differ from the checkpoint's.
+
+    Raises:
+        InputError: the folder holds something else, a run with other settings, or a checkpoint
+            named by the user is damaged.
+    """
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out {config.out!r} is a file: give a folder that is new or holds a run")
+    check_out_folder(config.out)
+    saved = list_checkpoints(out / "checkpoints")
+    if out.is_dir() and not saved:
+        _check_unused(out)
+    if config.resume == "never" and saved:
+        raise InputError(
+            f"out {config.out!r} already holds a run: use --resume auto to go on with it, or "
+            "give another --out"
+        )
+    if config.resume not in ("auto", "never"):
+        checkpoint = _named(config, saved)
+    elif saved:
+        newest = newest_checkpoint(out / "checkpoints")
+        if newest is None:
+            raise InputError(
+                f"all {len(saved)} checkpoints in {config.out!r} are damaged: give another "
+                "--out to start anew"
+            )
+        checkpoint = newest
+    else:
+        return None
+    _check_same_run(config, command, runtime_keys, checkpoint)
+    return checkpoint
+
+
+def _named(config: Any, saved: list[Path]) -> SavedCheckpoint:
+    """The checkpoint that `resume` names, or the newest that came of going on from it: the same
+    command given again goes on, and does not begin there once more."""
+    named = Path(config.resume)
+    since = newest_checkpoint(Path(config.out) / "checkpoints")
+    if since is not None and since.state["asked"].get("resume") == asked_settings(config)["resume"]:
+        _log.info("going on with what came of %s, not from there again", named)
+        return since
+    if not named.is_dir():
+        there = f" or one of {', '.join(map(str, saved))}" if saved else " or a checkpoint's path"
+        raise InputError(f"resume {config.resume!r} is no checkpoint: give auto, never{there}")
+    if saved and named.resolve().parent != saved[0].parent.resolve():
+        raise InputError(
+            f"out {config.out!r} already holds another run: give a new --out to go on from {named}"
+        )
+    return load_checkpoint(named)
+
+
+def _check_unused(out: Path) -> None:
+    """Refuse a folder without checkpoints that a new run must not write over.
+
+    Raises:
+        InputError: it holds something else than a run that never saved.
+    """
+    names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    if not names:
+        return
+    config = out / "config.yaml"
+    if not config.is_file() or not {"data", "out", "keep_checkpoints"} <= read_yaml(config).keys():
+        raise InputError(
+            f"out {str(out)!r} holds {names[0]!r} and no run of fcmae: give a folder that is new "
+            "or empty"
+        )
+    if "exported" in names:
+        raise InputError(
+            f"out {str(out)!r} holds a finished run whose checkpoints are gone: there is nothing "
+            "to go on from; give another --out"
+        )
+
+
+def _check_same_run(
+    config: Any, command: str, runtime_keys: frozenset[str], checkpoint: SavedCheckpoint
+) -> None:
+    was_command = checkpoint.state.get("command")
+    if was_command != command:
+        raise InputError(
+            f"out {config.out!r} holds a run of `fcmae {was_command}`, not of `fcmae {command}`: "
+            "give another --out"
+        )
+    # A setting that is younger than the checkpoint had what is now its default.
+    defaults = to_dict(type(config)(data=config.data, out=config.out))
+    stored = flatten(defaults) | flatten(_anywhere(checkpoint.state["asked"]))
+    changed = differences(asked_settings(config), stored, runtime_keys)
+    if changed:
+        key, was, now = changed[0]
+        if key == "data":  # one folder is named as it was given, not as a list
+            was, now = (value[0] if len(value) == 1 else value for value in (was, now))
+        text = was if isinstance(was, str) else json.dumps(was, separators=(",", ":"))
+        moved = " (if the same pictures are elsewhere now, a link to them)" if key == "data" else ""
+        raise InputError(
+            f"{key} is {now!r} but the run in {config.out!r} has {was!r}: repeat it with "
+            f"--{key} {shlex.quote(text)}{moved}, or give another --out"
+        )
+
+
+def asked_settings(config: Any) -> dict[str, Any]:
+    """The config as JSON, its paths absolute, so that it compares from any folder."""
+    asked: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
+    return _anywhere(asked)
+
+
+_OWN = frozenset({*_PATHS, "out", "device", "workers", "probe.data", "near_duplicates"})
+"""Settings in which the processes of a run may differ, as on machines that mount a disk elsewhere;
+of the files behind the paths it is compared which they are."""
+
+
+def facts(config: Any, step: int, *lists: FileList) -> dict[str, Any]:
+    """What all processes of a run must have in common: settings, where they begin, and files."""
+    return {
+        **{key: value for key, value in flatten(to_dict(config)).items() if key not in _OWN},
+        "a first step after": step,
+        **{f"files (list {n})": (len(files), files.digest()) for n, files in enumerate(lists, 1)},
+    }
+
+
+def _anywhere(asked: dict[str, Any]) -> dict[str, Any]:
+    placed: dict[str, Any] = {}
+    for key, words in _PATHS.items():
+        value = asked.get(key)
+        if isinstance(value, str) and value not in words:
+            placed[key] = _absolute(value)
+        if isinstance(value, list):
+            placed[key] = [_absolute(path) if isinstance(path, str) else path for path in value]
+    if isinstance(placed.get("data"), str):
+        placed["data"] = [placed["data"]]
+    return asked | placed
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def stored_files(found: FileList | None, start: SavedCheckpoint, name: str) -> FileList:
+    """The files that a run which goes on began with.
+
+    Of those `found` now, if any are known, the ones that came later are ignored with a notice;
+    vanished ones will count as unreadable.
+    """
+    stored = FileList.load(start.path.parent.parent / name)
+    if found is not None and len(found) > len(stored):
+        _log.info("%d files more than when the run began are ignored", len(found) - len(stored))
+    return stored

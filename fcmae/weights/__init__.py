@@ -1,0 +1,1 @@
+"""Weights: finding, reading and writing them, whole models included."""

@@ -1,0 +1,1 @@
+"""Every custom autograd function, next to the formula it implements."""

@@ -1,0 +1,140 @@
+"""Depthwise convolution of packed rows, by windows that are cut from the map with a halo.
+
+In the first two stages a window is a visible patch, so nothing hidden is computed; further on a
+patch has few sites and a window is (a large part of) an image. A window's sites are fetched by one
+`index_select` through a table that is made once per batch of masks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from sparse.devices import to_device
+from sparse.ops.depthwise import correlate
+
+HALO = 3
+"""Sites around a window that a 7×7 kernel reaches."""
+
+SMALLEST_PATCH = 4
+"""Patches of at least so many sites a side are windows of their own."""
+
+LARGEST = 16
+"""Longest side of other windows, in sites."""
+
+
+class Windows:
+    """Index tables of one stage for one batch of masks.
+
+    G windows of h×w sites have a halo of 3 on each side. Tables hold row numbers, and N where
+    there is no visible site.
+
+    Args:
+        index_N: int64 position of each row on the flattened (B, H, W) map, on the CPU.
+        shape: (B, H, W) of the map.
+        side: sites along a patch's side; rows stand patch after patch.
+        device: where the rows will be.
+    """
+
+    def __init__(
+        self, index_N: Tensor, shape: tuple[int, int, int], side: int, device: torch.device
+    ) -> None:
+        batch, *lengths = shape
+        patches = side >= SMALLEST_PATCH
+        counts = [length // side if patches else -(-length // LARGEST) for length in lengths]
+        self.size = tuple(-(-length // n) for length, n in zip(lengths, counts, strict=True))
+        (h, w), rows = self.size, len(index_N)
+
+        padded = torch.full((batch, counts[0] * h + 2 * HALO, counts[1] * w + 2 * HALO), rows,
+                            dtype=torch.int32)  # fmt: skip
+        image, y, x = torch.unravel_index(index_N, shape)
+        padded[image, y + HALO, x + HALO] = torch.arange(rows, dtype=torch.int32)
+        halo = padded.unfold(1, h + 2 * HALO, h).unfold(2, w + 2 * HALO, w).flatten(0, 2)
+        core = halo[:, HALO:-HALO, HALO:-HALO]
+        used = (core < rows).flatten(1).any(1)
+        halo, core = halo[used], core[used]
+
+        self.count = len(core)
+        self.halo = to_device(halo.flatten(), device)
+        self.core = to_device(core.flatten(), device)
+        # The same with the windows running fastest, for weight gradients.
+        self.halo_last = to_device(halo.permute(1, 2, 0).flatten(), device)
+        self.core_last = to_device(core.permute(1, 2, 0).flatten(), device)
+        self.rows: Tensor | None = None
+        if not patches:
+            self.rows = (core.flatten() < rows).nonzero().flatten()
+            self.rows = to_device(self.rows[core.flatten()[self.rows].argsort()], device)
+
+    def with_halo(self, rows_NC: Tensor) -> Tensor:
+        """Rows → windows (G, C, h+6, w+6), channels last in memory, zeros where nothing is."""
+        h, w = self.size
+        cut = _with_zero(rows_NC).index_select(0, self.halo)
+        return cut.view(self.count, h + 2 * HALO, w + 2 * HALO, rows_NC.shape[1]).permute(
+            0, 3, 1, 2
+        )
+
+    def to_rows(self, windows_GCHW: Tensor) -> Tensor:
+        """Windows without halo (G, C, h, w) → rows (N, C)."""
+        sites = windows_GCHW.permute(0, 2, 3, 1).reshape(-1, windows_GCHW.shape[1])
+        return sites if self.rows is None else sites.index_select(0, self.rows)
+
+    def weight_gradient(self, x_NC: Tensor, grad_NC: Tensor) -> Tensor:
+        """Gradient of a depthwise kernel (C, 1, 7, 7): see `correlate`."""
+        (h, w), shape = self.size, (self.count, x_NC.shape[1])
+        x = _with_zero(x_NC).index_select(0, self.halo_last)
+        grad = _with_zero(grad_NC).index_select(0, self.core_last)
+        return correlate(x.view(h + 2 * HALO, w + 2 * HALO, *shape), grad.view(h, w, *shape))
+
+
+def _with_zero(rows_NC: Tensor) -> Tensor:
+    """Append a row of zeros, number N."""
+    return torch.cat([rows_NC, rows_NC.new_zeros(1, rows_NC.shape[1])])
+
+
+def windowed_depthwise(
+    x_NC: Tensor, weight_C1KK: Tensor, bias_C: Tensor, windows: Windows
+) -> Tensor:
+    """7×7 depthwise convolution of rows, zeros at hidden sites and outside the image → (N, C)."""
+    if torch.is_autocast_enabled(x_NC.device.type):
+        dtype = torch.get_autocast_dtype(x_NC.device.type)
+        x_NC, weight_C1KK, bias_C = x_NC.to(dtype), weight_C1KK.to(dtype), bias_C.to(dtype)
+    return _WindowedDepthwise.apply(x_NC, weight_C1KK, bias_C, windows)
+
+
+class _WindowedDepthwise(torch.autograd.Function):
+    """Saves only the rows; windows are cut again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x_NC, weight, bias, windows):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x_NC, weight)
+        ctx.windows = windows
+        if not windows.count:
+            return torch.zeros_like(x_NC)
+        return windows.to_rows(F.conv2d(windows.with_halo(x_NC), weight, bias, groups=len(weight)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NC):  # type: ignore[no-untyped-def]
+        x_NC, weight = ctx.saved_tensors
+        windows: Windows = ctx.windows
+        if not windows.count:
+            return grad_NC, torch.zeros_like(weight), grad_NC.sum(0), None
+        cut = windows.with_halo(grad_NC)
+        # An odd kernel with stride 1: the input's gradient is a convolution with it turned round.
+        dx_NC = windows.to_rows(F.conv2d(cut, weight.flip(2, 3), groups=len(weight)))
+        if grad_NC.device.type == "cpu":
+            dweight = windows.weight_gradient(x_NC, grad_NC).to(weight.dtype)
+        else:
+            dweight = _library_weight_gradient(windows, x_NC, cut, weight)
+        return dx_NC, dweight, grad_NC.sum(0), None
+
+
+def _library_weight_gradient(windows: Windows, x_NC: Tensor, cut: Tensor, weight: Tensor) -> Tensor:
+    inner = cut[:, :, HALO:-HALO, HALO:-HALO]
+    gradients = torch.ops.aten.convolution_backward(
+        inner, windows.with_halo(x_NC), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0],
+        len(weight), [False, True, False],
+    )  # fmt: skip
+    return gradients[1]
