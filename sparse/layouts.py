@@ -1,8 +1,8 @@
-"""How checkpoints store a ConvNeXt V2: the names, and the shape of every tensor, of each layout.
+"""How checkpoints store a ConvNeXt V2: the name and shape of every tensor in each layout.
 
-Ours is the reference: timm's names, dense layouts, no final norm. A `Layout` says how another one
-spells a name of ours and how it packs the tensor; `layout_table` lists both sides for a whole
-architecture, so that any checkpoint can be checked key by key and converted either way.
+Our layout is the reference: timm's names, dense kernels, no final norm. A `Layout` maps our names
+and tensors to another layout. `expected_shapes` lists what a checkpoint must hold; the shapes come
+from a model on the meta device.
 """
 
 import re
@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparse.encoder import SparseConvNeXtV2
 from sparse.errors import InputError
+from sparse.layers import SparseBlock
 from sparse.sizes import PATCH
 
 State = Mapping[str, Tensor]
@@ -21,14 +23,18 @@ ENCODER = "encoder."
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a checkpoint's tensors say about the encoder that they belong to.
+    """The encoder that a checkpoint's tensors belong to.
 
-    `depths` and `dims` are the blocks and channels of the four stages; `layer_scale` is True where
-    blocks carry ConvNeXt V1's per-channel scale.
+    Attributes:
+        depths: blocks of each of the four stages.
+        dims: channels of each stage.
+        in_chans: channels of the images.
+        use_grn: blocks have global response normalisation (V2).
+        layer_scale: blocks have a learned per-channel scale (V1).
     """
 
-    depths: tuple[int, int, int, int]
-    dims: tuple[int, int, int, int]
+    depths: tuple[int, ...]
+    dims: tuple[int, ...]
     in_chans: int = 3
     use_grn: bool = True
     layer_scale: bool = False
@@ -38,65 +44,23 @@ class Architecture:
 class Layout:
     """One way to store a ConvNeXt V2.
 
-    `name(ours)` and `pack(ours, tensor)` give its name and its tensor for ours; `unpack(tensor,
-    shape)` gives back our tensor, of that shape. `title` is for messages.
+    Attributes:
+        title: for messages.
+        renames: regular expressions and their replacements, which turn our name into this layout's.
+        pack: (our name, our tensor) → this layout's tensor.
+        unpack: (this layout's tensor, our shape) → our tensor.
     """
 
     title: str
-    name: Callable[[str], str]
+    renames: tuple[tuple[str, str], ...]
     pack: Callable[[str, Tensor], Tensor]
     unpack: Callable[[Tensor, torch.Size], Tensor]
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor on both sides; `prefix`, part of `theirs`, is `encoder.` or nothing, as found."""
-
-    prefix: str
-    ours: str
-    shape: torch.Size
-    theirs: str
-    their_shape: torch.Size
-
-
-_OFFICIAL_NAMES = (
-    (re.compile(r"^stem\."), "downsample_layers.0."),
-    (re.compile(r"^stages\.(\d+)\.downsample\."), r"downsample_layers.\1."),
-    (re.compile(r"^decoder\.(proj|pred|mask_token)"), r"\1"),
-    (re.compile(r"\.blocks\."), "."),
-    (re.compile(r"\.conv_dw\."), ".dwconv."),
-    (re.compile(r"\.mlp\.fc"), ".pwconv"),
-    (re.compile(r"\.mlp\.grn\.weight$"), ".grn.gamma"),
-    (re.compile(r"\.mlp\.grn\.bias$"), ".grn.beta"),
-)
-_MINKOWSKI_NAMES = (
-    (re.compile(r"\.(conv_dw|downsample\.1)\.weight$"), r".\1.kernel"),
-    (re.compile(r"\.(norm|downsample\.0)\.(weight|bias)$"), r".\1.ln.\2"),
-    (re.compile(r"\.(fc[12])\.(weight|bias)$"), r".\1.linear.\2"),
-)
-_ENCODER_BLOCK = re.compile(r"stages\.([0-3])\.(?:blocks\.)?(\d+)\.(.+)")
-_DECODER_BLOCK = re.compile(r"decoder\.(?:blocks\.)?(\d+)\.(.+)")
-
-
-def _own_name(name: str) -> str:
-    return name
-
-
-def _own_tensor(_name: str, tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _official_name(name: str) -> str:
-    for pattern, theirs in _OFFICIAL_NAMES:
-        name = pattern.sub(theirs, name)
-    return name
-
-
-def _minkowski_name(name: str) -> str:
-    if name.startswith("stages."):  # the stem and the decoder are dense there too
-        for pattern, theirs in _MINKOWSKI_NAMES:
-            name = pattern.sub(theirs, name)
-    return _official_name(name)
+    def name(self, ours: str) -> str:
+        """Return this layout's name for one of ours, with or without the prefix `encoder.`."""
+        for pattern, replacement in self.renames:
+            ours = re.sub(pattern, replacement, ours)
+        return ours
 
 
 def _pack_official(name: str, tensor: Tensor) -> Tensor:
@@ -104,7 +68,7 @@ def _pack_official(name: str, tensor: Tensor) -> Tensor:
 
 
 def _pack_minkowski(name: str, tensor: Tensor) -> Tensor:
-    if not name.startswith("stages."):
+    if "stages." not in name:  # the stem and the decoder are dense
         return _pack_official(name, tensor)
     if name.endswith((".conv_dw.weight", ".downsample.1.weight")):
         # MinkowskiEngine counts kernel positions with the first coordinate, the row, fastest.
@@ -116,40 +80,49 @@ def _pack_minkowski(name: str, tensor: Tensor) -> Tensor:
 
 
 def _unpack_minkowski(tensor: Tensor, shape: torch.Size) -> Tensor:
-    if len(shape) != 4 or tensor.ndim == 4:  # no kernel, or a dense one (stem, decoder)
+    if len(shape) != 4 or tensor.ndim == 4:  # not a kernel, or a dense one (stem, decoder)
         return tensor.reshape(shape)
     out, width, rows, columns = shape
     kernel_OIK = tensor.reshape(rows * columns, width, out).permute(2, 1, 0)
     return kernel_OIK.reshape(out, width, columns, rows).transpose(2, 3)
 
 
-def _reshape(tensor: Tensor, shape: torch.Size) -> Tensor:
-    return tensor.reshape(shape)
+_OFFICIAL_NAMES = (
+    (r"\bstem\.", "downsample_layers.0."),
+    (r"\bstages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
+    (r"^decoder\.(proj|pred|mask_token)", r"\1"),
+    (r"\.blocks\.", "."),
+    (r"\.conv_dw\.", ".dwconv."),
+    (r"\.mlp\.fc", ".pwconv"),
+    (r"\.mlp\.grn\.weight$", ".grn.gamma"),
+    (r"\.mlp\.grn\.bias$", ".grn.beta"),
+)
+_MINKOWSKI_NAMES = (
+    (r"(\bstages\..+\.(conv_dw|downsample\.1))\.weight$", r"\1.kernel"),
+    (r"(\bstages\..+\.(norm|downsample\.0))\.", r"\1.ln."),
+    (r"(\bstages\..+\.fc[12])\.", r"\1.linear."),
+    *_OFFICIAL_NAMES,
+)
 
-
-OURS = Layout("timm", _own_name, _own_tensor, _reshape)
-OFFICIAL = Layout("official dense", _official_name, _pack_official, _reshape)
-MINKOWSKI = Layout("Minkowski", _minkowski_name, _pack_minkowski, _unpack_minkowski)
-
-
-def encoder_prefix(names: Iterable[str]) -> str:
-    """Return `encoder.` where some key starts so, else the empty string."""
-    return ENCODER if any(name.startswith(ENCODER) for name in names) else ""
+OURS = Layout("timm", (), lambda _name, tensor: tensor, Tensor.reshape)
+OFFICIAL = Layout("official dense", _OFFICIAL_NAMES, _pack_official, Tensor.reshape)
+MINKOWSKI = Layout("Minkowski", _MINKOWSKI_NAMES, _pack_minkowski, _unpack_minkowski)
+_MARKS = (
+    (r"\.(kernel|linear\.weight|ln\.weight)$", MINKOWSKI),
+    (r"^(encoder\.)?downsample_layers\.", OFFICIAL),
+    (r"^(encoder\.)?(stem|stages)\.", OURS),
+)
 
 
 def detect_layout(state: State) -> Layout:
-    """Say which of the layouts a state dict is in, by the names that only one of them uses.
+    """Detect the layout of a state dict by the names that only one layout uses.
 
     Raises:
-        InputError: it holds no ConvNeXt V2 in any layout that we know.
+        InputError: the state dict is not a ConvNeXt V2 in a known layout.
     """
-    names = [name.removeprefix(ENCODER) for name in state]
-    if any(name.endswith((".kernel", ".linear.weight", ".ln.weight")) for name in names):
-        return MINKOWSKI
-    if any(name.startswith("downsample_layers.") for name in names):
-        return OFFICIAL
-    if any(name.startswith(("stem.", "stages.")) for name in names):
-        return OURS
+    for pattern, layout in _MARKS:
+        if any(re.search(pattern, name) for name in state):
+            return layout
     raise InputError(
         "not a ConvNeXt V2 state dict: expected names such as stem.0.weight (timm and this "
         "project), downsample_layers.0.0.weight (official) or stages.0.0.dwconv.kernel "
@@ -158,123 +131,92 @@ def detect_layout(state: State) -> Layout:
 
 
 def brief(names: Iterable[str], most: int = 4) -> str:
-    """Join a few names for a one-line message, and say how many more there are."""
+    """Join the first `most` names for a one-line message and count the rest."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-def read_architecture(state: State, layout: Layout, prefix: str) -> Architecture:
-    """Read depths, dims, input channels, GRN and layer scale off the tensors of one layout.
+def infer_architecture(state: State) -> Architecture:
+    """Infer the encoder's architecture from a state dict in any known layout.
 
     Raises:
-        InputError: a stage has no block, or the stem is missing.
+        InputError: no known layout, or the stem or a stage's first block is missing or empty.
     """
-
-    def tensor(ours: str) -> Tensor:
-        theirs = prefix + layout.name(ours)
-        if theirs not in state:
-            raise InputError(
-                f"incomplete state dict in {layout.title} layout: expected {theirs}, "
-                f"found {len(state)} others: {brief(state)}"
-            )
-        return state[theirs]
-
-    blocks: list[set[str]] = [set(), set(), set(), set()]
-    parts = set()
-    for name in state:
-        if match := _ENCODER_BLOCK.match(name.removeprefix(prefix)):
-            blocks[int(match[1])].add(match[2])
-            parts.add(match[3])
-    dims = [tensor(f"stages.{stage}.blocks.0.conv_dw.bias").numel() for stage in range(4)]
-    stem = tensor("stem.0.weight")
+    prefix = _encoder_prefix(state)
+    stages = [f"{prefix}stages.{index}" for index in range(4)]
+    biases = [_tensor(state, f"{stage}.blocks.0.conv_dw.bias") for stage in stages]
+    stem = _tensor(state, f"{prefix}stem.0.weight")
     return Architecture(
-        depths=(len(blocks[0]), len(blocks[1]), len(blocks[2]), len(blocks[3])),
-        dims=(dims[0], dims[1], dims[2], dims[3]),
+        depths=tuple(_count_blocks(state, stage) for stage in stages),
+        dims=tuple(bias.numel() for bias in biases),
         in_chans=stem.shape[1] if stem.ndim == 4 else 3,
-        use_grn=any("grn." in part for part in parts),
-        layer_scale="gamma" in parts,
+        use_grn=any(re.search(r"stages\..+\.grn\.", name) for name in state),
+        layer_scale=any(re.search(r"stages\..+\d\.gamma$", name) for name in state),
     )
 
 
-def _block_shapes(at: str, width: int, grn: bool, scale: bool) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "conv_dw.weight": (width, 1, 7, 7),
-        "conv_dw.bias": (width,),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-        "mlp.fc1.weight": (4 * width, width),
-        "mlp.fc1.bias": (4 * width,),
-    }
-    if grn:
-        shapes |= {"mlp.grn.weight": (4 * width,), "mlp.grn.bias": (4 * width,)}
-    shapes |= {"mlp.fc2.weight": (width, 4 * width), "mlp.fc2.bias": (width,)}
-    if scale:
-        shapes["gamma"] = (width,)
-    return {f"{at}.{name}": shape for name, shape in shapes.items()}
+def encoder_shapes(architecture: Architecture) -> dict[str, torch.Size]:
+    """Return our name and the shape of every parameter of the encoder."""
+    layer_scale = 1.0 if architecture.layer_scale else None
+    size = (architecture.depths, architecture.dims, architecture.in_chans)
+    with torch.device("meta"):
+        encoder = SparseConvNeXtV2(
+            *size, engine="dense", use_grn=architecture.use_grn, layer_scale=layer_scale
+        )
+    return {name: tensor.shape for name, tensor in encoder.state_dict().items()}
 
 
-def encoder_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """List our name and shape of every parameter of the encoder, in the order of the network."""
-    dims, first = architecture.dims, architecture.dims[0]
-    shapes: dict[str, tuple[int, ...]] = {
-        "stem.0.weight": (first, architecture.in_chans, 4, 4),
-        "stem.0.bias": (first,),
-        "stem.1.weight": (first,),
-        "stem.1.bias": (first,),
-    }
-    for stage, (depth, width) in enumerate(zip(architecture.depths, dims, strict=True)):
-        if stage:
-            before, at = dims[stage - 1], f"stages.{stage}.downsample"
-            shapes |= {f"{at}.0.weight": (before,), f"{at}.0.bias": (before,)}
-            shapes |= {f"{at}.1.weight": (width, before, 2, 2), f"{at}.1.bias": (width,)}
-        for block in range(depth):
-            at = f"stages.{stage}.blocks.{block}"
-            shapes |= _block_shapes(at, width, architecture.use_grn, architecture.layer_scale)
-    return shapes
+def expected_shapes(state: State) -> dict[str, torch.Size]:
+    """Return our name and shape of every tensor that a state dict in any known layout must hold.
 
-
-def _decoder_shapes(
-    state: State, layout: Layout, architecture: Architecture
-) -> dict[str, tuple[int, ...]]:
-    """List the decoder's names and shapes, or none where the state dict holds no decoder.
+    The encoder's names have the prefix `encoder.` if the state dict has it. A decoder is expected
+    if the state dict holds any part of one.
 
     Raises:
-        InputError: it holds parts of a decoder, but no projection to tell its width.
+        InputError: as `infer_architecture`, or the bias of the decoder's projection is missing.
     """
-    tops = {layout.name(f"decoder.{part}").split(".")[0] for part in ("proj", "pred", "mask_token")}
-    names = [name for name in state if name.split(".")[0] in tops | {"decoder"}]
-    if not names:
+    architecture, prefix = infer_architecture(state), _encoder_prefix(state)
+    encoder = {prefix + name: shape for name, shape in encoder_shapes(architecture).items()}
+    return encoder | _decoder_shapes(state, architecture)
+
+
+def _encoder_prefix(state: State) -> str:
+    return ENCODER if any(name.startswith(ENCODER) for name in state) else ""
+
+
+def _count_blocks(state: State, stack: str) -> int:
+    pattern = re.escape(stack) + r"\.(?:blocks\.)?(\d+)\."
+    return len({match[1] for name in state if (match := re.match(pattern, name))})
+
+
+def _tensor(state: State, ours: str) -> Tensor:
+    """Return a tensor that the architecture depends on, by our name for it."""
+    layout = detect_layout(state)
+    name = layout.name(ours)
+    if name not in state:
+        raise InputError(
+            f"incomplete state dict in {layout.title} layout: expected {name}, "
+            f"found {len(state)} others: {brief(state)}"
+        )
+    if not state[name].numel():
+        raise InputError(f"{name} has shape {tuple(state[name].shape)}: it must not be empty")
+    return state[name]
+
+
+def _decoder_shapes(state: State, architecture: Architecture) -> dict[str, torch.Size]:
+    if not any(re.match(r"(decoder|proj|pred|mask_token)\b", name) for name in state):
         return {}
-    proj_bias = layout.name("decoder.proj.bias")
-    if proj_bias not in state:
-        raise InputError(f"incomplete decoder: expected {proj_bias}, found {brief(names)}")
-    width, pixels = state[proj_bias].numel(), architecture.in_chans * PATCH**2
-    found = [match for name in names if (match := _DECODER_BLOCK.match(name))]
-    grn = any("grn." in match[2] for match in found)
-    scale = any(match[2] == "gamma" for match in found)
-    shapes: dict[str, tuple[int, ...]] = {
-        "decoder.proj.weight": (width, architecture.dims[3], 1, 1),
-        "decoder.proj.bias": (width,),
-        "decoder.mask_token": (1, width, 1, 1),
-    }
-    for index in range(len({match[1] for match in found})):
-        shapes |= _block_shapes(f"decoder.blocks.{index}", width, grn, scale)
-    shapes |= {"decoder.pred.weight": (pixels, width, 1, 1), "decoder.pred.bias": (pixels,)}
-    return shapes
-
-
-def layout_table(state: State, layout: Layout, prefix: str) -> tuple[Architecture, list[Entry]]:
-    """Return the architecture of a state dict in `layout`, and every tensor that it must hold.
-
-    A decoder is listed where the state dict holds any part of one.
-    """
-    architecture = read_architecture(state, layout, prefix)
-    encoder = encoder_shapes(architecture)
-    shapes = encoder | _decoder_shapes(state, layout, architecture)
-    entries = []
-    for ours, shape in shapes.items():
-        packed = layout.pack(ours, torch.empty(shape, device="meta"))
-        at = prefix if ours in encoder else ""
-        entries.append(Entry(at, ours, torch.Size(shape), at + layout.name(ours), packed.shape))
-    return architecture, entries
+    width, depth = _tensor(state, "decoder.proj.bias").numel(), _count_blocks(state, "decoder")
+    pixels = architecture.in_chans * PATCH**2
+    with torch.device("meta"):
+        blocks = [SparseBlock(width, 0.0, use_grn=True, layer_scale=None) for _ in range(depth)]
+        decoder = nn.ModuleDict(
+            {
+                "proj": nn.Conv2d(architecture.dims[-1], width, 1),
+                "blocks": nn.ModuleList(blocks),
+                "pred": nn.Conv2d(width, pixels, 1),
+            }
+        )
+    shapes = {f"decoder.{name}": tensor.shape for name, tensor in decoder.state_dict().items()}
+    return shapes | {"decoder.mask_token": torch.Size([1, width, 1, 1])}

@@ -267,7 +267,7 @@ def test_official_dense_names_are_those_that_timm_reads() -> None:
     assert_same(canonical(official), encoder)
 
 
-def test_official_fine_tuned_release_leaves_its_head_out() -> None:
+def test_the_head_of_an_official_fine_tuned_release_is_dropped() -> None:
     encoder = random_encoder(TINY)
     head = {"norm.weight": torch.ones(12), "norm.bias": torch.zeros(12),
             "head.weight": torch.ones(3, 12), "head.bias": torch.zeros(3)}  # fmt: skip
@@ -304,6 +304,9 @@ def changed(state: State, changes: dict[str, Any]) -> State:
         ({"stages.2.blocks.0.gamma": torch.ones(10)}, ["4 missing", "stages.0.blocks.0.gamma"]),
         ({"decoder.mask_token": torch.ones(1, 5, 1, 1)}, ["decoder.proj.bias"]),
         ({"decoder.proj.bias": torch.ones(5)}, ["missing", "decoder.proj.weight"]),
+        ({"decoder.proj.bias": torch.ones(0)}, ["decoder.proj.bias has shape (0,)"]),
+        ({"stages.1.blocks.0.conv_dw.bias": torch.ones(0)}, ["conv_dw.bias has shape (0,)"]),
+        ({"stem.0.weight": torch.ones(6, 0, 4, 4)}, ["stem.0.weight has shape (6, 0, 4, 4)"]),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named_on_both_sides(
