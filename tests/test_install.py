@@ -1,218 +1,171 @@
-"""The MinkowskiEngine installer's decisions, on machines that are made up."""
+"""The MinkowskiEngine installer's decisions, on a simulated machine."""
 
+import os
+import shlex
+import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import sysconfig
+from types import SimpleNamespace
 
 import pytest
 
 from sparse import install_minkowski
-from sparse.install_minkowski import (
-    FAILED,
-    GO_ON_WITHOUT,
-    INSTALLED,
-    Machine,
-    install,
-    pip_command,
-)
+from sparse.install_minkowski import main, run, works
 
-
-class FakeMachine(Machine):
-    """A machine on which commands do what the test says, and are written down."""
-
-    def __init__(
-        self,
-        log: Path,
-        *,
-        works: Sequence[bool],
-        modules: str = "torch pip setuptools wheel ninja numpy",
-        missing: Sequence[str] = (),
-        root: bool = False,
-        apt: bool = True,
-        failing: str = "",
-        environ: Mapping[str, str] | None = None,
-    ) -> None:
-        log.write_text("old line\nlast line\n")
-        super().__init__(environ=environ or {}, root=root, log=log)
-        self._works, self._modules, self._missing = list(works), modules.split(), list(missing)
-        self._apt, self._failing = apt, failing
-        self.commands: list[str] = []
-        self.environments: list[Mapping[str, str] | None] = []
-
-    def run(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> bool:
-        line = " ".join(command).replace(sys.executable, "python")
-        self.commands.append(line)
-        self.environments.append(environment)
-        failed = bool(self._failing) and self._failing in line
-        if line.startswith("apt-get install") and not failed:
-            self._missing = []
-        return not failed
-
-    def works(self) -> bool:
-        return self._works.pop(0)
-
-    def has_module(self, name: str) -> bool:
-        return name in self._modules
-
-    def missing_system_packages(self) -> list[str]:
-        return self._missing
-
-    def has_apt(self) -> bool:
-        return self._apt
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    return tmp_path / "build.log"
-
-
-@pytest.fixture
-def said() -> list[str]:
-    return []
-
-
+TOOLS = "python -m pip install setuptools wheel ninja numpy"
 BUILD = (
     "python -m pip install --no-build-isolation --no-deps --use-pep517 "
-    "--config-settings=--global-option=--blas=openblas --cpu_only"
+    "'--config-settings=--global-option=--blas=openblas --cpu_only' MinkowskiEngine==0.5.4"
 )
-PLAIN = f"{BUILD} MinkowskiEngine==0.5.4"
-REBUILD = f"{BUILD} --no-cache-dir --force-reinstall MinkowskiEngine==0.5.4"
+REBUILD = f"{BUILD} --no-cache-dir --force-reinstall"
+APT = ["apt-get update", "apt-get install -y libopenblas-dev"]
 
 
-def test_pip_command() -> None:
-    plain = pip_command(rebuild=False)
-    assert " ".join(plain).replace(sys.executable, "python") == PLAIN
-    assert "--config-settings=--global-option=--blas=openblas --cpu_only" in plain
-    assert " ".join(pip_command(rebuild=True)).replace(sys.executable, "python") == REBUILD
+class Machine:
+    """Answers the installer's commands. By default it is ready for the build, and not as root."""
+
+    def __init__(self) -> None:
+        self.working = False
+        self.cached_wheel_is_stale = False
+        self.build_fails = False
+        self.apt_fails = False
+        self.lacks: set[str] = set()
+        self.root = False
+        self.commands: list[str] = []  # without probes and trial compilations
+        self.environment: dict[str, str] = {}
+
+    def run(self, command, *, env, stdout, **_options):
+        if command[1] == "-c":
+            return SimpleNamespace(returncode=not self.working)
+        if "-lopenblas" in command:
+            return SimpleNamespace(returncode="libopenblas-dev" in self.lacks)
+        line = shlex.join(command).replace(sys.executable, "python")
+        self.commands.append(line)
+        self.environment = env
+        failed = False
+        if command[0] == "apt-get":
+            failed = self.apt_fails
+            self.lacks = self.lacks if failed or command[1] != "install" else set()
+        elif "MinkowskiEngine" in line:
+            failed = self.build_fails
+            self.working = not failed and (not self.cached_wheel_is_stale or line == REBUILD)
+        print(f"{command[0]} failed" if failed else "done", file=stdout)
+        return SimpleNamespace(returncode=int(failed))
+
+    def which(self, program):
+        return None if program in self.lacks else f"/usr/bin/{program}"
+
+    def find_spec(self, module):
+        return None if module in self.lacks else module
 
 
-def test_a_working_one_is_left_alone(log: Path, said: list[str]) -> None:
-    machine = FakeMachine(log, works=[True])
-    assert install(machine, said.append) == INSTALLED
+@pytest.fixture
+def machine(tmp_path, monkeypatch) -> Machine:
+    machine = Machine()
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(subprocess, "run", machine.run)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(tmp_path))
+    monkeypatch.setattr(install_minkowski, "which", machine.which)
+    monkeypatch.setattr(install_minkowski, "find_spec", machine.find_spec)
+    monkeypatch.setattr(os, "geteuid", lambda: 0 if machine.root else 1000)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    for name in ("CI", "CXX", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    return machine
+
+
+def test_a_working_installation_is_left_alone(machine):
+    machine.working = True
+    assert main([]) == 0
     assert machine.commands == []
 
 
-def test_builds_when_all_is_there(log: Path, said: list[str]) -> None:
-    machine = FakeMachine(log, works=[False, True])
-    assert install(machine, said.append) == INSTALLED
-    assert machine.commands == [PLAIN]
-    assert "4 to 8 minutes" in said[0]
-    assert str(log) in said[0]
+def test_it_builds(machine, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
+    monkeypatch.setenv("PATH", "/bin")
+    assert main([]) == 0
+    assert machine.commands == [TOOLS, BUILD]
+    assert "SETUPTOOLS_USE_DISTUTILS" not in machine.environment
+    assert machine.environment["PATH"] == f"{tmp_path}:/bin"
+    assert str(tmp_path / "minkowski-build.log") in capsys.readouterr().out
 
 
-def test_a_kept_wheel_of_another_torch_is_rebuilt(log: Path, said: list[str]) -> None:
-    machine = FakeMachine(log, works=[False, False, True])
-    assert install(machine, said.append) == INSTALLED
-    assert machine.commands == [PLAIN, REBUILD]
+def test_a_cached_wheel_for_another_torch_is_rebuilt(machine):
+    machine.cached_wheel_is_stale = True
+    assert main([]) == 0
+    assert machine.commands == [TOOLS, BUILD, REBUILD]
 
 
-def test_an_installed_one_of_another_torch_is_rebuilt(log: Path, said: list[str]) -> None:
-    modules = "torch pip setuptools wheel ninja numpy MinkowskiEngine"
-    machine = FakeMachine(log, works=[False, True], modules=modules)
-    assert install(machine, said.append) == INSTALLED
-    assert machine.commands == [REBUILD]
+@pytest.mark.parametrize(("ci", "code"), [("", 3), ("true", 1)])
+def test_a_failed_build_prints_the_end_of_its_log(machine, monkeypatch, capsys, ci, code):
+    monkeypatch.setenv("CI", ci)
+    machine.build_fails = True
+    assert main([]) == code
+    assert machine.commands == [TOOLS, BUILD]
+    assert f"{sys.executable} failed\nMinkowskiEngine does not work" in capsys.readouterr().out
 
 
-def test_a_failed_build_shows_how_its_log_ends(log: Path, said: list[str]) -> None:
-    machine = FakeMachine(log, works=[False], failing="MinkowskiEngine")
-    assert install(machine, said.append) == GO_ON_WITHOUT
-    assert machine.commands == [PLAIN]
-    assert said[-1].startswith("No MinkowskiEngine: its build failed")
-    assert "last line" in said[-1]
-    assert "patch engine" in said[-1]
-
-
-def test_a_rebuild_that_does_not_help_fails(log: Path, said: list[str]) -> None:
-    machine = FakeMachine(log, works=[False, False, False])
-    assert install(machine, said.append) == GO_ON_WITHOUT
-    assert machine.commands == [PLAIN, REBUILD]
-
-
-def test_root_on_debian_installs_what_is_missing(log: Path, said: list[str]) -> None:
-    missing = ["g++", "libopenblas-dev"]
-    machine = FakeMachine(log, works=[False, True], missing=missing, root=True)
-    assert install(machine, said.append) == INSTALLED
-    assert machine.commands == ["apt-get update", "apt-get install -y g++ libopenblas-dev", PLAIN]
-    apt, build = machine.environments[1], machine.environments[2]
-    assert apt is not None
-    assert build is not None
-    assert apt["DEBIAN_FRONTEND"] == "noninteractive"
-    assert "MAX_JOBS" in build
-
-
-@pytest.mark.parametrize(("root", "apt"), [(False, True), (False, False), (True, False)])
-def test_others_are_told_the_line_to_run(root: bool, apt: bool, log: Path, said: list[str]) -> None:
-    machine = FakeMachine(log, works=[False], missing=["libopenblas-dev"], root=root, apt=apt)
-    assert install(machine, said.append) == GO_ON_WITHOUT
-    assert machine.commands == []
-    sudo = "" if root else "sudo "
-    line = f"{sudo}apt-get update && {sudo}apt-get install -y libopenblas-dev && {sys.executable}"
-    assert line in said[-1]
-    assert ("Debian's" in said[-1]) is not apt
-
-
-def test_root_whose_apt_fails_is_told_too(log: Path, said: list[str]) -> None:
-    machine = FakeMachine(log, works=[False], missing=["g++"], root=True, failing="apt-get")
-    assert install(machine, said.append) == GO_ON_WITHOUT
-    assert "apt-get install -y g++" in said[-1]
-    assert "last line" in said[-2]
+def test_root_installs_system_packages(machine):
+    machine.root, machine.lacks = True, {"libopenblas-dev"}
+    assert main([]) == 0
+    assert machine.commands == [*APT, TOOLS, BUILD]
+    assert machine.environment["DEBIAN_FRONTEND"] == "noninteractive"
 
 
 @pytest.mark.parametrize(
-    ("modules", "remedy"), [("pip", "pip install torch"), ("torch", "ensurepip")]
+    ("root", "lacks", "attempts", "advice"),
+    [
+        (False, "libopenblas-dev", [], "sudo apt-get install -y libopenblas-dev"),
+        (False, "g++", [], "sudo apt-get install -y g++ libopenblas-dev"),
+        (True, "libopenblas-dev", APT, "apt-get update && apt-get install -y libopenblas-dev"),
+        (False, "torch", [], "-m pip install torch"),
+        (False, "pip", [], "-m ensurepip"),
+    ],
 )
-def test_missing_torch_or_pip_is_named(
-    modules: str, remedy: str, log: Path, said: list[str]
-) -> None:
-    machine = FakeMachine(log, works=[False], modules=modules)
-    assert install(machine, said.append) == GO_ON_WITHOUT
-    assert machine.commands == []
-    assert remedy in said[-1]
+def test_what_is_missing_is_named_with_the_command_that_installs_it(
+    machine, capsys, root, lacks, attempts, advice
+):
+    machine.root, machine.lacks, machine.apt_fails = root, {lacks}, True
+    assert main([]) == 3
+    assert machine.commands == attempts
+    assert advice in capsys.readouterr().out
 
 
-def test_missing_build_tools_are_installed(log: Path, said: list[str]) -> None:
-    machine = FakeMachine(log, works=[False, True], modules="torch pip numpy setuptools")
-    assert install(machine, said.append) == INSTALLED
-    assert machine.commands == ["python -m pip install wheel ninja", PLAIN]
+def test_missing_python_headers_are_named(machine, tmp_path, capsys):
+    (tmp_path / "Python.h").unlink()
+    assert main([]) == 3
+    assert f"python3.{sys.version_info.minor}-dev" in capsys.readouterr().out
 
 
-def test_in_ci_going_on_without_is_a_failure(log: Path, said: list[str]) -> None:
-    machine = FakeMachine(log, works=[False], missing=["g++"], environ={"CI": "true"})
-    assert install(machine, said.append) == FAILED
-    assert said[-1].startswith("error: ")
+@pytest.mark.parametrize(("gigabytes", "jobs"), [(1, "1"), (9, "4"), (1000, "8")])
+def test_compilers_fit_in_memory(machine, monkeypatch, gigabytes, jobs):
+    memory = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gigabytes * 2**30 // 4096}
+    monkeypatch.setattr(os, "sysconf", memory.get)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
+    assert main([]) == 0
+    assert machine.environment["MAX_JOBS"] == jobs
+    monkeypatch.setenv("MAX_JOBS", "3")
+    machine.working = False
+    assert main([]) == 0
+    assert machine.environment["MAX_JOBS"] == "3"
 
 
-def test_children_find_pip_and_start_no_more_compilers_than_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(install_minkowski, "compiler_jobs", lambda: 3)
-    given = {"PATH": "/bin", "SETUPTOOLS_USE_DISTUTILS": "stdlib"}
-    child = Machine(environ=given, log=tmp_path / "log").child_environment()
-    assert child["PATH"].endswith(":/bin")
-    assert (Path(child["PATH"].split(":")[0]) / Path(sys.executable).name).exists()
-    assert child["MAX_JOBS"] == "3"
-    assert "SETUPTOOLS_USE_DISTUTILS" not in child
-    chosen = Machine(environ={"MAX_JOBS": "1"}, log=tmp_path / "log").child_environment()
-    assert chosen["MAX_JOBS"] == "1"
+def test_commands_and_their_output_are_logged(tmp_path):
+    log = tmp_path / "log"
+    assert run([sys.executable, "-c", "print('from the child')"], log)
+    assert not run([sys.executable, "-c", "raise SystemExit(3)"], log)
+    assert "\nfrom the child\n" in log.read_text()
 
 
-def test_commands_and_their_output_are_logged(tmp_path: Path) -> None:
-    machine = Machine(log=tmp_path / "log")
-    assert machine.run([sys.executable, "-c", "print('from the child')"])
-    assert not machine.run([sys.executable, "-c", "raise SystemExit(3)"])
-    assert not machine.run(["no-such-program"])
-    tail = machine.log_tail()
-    assert "from the child" in tail
-    assert "no-such-program" in tail
+def test_a_module_that_does_not_convolve_does_not_count(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("def tensor(*_args, **_options): ...\nint32 = None")
+    (tmp_path / "MinkowskiEngine.py").write_text("__version__ = '0.5.4'")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert not works(tmp_path / "log")
+    assert "no attribute 'SparseTensor'" in (tmp_path / "log").read_text()
 
 
-def test_a_compiler_that_is_missing_is_named(tmp_path: Path) -> None:
-    machine = Machine(environ={"CXX": "no-such-compiler"}, log=tmp_path / "log")
-    assert machine.missing_system_packages()[:2] == ["g++", "libopenblas-dev"]
-
-
-def test_help_explains_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        install_minkowski.main(["--help"])
-    assert stop.value.code == 0
+def test_help_explains_the_exit_codes(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
     assert "Exit codes" in capsys.readouterr().out
