@@ -445,6 +445,35 @@ def test_what_is_no_picture_is_bad(tmp_path: Path) -> None:
             read_picture(str(tmp_path / name), 3, LIMIT)
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), zlib.error("cut"), LookupError("mode"), OSError("x")]
+)
+def test_whatever_a_decoder_raises_is_a_bad_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(self: Image.Image) -> None:
+        raise error
+
+    path = save(tmp_path, Image.fromarray(colours()), "PNG")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(BadImage, match=type(error).__name__):
+        read_picture(str(path), 3, LIMIT)
+
+
+def test_an_interrupt_while_decoding_stays_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Image.Image) -> None:
+        raise KeyboardInterrupt
+
+    path = save(tmp_path, Image.fromarray(colours()), "PNG")
+    limit = Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        read_picture(str(path), 3, LIMIT)
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
 def small_files() -> list[bytes]:
     files = []
     for form in ("JPEG", "PNG", "TIFF", "GIF", "WEBP", "BMP", "PPM", "JPEG2000", "AVIF"):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from fcmae.data.augment import Box
-from fcmae.data.bad import DECODE_ERRORS, BadImage, reading
+from fcmae.data.bad import BadImage, reading
 from fcmae.data.resize import Pixels, Source, resize, strips, to_unit
 
 __all__ = ["BadImage", "Picture", "Pixels", "read_picture"]
@@ -274,6 +274,7 @@ def _check_finite(source: Source) -> None:
 def _turn(image: Image.Image) -> tuple[bool, bool, bool]:
     """Return how to turn the picture; one whose EXIF can't be read stays as it is."""
     try:
-        return _TURNS.get(image.getexif().get(0x0112, 1), _TURNS[1])
-    except DECODE_ERRORS:
+        with reading(image.width * image.height):
+            return _TURNS.get(image.getexif().get(0x0112, 1), _TURNS[1])
+    except BadImage:
         return _TURNS[1]
