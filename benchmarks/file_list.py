@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fcmae.data.files import FileList, find_images
+from fcmae.data.file_list import FileList, find_images
 
 PER_FOLDER = 1000
 

@@ -21,16 +21,20 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fcmae.data.batch import normalise
-from fcmae.data.evaluation import LabelledBatch
-from fcmae.data.statistics import imagenet_mean_std
+from fcmae.data.labelled import LabelledData, Split
+from fcmae.data.sample import Batch, normalise
+from fcmae.data.statistics import Preprocessing, imagenet_mean_std
 from fcmae.train.loop import Loop
-from fcmae.train.plan import Signals, make_plan
+from fcmae.train.optimizer import make_optimizer
+from fcmae.train.plan import make_plan
 from fcmae.train.processes import World
+from fcmae.train.script import Resolved
+from fcmae.train.signals import Signals
 from finetune.blocks import speed_up
 from finetune.config import FinetuneConfig, FinetuneOptimConfig
-from finetune.optim import make_optimizer
+from finetune.optim import layer_depths
 from finetune.task import FinetuneTask
+from finetune.tasks.classify import Classify
 
 CLASSES = 10
 EPOCHS = 30
@@ -44,7 +48,7 @@ class Done(Exception):
 
 def plain_step(model: nn.Module, config: FinetuneConfig) -> Callable[[Tensor, Tensor], None]:
     """What one would write around a timm model."""
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = make_optimizer(model, config.optim, layer_depths(model, "single"))
     ema = ModelEmaV3(model, decay=config.ema_decay or 0.0, foreach=True)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.augment.label_smoothing)
     model.train()
@@ -62,12 +66,14 @@ def make_loop(model: nn.Module, config: FinetuneConfig, steps: int) -> Loop:
     """Our loop, without a run folder and with nothing to validate on."""
     world = World(0, 1, CPU)
     nothing: DataLoader[tuple[Tensor, ...]] = DataLoader(TensorDataset(torch.empty(0)))
-    task = FinetuneTask(
-        model, make_optimizer(model, config.optim), False, config.ema_decay, MEAN,
-        STD, config.augment.label_smoothing, None, 1, 1, nothing, None, 1, config.max_bad, {},
-        world, None,
-    )  # fmt: skip
-    return Loop(task, make_plan(config, steps, EPOCHS, None), config, {}, str, world, None)
+    kind = Classify(config)
+    kind.data = LabelledData(Split(range(1)), Split(range(0)), ())  # type: ignore[arg-type]
+    images = Preprocessing((0, 0), tuple(MEAN), tuple(STD))
+    resolved = Resolved(images, "fp32", 0, None, world, config.batch_size)
+    optimizer = make_optimizer(model, config.optim, layer_depths(model, "single"))
+    task = FinetuneTask(config, kind, model, optimizer, resolved, 1, 1, nothing, {}, None)
+    plan = make_plan(config, steps * config.batch_size, EPOCHS)
+    return Loop(task, plan, config, {"precision": "fp32"}, str, world, None)
 
 
 def main() -> int:
@@ -87,7 +93,7 @@ def main() -> int:
     labels = torch.randint(CLASSES, shape[:1])
     seconds: dict[str, list[float]] = {"plain": [], "ours": []}
 
-    def batches() -> Iterator[LabelledBatch]:
+    def batches() -> Iterator[Batch]:
         """Our loop asks for a batch when it is through with the last: then it is their turn."""
         asked = 0.0
         for round_number in range(options.rounds + 2):  # the first of each warms up
@@ -97,7 +103,7 @@ def main() -> int:
             theirs(images, labels)
             seconds["plain"].append(time.perf_counter() - began)
             asked = time.perf_counter()
-            yield LabelledBatch(images, labels, labels, [])
+            yield Batch(images, labels, targets=labels)
         raise Done
 
     with contextlib.suppress(Done):

@@ -28,9 +28,11 @@ from torchvision.datasets.folder import default_loader
 
 from fcmae.config.values import MAX_PIXELS
 from fcmae.data.augment import crop_box
-from fcmae.data.decode import read_picture
-from fcmae.data.files import FileList, find_images
-from fcmae.data.loader import PretrainDataset, StepSampler, collate, make_loader, normalise
+from fcmae.data.decode import read_image
+from fcmae.data.file_list import FileList, find_images
+from fcmae.data.loader import PretrainDataset, make_loader
+from fcmae.data.order import StepSampler
+from fcmae.data.sample import collate, normalise
 from fcmae.data.statistics import imagenet_mean_std
 
 SIDE = 224
@@ -118,7 +120,7 @@ def largest_difference(files: FileList) -> int:
     worst = 0
     for index in range(min(COMPARED, len(files))):
         path = files.path(index)
-        picture = read_picture(path, 3, MAX_PIXELS)
+        picture = read_image(path, 3, MAX_PIXELS)
         left, top, width, height = crop_box(0, 0, index, *picture.size, scale=SCALE, ratio=RATIO)
         image = default_loader(path)
         expected = transforms.functional.resized_crop(

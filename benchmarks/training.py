@@ -17,8 +17,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fcmae.data.files import find_images
-from fcmae.data.loader import PretrainDataset, StepSampler, make_loader, normalise
+from fcmae.data.file_list import find_images
+from fcmae.data.loader import PretrainDataset, make_loader
+from fcmae.data.order import StepSampler
+from fcmae.data.sample import normalise
 from fcmae.data.statistics import imagenet_mean_std
 from fcmae.inspect.timing import WHOLE, make_step
 from fcmae.train.machine import resolve_workers

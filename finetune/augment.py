@@ -1,11 +1,11 @@
-"""Labelled pictures to train on: random crops, and what else changes them.
+"""Labelled images to train on: random crops, and what else changes them.
 
 Everything random is a function of (seed, epoch, index), so that workers, processes and resumes
 change nothing. Crops and flips are those of pretraining, with the semantics of timm's; RandAugment,
 colour jitter and random erasing are timm's own, which draw from global streams: those are seeded
 for each sample and put back after.
 
-RandAugment and colour jitter work on 8-bit pictures of 1 or 3 channels. Deeper pictures, and those
+RandAugment and colour jitter work on 8-bit images of 1 or 3 channels. Deeper images, and those
 of other channel counts, are cropped, flipped and erased alone.
 """
 
@@ -23,13 +23,14 @@ from timm.data.transforms_factory import create_transform
 from torch.utils.data import Dataset
 
 from fcmae import rng
-from fcmae.data.augment import crop_box, flips
-from fcmae.data.decode import Pixels, read_picture
-from fcmae.data.evaluation import LabelledSample
-from fcmae.data.files import FileList
-from fcmae.data.labelled import Labels
+from fcmae.data.augment import Geometry, crop_box, flips
+from fcmae.data.decode import read_image
+from fcmae.data.labelled import Split
 from fcmae.data.loader import read_or_replace
 from fcmae.data.order import Key
+from fcmae.data.resize import Pixels
+from fcmae.data.sample import Sample
+from fcmae.data.statistics import Preprocessing
 from finetune.config import FinetuneAugmentConfig
 from sparse.errors import InputError
 
@@ -52,66 +53,58 @@ def seeded(seed: int) -> Iterator[None]:
         torch.default_generator.set_state(before[2])
 
 
-class TrainDataset(Dataset[LabelledSample]):
-    """Random crops of the training files with their classes, by (epoch, index).
+class TrainDataset(Dataset[Sample]):
+    """Random crops of the training images with their labels, by (epoch, index).
 
     Args:
-        files, labels: what there is; `prefix` goes before the names of bad files.
-        img_size: (height, width) of the crops.
-        mean, std: per channel, in units of the full range 0 to 1; what is erased is filled with
-            noise of this distribution.
+        split: the training images.
+        images: size of the crops, and mean and std; what is erased is filled with noise of this
+            distribution.
+        augment: crops, flips and what else changes the images.
+        seed: what everything random depends on, with epoch and index.
+        max_pixels: images with more pixels count as unreadable.
     """
 
     def __init__(
         self,
-        files: FileList,
-        labels: Labels,
-        img_size: tuple[int, int],
-        in_chans: int,
+        split: Split,
+        images: Preprocessing,
         augment: FinetuneAugmentConfig,
-        mean: Sequence[float],
-        std: Sequence[float],
         seed: int,
         max_pixels: int,
-        prefix: str = "",
     ) -> None:
-        self.files, self.labels = files, labels
-        self.img_size, self.in_chans = img_size, in_chans
-        self.augment = augment
-        self.seed = seed
-        self.max_pixels = max_pixels
-        self.prefix = prefix
-        self._mean = np.array(mean, np.float32)[:, None, None]
-        self._std = np.array(std, np.float32)[:, None, None]
+        self.split, self.images, self.augment = split, images, augment
+        self.seed, self.max_pixels = seed, max_pixels
+        self._mean, self._std = (
+            np.array(values, np.float32)[:, None, None] for values in (images.mean, images.std)
+        )
         self._erase = RandomErasing(probability=1.0, mode="pixel", device="cpu")
-        self._recolour = recolouring(augment, img_size, mean) if in_chans in (1, 3) else None
+        self._recolour = None
+        if len(images.mean) in (1, 3):
+            self._recolour = recolouring(augment, images.img_size, images.mean)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.split.source)
 
-    def __getitem__(self, key: Key) -> LabelledSample:
-        """Return the sample; a file that can't be read is replaced, the same one in every run.
-
-        Raises:
-            RunError: neither the file nor any of its replacements could be read.
-        """
+    def __getitem__(self, key: Key) -> Sample:
+        """Return the sample; an image that can't be read is replaced, the same way in every run."""
         epoch, index = key
-        image, read, bad = read_or_replace(
-            self.files, index, self.seed, lambda candidate: self._make(epoch, index, candidate)
+        sample = read_or_replace(
+            self.split.source, index, self.seed, lambda place: self._make(epoch, index, place)
         )
-        named = [(self.prefix + name, reason) for name, reason in bad]
-        return LabelledSample(image, int(self.labels[read]), read, named)
+        sample.bad = [(self.split.prefix + name, reason) for name, reason in sample.bad]
+        return sample
 
-    def _make(self, epoch: int, index: int, candidate: int) -> Pixels:
-        augment = self.augment
-        picture = read_picture(self.files.path(candidate), self.in_chans, self.max_pixels)
+    def _make(self, epoch: int, index: int, candidate: int) -> Sample:
+        augment, split = self.augment, self.split
+        opened = read_image(split.source.open(candidate), len(self.images.mean), self.max_pixels)
         scale, ratio = augment.crop_scale, augment.crop_ratio
         box = crop_box(
-            self.seed, epoch, index, *picture.size, (scale[0], scale[1]), (ratio[0], ratio[1])
+            self.seed, epoch, index, *opened.size, (scale[0], scale[1]), (ratio[0], ratio[1])
         )
         across, down = flips(self.seed, epoch, index, augment.hflip, augment.vflip)
-        image = picture.resized(
-            box, self.img_size, across, down, augment.fast_decode, augment.interpolation
+        image = opened.resized(
+            box, self.images.img_size, across, down, augment.fast_decode, augment.interpolation
         )
         recolour = self._recolour if image.dtype == np.uint8 else None
         draw = rng.uniform(self.seed, rng.AUGMENT, epoch, index, _ERASE)[0]
@@ -120,7 +113,9 @@ class TrainDataset(Dataset[LabelledSample]):
             with seeded(rng.seed_for(self.seed, rng.AUGMENT, epoch, index)):
                 image = _recoloured(image, recolour) if recolour else image
                 image = self._erased(image) if erase else image
-        return image
+        target = None if split.labels is None else int(split.labels[candidate])
+        geometry = Geometry(opened.size, box, across, down)
+        return Sample(image, candidate, target=target, geometry=geometry)
 
     def _erased(self, image_CHW: Pixels) -> Pixels:
         """Erase a box. timm fills it with noise in normalised units; ours are those of pixels."""

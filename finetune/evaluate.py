@@ -10,20 +10,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich.console import Console
 from rich.table import Table
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from fcmae.atomic import check_out_file, out_file
-from fcmae.config.values import height_width, read_yaml
-from fcmae.console import show_logs
-from fcmae.data.evaluation import tell_left_out
-from fcmae.data.files import FileList, refuse_to_replace
+from fcmae.atomic import out_file
+from fcmae.config.values import read_yaml
+from fcmae.data.file_list import FileList
 from fcmae.data.labelled import TRAIN, VAL, Split, check_known, find_classes, labels_of
-from fcmae.train.processes import resolve_device
-from finetune.classifier import Classifier, load_classifier
-from finetune.settings import VAL_LIST
+from fcmae.inspect.prologue import Setting, batches, set_up
+from fcmae.train.run_folder import RunPaths
+from fcmae.weights.read import CONFIG_FILE, read_json
+from finetune.classifier import Classifier, load_classifier, weights_folder
 from finetune.tool_config import EvaluateConfig
-from sparse.errors import InputError, RunError
+from sparse.errors import InputError
 
 TOP = 5
 MOST_ROWS = 100
@@ -38,112 +39,121 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
     """Measure a classifier, and print a table, or with `config.json` one JSON object.
 
     Args:
+        config: what was asked.
         show: False prints nothing.
 
     Returns:
-        `top1` and `top5` in percent of the `n` pictures (top5 is the share among the best
+        `top1` and `top5` in percent of the `n` images (top5 is the share among the best
         `top5_of`, fewer than five where there are fewer classes); `balanced`, the mean over the
-        classes measured; `per_class`, {name: {top1, n}}, and `not_measured`, the classes without a
-        picture; `unreadable`, the pictures left out; `split`, `weights`, and `kept_back`, whether
-        the pictures are those that the run kept back of one folder: what was measured.
+        classes measured; `per_class`, {name: {top1, n}}, and `not_measured`, the classes without an
+        image; `unreadable`, the images skipped; `split`, `weights`, and `kept_back`, whether
+        the images are those that the run kept back of one folder: what was measured.
 
     Raises:
         InputError: the weights, the data or `out` is wrong.
-        RunError: no picture could be read, or `out` could not be written.
+        RunError: no image could be read, or `out` could not be written.
     """
-    show_logs()
-    out = None if config.out is None else check_out_file(config.out, ".png", ".csv")
-    size = None if config.img_size is None else height_width(config.img_size, multiple=1)
-    classifier = load_classifier(config.source, resolve_device(config.device), size)
-    split, kept = find_split(config, classifier)
-    if out is not None:
-        refuse_to_replace(out, split.files)
-    confusion, top5, bad = measure(classifier, split, config)
+    kept = _kept_split(config)
+    setting = set_up(
+        config, load_classifier, lambda classifier: kept or find_split(config, classifier),
+        ".png", ".csv", multiple=1,
+    )  # fmt: skip
+    classifier, split = setting.model, setting.images
+    confusion, top5 = measure(setting, config)
     result = summarise(confusion, top5, classifier.names)
     result |= {
-        "unreadable": len(bad),
+        "unreadable": len(split.source) - result["n"],
         "split": split.prefix.rstrip("/") or ".",
-        "kept_back": kept,
+        "kept_back": kept is not None,
         "weights": str(classifier.folder),
     }
-    tell_left_out(bad)
     if show and config.json:
         print(json.dumps(result))
     elif show:
         _print_table(result)
-    if out is not None:
-        write_confusion(confusion, classifier.names, out)
+    if setting.out is not None:
+        write_confusion(confusion, classifier.names, setting.out)
     return result
 
 
-def find_split(config: EvaluateConfig, classifier: Classifier) -> tuple[Split, bool]:
-    """Find the pictures to measure on: data/SPLIT/CLASS, or data/CLASS; and say whether they are
-    those that a run kept back of one folder.
-
-    A run that divided this data by `val_fraction`, or what it exported, is measured on the pictures
-    that it kept back then, whatever came to the folder or left it since.
+def find_split(config: EvaluateConfig, classifier: Classifier) -> Split:
+    """Find the images to measure on: data/SPLIT/CLASS, or data/CLASS.
 
     Raises:
         InputError: nothing there, or classes that the model does not know.
     """
-    root = Path(config.data).expanduser()
-    if not root.is_dir():
-        raise InputError(f"data {config.data!r} is no folder: give one with {config.split}/CLASS/…")
-    folder = root / config.split
-    if folder.is_dir():
-        files, names = find_classes(folder)
-        check_known(folder, names, classifier.names, "the model")
-        return Split(files, f"{config.split}/"), False
-    kept = _kept_back(Path(config.source)) if config.split == VAL else None
-    if kept is not None:
-        trained = Path(kept.roots[0])
-        for inside, prefix in ((root / TRAIN, f"{TRAIN}/"), (root, "")):
-            if inside.is_dir() and trained.is_dir() and inside.samefile(trained):
-                _log.info("measuring on the %d pictures that the run kept back", len(kept))
-                return Split(kept, prefix), True
-        _log.warning(
-            "all of %s is measured: the run kept back pictures of %s, which is another folder",
-            root, trained,
-        )  # fmt: skip
-    _log.info("%s has no folder %r: its folders are taken for classes", root, config.split)
-    files, names = find_classes(root)
-    check_known(root, names, classifier.names, "the model")
-    return Split(files, ""), False
+    root = _root(config)
+    folder, prefix = root / config.split, f"{config.split}/"
+    if not folder.is_dir():
+        _log.info("%s has no folder %r: its folders are treated as classes", root, config.split)
+        folder, prefix = root, ""
+    files, names = find_classes(folder)
+    check_known(folder, names, classifier.names, "the model")
+    return Split(files, prefix, labels_of(files, classifier.names))
 
 
-def _kept_back(source: Path) -> FileList | None:
-    """The pictures that a run divided off its training data by `val_fraction`; None of others."""
-    folder = source.parent if source.is_file() else source
-    for run in (folder, folder.parent):
-        asked, stored = run / "config.yaml", run / VAL_LIST
-        if asked.is_file() and stored.is_file():
-            return FileList.load(stored) if read_yaml(asked).get("val_fraction") else None
+def _kept_split(config: EvaluateConfig) -> Split | None:
+    """The images that a run kept back of one folder, where this is that folder.
+
+    A run that divided its data by `val_fraction`, or what it exported, is measured on the images
+    that it kept back then, whatever came to the folder or left it since.
+    """
+    root = _root(config)
+    stored = _kept_back(Path(config.source)) if config.split == VAL else None
+    if stored is None or (root / config.split).is_dir():
+        return None
+    kept, names = stored
+    trained = Path(kept.roots[0])
+    for inside, prefix in ((root / TRAIN, f"{TRAIN}/"), (root, "")):
+        if inside.is_dir() and trained.is_dir() and inside.samefile(trained):
+            _log.info("measuring on the %d images that the run kept back", len(kept))
+            return Split(kept, prefix, labels_of(kept, names))
+    _log.warning(
+        "all of %s is measured: the run kept back images of %s, which is another folder",
+        root, trained,
+    )  # fmt: skip
     return None
 
 
-def measure(
-    classifier: Classifier, split: Split, config: EvaluateConfig
-) -> tuple[Counts, int, list[tuple[str, str]]]:
-    """Return the confusion matrix (true class, predicted class), the hits among the best five, and
-    (name, reason) of the pictures left out.
+def _root(config: EvaluateConfig) -> Path:
+    root = Path(config.data).expanduser()
+    if not root.is_dir():
+        raise InputError(
+            f"data {config.data!r} is not a folder: give one with {config.split}/CLASS/…"
+        )
+    return root
+
+
+def _kept_back(source: Path) -> tuple[FileList, tuple[str, ...]] | None:
+    """The images that a run divided off its training data by `val_fraction`, and the classes;
+    None of others."""
+    folder = source.parent if source.is_file() else source
+    for root in (folder, folder.parent):
+        run = RunPaths(root)
+        if run.config.is_file() and run.images("val").is_file():
+            if not read_yaml(run.config).get("val_fraction"):
+                return None
+            names = read_json(weights_folder(str(source)) / CONFIG_FILE)["label_names"]
+            return FileList.load(run.images("val")), tuple(names)
+    return None
+
+
+def measure(setting: Setting[Classifier, Split], config: EvaluateConfig) -> tuple[Counts, int]:
+    """Return the confusion matrix (true class, predicted class) and the hits among the best five.
 
     Raises:
-        RunError: no picture could be read.
+        RunError: no image could be read.
     """
-    classes = len(classifier.names)
-    confusion = np.zeros((classes, classes), np.int64)
-    top5, bad = 0, []
-    labels = labels_of(split.files, classifier.names)
-    for batch, scores in classifier.classify(
-        split.files, labels, config.batch_size, config.workers, split.prefix
-    ):
-        bad += batch.bad
-        best = scores.topk(min(TOP, classes)).indices
-        top5 += int((best == batch.labels[:, None]).sum())
-        np.add.at(confusion, (batch.labels.numpy(), best[:, 0].numpy()), 1)
-    if not confusion.sum():
-        raise RunError(f"none of the {len(bad)} pictures can be read ({': '.join(bad[0])})")
-    return confusion, top5, bad
+    classes = len(setting.model.names)
+    confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    top5 = 0
+    with torch.no_grad():
+        for batch, images in batches(setting, config):
+            assert batch.targets is not None
+            best = setting.model.model(images).cpu().topk(min(TOP, classes)).indices
+            top5 += int((best == batch.targets[:, None]).sum())
+            confusion += multiclass_confusion_matrix(best[:, 0], batch.targets, classes)
+    return confusion.numpy(), top5
 
 
 def summarise(confusion: Counts, top5: int, names: tuple[str, ...]) -> dict[str, Any]:
@@ -167,7 +177,7 @@ def summarise(confusion: Counts, top5: int, names: tuple[str, ...]) -> dict[str,
 
 
 def write_confusion(confusion: Counts, names: tuple[str, ...], out: Path) -> None:
-    """Write the confusion matrix as a table (.csv) or a picture (.png), atomically.
+    """Write the confusion matrix as a table (.csv) or a figure (.png), atomically.
 
     Raises:
         RunError: it could not be written.
@@ -184,7 +194,7 @@ def write_confusion(confusion: Counts, names: tuple[str, ...], out: Path) -> Non
 
 
 def _draw_confusion(confusion: Counts, names: tuple[str, ...]) -> Any:
-    """Draw the share of each true class (row) that is taken for each class, in percent."""
+    """Draw the share of each true class (row) that is predicted as each class, in percent."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -209,7 +219,7 @@ def _draw_confusion(confusion: Counts, names: tuple[str, ...]) -> Any:
 
 
 def _print_table(result: dict[str, Any]) -> None:
-    place = "the pictures that it kept back" if result["kept_back"] else result["split"]
+    place = "the images that it kept back" if result["kept_back"] else result["split"]
     table = Table(title=f"{result['weights']} on {place}")
     for name in ("class", "top-1 %", "images"):
         table.add_column(name, justify="left" if name == "class" else "right")

@@ -14,17 +14,12 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fcmae.data.statistics import Preprocessing
 from fcmae.train.checkpoint import first_difference
 from fcmae.weights.export import timm_variant
-from fcmae.weights.read import (
-    CONFIG_FILE,
-    Preprocessing,
-    find_weights,
-    load_weights,
-    read_json,
-    read_preprocessing,
-    read_state,
-)
+from fcmae.weights.load import find_weights, load_weights
+from fcmae.weights.preprocessing import read_preprocessing
+from fcmae.weights.read import CONFIG_FILE, read_json, read_state
 from sparse.convert import encoder_part, to_timm
 from sparse.encoder import init_fan_in
 from sparse.errors import InputError
@@ -227,7 +222,7 @@ def check_part(model: nn.Module, part: int) -> None:
     """Make sure that a part of a batch, on one process at a time, is enough for the model.
 
     Raises:
-        InputError: it is one picture, and batch norm needs several to normalise by.
+        InputError: it is one image, and batch norm needs several to normalise by.
     """
     if part == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise InputError(

@@ -1,57 +1,16 @@
-"""Parameter groups for fine-tuning: layer-wise learning rates, and who is spared weight decay."""
+"""How many layers before the head each parameter is, for layer-wise learning rates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from typing import Any
 
-import torch
 from timm.models import ConvNeXt, group_parameters
-from torch import nn
 
-from finetune.config import FinetuneOptimConfig
 from sparse.errors import InputError
 
 BLOCKS_A_GROUP = 3
-
-
-def make_optimizer(model: nn.Module, optim: FinetuneOptimConfig) -> torch.optim.Optimizer:
-    """AdamW over what is trained; the loop sets a group's rate to the schedule's x `lr_scale`."""
-    groups = layer_groups(model, optim.weight_decay, optim.layer_decay, optim.layer_group)
-    betas = (optim.betas[0], optim.betas[1])
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-
-
-def layer_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float, layer_group: str
-) -> list[dict[str, Any]]:
-    """Optimizer groups, from the first layer to the head, each with `lr_scale`.
-
-    The head has 1, the layer before it `layer_decay`, the one before that its square, and so on.
-    Biases, norms, GRN and what the model itself names are not decayed.
-    """
-    depths = layer_depths(model, layer_group) if layer_decay != 1 else {}
-    timm_model: Any = model
-    patterns = timm_model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        depth = depths.get(name, 0)
-        spared = parameter.ndim <= 1 or name.endswith(".bias")
-        spared = spared or any(fnmatch(name, pattern) for pattern in patterns)
-        group = groups.setdefault(
-            (-depth, spared),
-            {
-                "params": [],
-                "weight_decay": 0.0 if spared else weight_decay,
-                "lr_scale": layer_decay**depth,
-            },
-        )
-        group["params"].append(parameter)
-    return [groups[key] for key in sorted(groups)]
 
 
 def layer_depths(model: Any, layer_group: str) -> dict[str, int]:

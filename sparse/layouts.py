@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparse.block import SparseBlock
 from sparse.encoder import SparseConvNeXtV2
 from sparse.errors import InputError
-from sparse.layers import SparseBlock
 from sparse.sizes import PATCH
 
 State = Mapping[str, Tensor]

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from fcmae.data.augment import center_box, crop_box, flips
-from fcmae.data.decode import read_picture
+from fcmae.data.decode import read_image
 
 SCALE, RATIO = (0.2, 1.0), (0.75, 4 / 3)
 
@@ -102,7 +102,7 @@ def photograph(width: int, height: int) -> Image.Image:
 def test_resized_crops_equal_torchvision(tmp_path: Path, size: tuple[int, int]) -> None:
     image = photograph(*size)
     image.save(tmp_path / "x.png")
-    picture = read_picture(str(tmp_path / "x.png"), 3, 10**8)
+    picture = read_image(str(tmp_path / "x.png"), 3, 10**8)
     assert picture.size == size
     for index in range(12):
         left, top, w, h = crop_box(0, 0, index, *size, SCALE, RATIO)

@@ -19,7 +19,7 @@ from fcmae.train.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from fcmae.train.update import check_gate
+from fcmae.train.optimizer import check_gate
 from sparse.errors import InputError
 
 

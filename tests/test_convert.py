@@ -14,17 +14,15 @@ from torch import Tensor
 from fcmae import FCMAE
 from sparse import SparseConvNeXtV2
 from sparse.convert import (
-    Architecture,
     canonical,
     encoder_part,
     from_minkowski,
     from_official_dense,
-    infer_architecture,
     to_minkowski,
     to_timm,
 )
 from sparse.errors import InputError
-from sparse.layouts import MINKOWSKI, OFFICIAL, encoder_shapes
+from sparse.layouts import MINKOWSKI, OFFICIAL, Architecture, encoder_shapes, infer_architecture
 from sparse.sizes import SIZES
 
 TINY = Architecture((1, 2, 1, 1), (6, 8, 10, 12), in_chans=4)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse.convert import Architecture, from_minkowski, to_minkowski
+from sparse.convert import from_minkowski, to_minkowski
 from sparse.engines.minkowski import load_minkowski, why_unavailable
-from sparse.layouts import encoder_shapes
+from sparse.layouts import Architecture, encoder_shapes
 
 pytestmark = [
     pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable())),

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from fcmae.data.decode import BadImage, read_picture
+from fcmae.data.bad import BadImage
+from fcmae.data.decode import read_image
 
 H, W = 40, 56
 LIMIT = 10**7
@@ -40,7 +41,7 @@ def luma(rgb: Array) -> Array:
 
 def whole(path: Path, in_chans: int = 3) -> Array:
     """Return all of a picture, not resized, as (H, W, C) float in [0, 1] (or as the file says)."""
-    picture = read_picture(os.fsencode(path), in_chans, LIMIT)
+    picture = read_image(os.fsencode(path), in_chans, LIMIT)
     width, height = picture.size
     pixels = picture.resized((0, 0, width, height), (height, width)).transpose(1, 2, 0)
     assert pixels.dtype in (np.uint8, np.float32)
@@ -234,7 +235,7 @@ def test_exif_orientation(tmp_path: Path, form: str, orientation: int) -> None:
     shown = TURNED[orientation](colours())
     assert_close(whole(path), shown / 255)
 
-    picture = read_picture(str(path), 3, LIMIT)
+    picture = read_image(str(path), 3, LIMIT)
     assert picture.size == (shown.shape[1], shown.shape[0])
     left, top, width, height = 5, 9, 20, 14
     for flip_h, flip_v in ((False, False), (True, False), (False, True)):
@@ -302,12 +303,12 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     ):
         np.save(path, array, allow_pickle=True)
         with pytest.raises(BadImage, match=words):
-            read_picture(str(path), 5, LIMIT)
+            read_image(str(path), 5, LIMIT)
     content = path.read_bytes()
     for length in (3, 7, 20, len(content) - 1):
         path.write_bytes(content[:length])
         with pytest.raises(BadImage):
-            read_picture(str(path), 5, LIMIT)
+            read_image(str(path), 5, LIMIT)
 
 
 def test_pictures_have_at_most_four_channels(tmp_path: Path) -> None:
@@ -353,7 +354,7 @@ def test_bombs_are_refused_by_their_header(tmp_path: Path, form: str, side: int)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(BadImage, match="max_pixels 10000000"):
-            read_picture(str(tmp_path / "x"), 3, LIMIT)
+            read_image(str(tmp_path / "x"), 3, LIMIT)
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
@@ -371,7 +372,7 @@ def test_thin_pictures(tmp_path: Path, size: tuple[int, int], deep: bool) -> Non
     top = 65535 if deep else 255
     values = np.linspace(0, top, size[0] * size[1]).reshape(size[::-1])
     image = Image.fromarray(values.astype(np.uint16 if deep else np.uint8))
-    picture = read_picture(str(save(tmp_path, image, "PNG")), 3, LIMIT)
+    picture = read_image(str(save(tmp_path, image, "PNG")), 3, LIMIT)
     for box in ((0, 0, *size), (0, 0, 1, 1)):
         part = values[: box[3], : box[2]].astype(np.float32) / top
         for img_size in ((64, 96), (32, 1), (1, 32)):
@@ -386,7 +387,7 @@ def test_thin_pictures(tmp_path: Path, size: tuple[int, int], deep: bool) -> Non
 def test_thin_jpegs(tmp_path: Path, size: tuple[int, int]) -> None:
     path = save(tmp_path, Image.new("RGB", size, (9, 99, 199)), "JPEG")
     for fast in (False, True):
-        got = read_picture(str(path), 3, LIMIT).resized((0, 0, *size), (64, 96), fast=fast)
+        got = read_image(str(path), 3, LIMIT).resized((0, 0, *size), (64, 96), fast=fast)
         assert np.abs(got - np.array([9, 99, 199]).reshape(3, 1, 1)).max() <= 2
 
 
@@ -397,7 +398,7 @@ def test_a_picture_narrowed_in_strips_is_the_same(
     pixels = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
     box = (10, 20, 401, 270)
     for values in (pixels, pixels[..., 0].astype(np.uint16) * 256):
-        picture = read_picture(str(save(tmp_path, Image.fromarray(values), "PNG")), 3, LIMIT)
+        picture = read_image(str(save(tmp_path, Image.fromarray(values), "PNG")), 3, LIMIT)
         at_once = picture.resized(box, img_size)
         with monkeypatch.context() as patch:
             patch.setattr("fcmae.data.resize._STRIP_BYTES", 4 * 391 * 7)
@@ -410,7 +411,7 @@ def test_fast_decoding_of_a_large_jpeg_is_near(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     for in_chans in (1, 3):
-        picture = read_picture(str(save(tmp_path, image, "JPEG", exif=exif)), in_chans, LIMIT)
+        picture = read_image(str(save(tmp_path, image, "JPEG", exif=exif)), in_chans, LIMIT)
         exact = picture.resized((13, 40, 700, 900), (96, 64)).astype(int)
         fast = picture.resized((13, 40, 700, 900), (96, 64), fast=True).astype(int)
         assert 0 < np.abs(exact - fast).mean() < 2
@@ -442,7 +443,7 @@ def test_what_is_no_picture_is_bad(tmp_path: Path) -> None:
         ("", "regular"),
     ):
         with pytest.raises(BadImage, match=words):
-            read_picture(str(tmp_path / name), 3, LIMIT)
+            read_image(str(tmp_path / name), 3, LIMIT)
 
 
 @pytest.mark.parametrize(
@@ -457,7 +458,7 @@ def test_whatever_a_decoder_raises_is_a_bad_image(
     path = save(tmp_path, Image.fromarray(colours()), "PNG")
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
     with pytest.raises(BadImage, match=type(error).__name__):
-        read_picture(str(path), 3, LIMIT)
+        read_image(str(path), 3, LIMIT)
 
 
 def test_an_interrupt_while_decoding_stays_one(
@@ -470,7 +471,7 @@ def test_an_interrupt_while_decoding_stays_one(
     limit = Image.MAX_IMAGE_PIXELS
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        read_picture(str(path), 3, LIMIT)
+        read_image(str(path), 3, LIMIT)
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
@@ -502,7 +503,7 @@ def test_damage_gives_pixels_or_bad_image_and_nothing_else(
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(content)
     try:
-        picture = read_picture(str(path), 3, 10**6)
+        picture = read_image(str(path), 3, 10**6)
         pixels = picture.resized((0, 0, *picture.size), (32, 64))
     except BadImage:
         return

@@ -17,16 +17,17 @@ from torch import Tensor
 from fcmae import FCMAE
 from fcmae.cli import main
 from fcmae.config.tools import DiversityConfig
-from fcmae.data.files import find_images
-from fcmae.data.loader import HoldoutSet, normalise
+from fcmae.data.file_list import find_images
+from fcmae.data.holdout import HoldoutSet
+from fcmae.data.sample import normalise
+from fcmae.data.sources import key_hash
 from fcmae.inspect.diversity import block_diversity, channel_diversity, diversity
 from fcmae.inspect.watch import HoldoutWatcher
-from fcmae.train.task import Settings
 from sparse import SparseConvNeXtV2
 from sparse.block import SparseBlock
 from sparse.errors import InputError, RunError
 from tests.test_engines import FAST_ENGINES, make_mask, random_encoder
-from tests.test_features import ENCODERS, SMALL, timm_twin
+from tests.test_features import ENCODERS, SMALL, resolved, timm_twin
 
 BLOCKS = [f"stages.{stage}.blocks.{block}" for stage, block in ((0, 0), (1, 0), (1, 1))]
 BLOCKS += ["stages.2.blocks.0", "stages.3.blocks.0"]
@@ -163,7 +164,7 @@ def test_held_out_images_tell_loss_and_diversity(pictures: Path) -> None:
     batches = [
         (normalise(batch.images, mean, std, "cpu"), batch.masks) for batch in held.batches(3)
     ]
-    watcher = HoldoutWatcher(batches, Settings((64, 64), mean, std, "fp32", 0), 1, None)
+    watcher = HoldoutWatcher(batches, resolved((64, 64), mean, std), 1, None)
     found = watcher(model, 1, lambda: False)
     assert model.training
     assert model.encoder.training
@@ -239,7 +240,7 @@ def test_images_are_chosen_by_a_hash_of_their_paths(
     sources: list[str], pictures: Path, tmp_path: Path
 ) -> None:
     files = find_images(str(pictures))
-    chosen = sorted(sorted(range(24), key=files.path_hash)[:7])
+    chosen = sorted(sorted(range(24), key=lambda index: key_hash(files, index))[:7])
     lines = [f"{os.fsdecode(files.path(index))}\n" for index in chosen]
     (tmp_path / "list.txt").write_text("".join(lines))
     found = diversity(config(sources[0], pictures, count=7), show=False)
@@ -250,13 +251,13 @@ def test_unreadable_pictures_are_left_out_and_named(
     sources: list[str], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.png").write_bytes(b"none")
-    with pytest.raises(RunError, match="none of the 1 pictures"):
+    with pytest.raises(RunError, match="none of the 1 images"):
         diversity(config(sources[0], tmp_path))
     for name in ("0000.png", "0001.png"):
         (tmp_path / name).write_bytes((pictures / name).read_bytes())
     result = diversity(config(sources[0], tmp_path, json=True))
     assert result[sources[0]]["images"] == 2
-    assert "left out, since it can't be read: bad.png" in capsys.readouterr().err
+    assert "skipped, since it can't be read: bad.png" in capsys.readouterr().err
 
 
 def test_wrong_input_is_refused(

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,24 @@ from fcmae.cli import main
 from fcmae.config.pretraining import AugmentConfig, DecoderConfig, PretrainConfig
 from fcmae.config.tools import EmbedConfig
 from fcmae.data.evaluation import EvalDataset
-from fcmae.data.files import FileList, find_images
+from fcmae.data.file_list import FileList, find_images
+from fcmae.data.labelled import Split
+from fcmae.data.statistics import Preprocessing, default_preprocessing
 from fcmae.inspect.embedding import embed
-from fcmae.inspect.features import Backbone, extract, load_backbone, pooled, random_backbone
+from fcmae.inspect.features import extract, pooled
 from fcmae.train.checkpoint import list_checkpoints
 from fcmae.train.pretraining import pretrain
 from fcmae.train.processes import World
+from fcmae.train.script import Resolved
 from fcmae.train.task import Interrupted
-from fcmae.weights.export import default_preprocessing, timm_variant
-from fcmae.weights.read import Preprocessing
-from finetune.classifier import Classifier
+from fcmae.weights.export import timm_variant
+from fcmae.weights.load import Backbone, load_backbone, random_backbone
 from finetune.config import FinetuneConfig
 from finetune.train import finetune
 from sparse import SparseConvNeXtV2
-from sparse.convert import infer_architecture, to_timm
+from sparse.convert import to_timm
 from sparse.errors import InputError, RunError
+from sparse.layouts import infer_architecture
 from tests.conftest import write_pictures
 from tests.test_engines import FAST_ENGINES, random_encoder
 
@@ -194,7 +198,7 @@ GOOD = [0, 1, 2, 3, 5, 6, 7, 8]
 def one_by_one(backbone: Backbone, files: FileList) -> Tensor:
     """What timm makes of the files in `GOOD`."""
     model, images = timm_twin(backbone.encoder), backbone.images
-    data = EvalDataset(files, None, images.img_size, 3, 0.875, "bicubic", 10**6)
+    data = EvalDataset(Split(files), images)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (images.mean, images.std))
     crops = [(torch.from_numpy(data[index].image) / 255 - mean) / std for index in GOOD]
     return torch.stack([model.forward_features(crop[None])[0].mean((1, 2)) for crop in crops])
@@ -203,7 +207,7 @@ def one_by_one(backbone: Backbone, files: FileList) -> Tensor:
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 0), (64, 0), (4, 2)])
 def test_features_of_files_in_order(folder: Path, batch_size: int, workers: int) -> None:
     backbone, files = backbone_of(random_encoder("patch", 3, **SMALL)), find_images(str(folder))
-    found = extract(backbone, files, batch_size, workers, prefix="val/")
+    found = extract(backbone, Split(files, "val/"), batch_size, workers)
     assert_close(found.values, one_by_one(backbone, files))
     assert found.indices.tolist() == GOOD
     assert [name for name, _ in found.bad] == ["val/0004.png"]
@@ -211,7 +215,7 @@ def test_features_of_files_in_order(folder: Path, batch_size: int, workers: int)
 
 def test_two_processes_share_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, files = backbone_of(random_encoder("patch", 3, **SMALL)), find_images(str(folder))
-    one = extract(backbone, files, 2, 0)
+    one = extract(backbone, Split(files), 2, 0)
     parts: dict[int, Any] = {}
 
     def note(world: World, item: Any) -> list[Any]:
@@ -219,10 +223,10 @@ def test_two_processes_share_the_work(folder: Path, monkeypatch: pytest.MonkeyPa
         return [item]
 
     monkeypatch.setattr(World, "gather", note)
-    shares = [extract(backbone, files, 2, 0, World(rank, 2, CPU)) for rank in (0, 1)]
+    shares = [extract(backbone, Split(files), 2, 0, World(rank, 2, CPU)) for rank in (0, 1)]
     assert [share.indices.tolist() for share in shares] == [[0, 2, 6, 8], [1, 3, 5, 7]]
     monkeypatch.setattr(World, "gather", lambda *_: [parts[0], parts[1]])
-    both = extract(backbone, files, 2, 0, World(1, 2, CPU))
+    both = extract(backbone, Split(files), 2, 0, World(1, 2, CPU))
     assert_close(both.values, one.values)
     assert both.indices.tolist() == one.indices.tolist()
     assert both.bad == one.bad
@@ -230,7 +234,7 @@ def test_two_processes_share_the_work(folder: Path, monkeypatch: pytest.MonkeyPa
 
 def test_nothing_readable_is_no_features(folder: Path) -> None:
     files = find_images(str(folder)).select([4])
-    found = extract(backbone_of(random_encoder("patch", 3, **SMALL)), files, 4, 0)
+    found = extract(backbone_of(random_encoder("patch", 3, **SMALL)), Split(files), 4, 0)
     assert (found.values.shape, len(found.indices), len(found.bad)) == ((0, 32), 0, 1)
 
 
@@ -238,7 +242,7 @@ def test_a_stop_is_heeded_between_batches(folder: Path) -> None:
     asked = iter([False, True])
     backbone = backbone_of(random_encoder("patch", 3, **SMALL))
     with pytest.raises(Interrupted):
-        extract(backbone, find_images(str(folder)), 1, 0, stop=lambda: next(asked))
+        extract(backbone, Split(find_images(str(folder))), 1, 0, stop=lambda: next(asked))
 
 
 def test_one_channel_reads_pictures_as_grey(folder: Path, tmp_path: Path) -> None:
@@ -246,9 +250,18 @@ def test_one_channel_reads_pictures_as_grey(folder: Path, tmp_path: Path) -> Non
         with Image.open(folder / name) as picture:
             picture.convert("L").save(tmp_path / name)
     backbone = backbone_of(random_encoder("patch", 1, **SMALL))
-    colour = extract(backbone, find_images(str(folder)).select([0, 1]), 2, 0)
-    grey = extract(backbone, find_images(str(tmp_path)), 2, 0)
+    colour = extract(backbone, Split(find_images(str(folder)).select([0, 1])), 2, 0)
+    grey = extract(backbone, Split(find_images(str(tmp_path))), 2, 0)
     assert torch.equal(colour.values, grey.values)
+
+
+def resolved(
+    img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], **changes: Any
+) -> Resolved:
+    """What a run on this CPU resolves, with no workers."""
+    settings: dict[str, Any] = {"precision": "fp32", "part": 7, "world": World(0, 1, CPU)}
+    images = Preprocessing(img_size, tuple(mean), tuple(std))
+    return Resolved(images, workers=0, start=None, **settings | changes)
 
 
 def failing(message: str) -> Any:
@@ -265,20 +278,13 @@ def test_a_reader_that_died_is_told_with_the_way_out(
 ) -> None:
     files = find_images(str(folder))
     backbone = backbone_of(random_encoder("patch", 3, **SMALL))
-    classifier = Classifier(
-        nn.Identity(), ("a", "b"), folder, (32, 32), (0.5,) * 3, (0.5,) * 3, 0.875, "bicubic", CPU
-    )
     killed = failing("DataLoader worker (pid 1) is killed by signal: Killed. ")
     monkeypatch.setattr("fcmae.data.evaluation.make_loader", killed)
-    for work in (
-        lambda: extract(backbone, files, 4, 2),
-        lambda: next(classifier.classify(files, None, 4, 2)),
-    ):
-        with pytest.raises(RunError, match=r"\(pid 1\) is killed by signal.*fewer --workers"):
-            work()
+    with pytest.raises(RunError, match=r"\(pid 1\) is killed by signal.*fewer --workers"):
+        extract(backbone, Split(files), 4, 2)
     monkeypatch.setattr("fcmae.data.evaluation.make_loader", failing("something else"))
     with pytest.raises(RuntimeError, match="something else"):
-        extract(backbone, files, 4, 2)
+        extract(backbone, Split(files), 4, 2)
 
 
 def test_embed_writes_features_and_paths(
@@ -290,8 +296,8 @@ def test_embed_writes_features_and_paths(
     out = tmp_path / "new" / "features.npz"
     config = EmbedConfig(str(run), str(tmp_path / "images"), str(out), batch_size=4, workers=0)
     assert embed(config) == out
-    assert "left out, since it can't be read: deep/0004.png" in capsys.readouterr().err
-    expected = extract(load_backbone(str(run), CPU), find_images(config.images), 64, 0)
+    assert "skipped, since it can't be read: deep/0004.png" in capsys.readouterr().err
+    expected = extract(load_backbone(str(run), CPU), Split(find_images(config.images)), 64, 0)
     with np.load(out) as file:
         assert set(file) == {"features", "paths"}
         assert file["features"].dtype == np.float32
@@ -310,6 +316,6 @@ def test_embed_refuses(
         assert f"out {out!r} must be a file ending in .npz" in capsys.readouterr().err
     (tmp_path / "bad.png").write_bytes(b"none")
     out = str(tmp_path / "features.npz")
-    with pytest.raises(RunError, match="none of the 1 pictures"):
+    with pytest.raises(RunError, match="none of the 1 images"):
         embed(EmbedConfig(str(run), str(tmp_path), out, workers=0))
     assert not Path(out).exists()

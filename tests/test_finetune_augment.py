@@ -10,10 +10,13 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from fcmae.data.evaluation import EvalDataset, batches_of, collate_labelled
-from fcmae.data.files import find_images
-from fcmae.data.labelled import find_classes, labels_of
-from fcmae.data.loader import StepSampler, make_loader
+from fcmae.data.evaluation import EvalDataset, batches_of
+from fcmae.data.file_list import find_images
+from fcmae.data.labelled import Split, find_classes, labels_of
+from fcmae.data.loader import make_loader
+from fcmae.data.order import StepSampler
+from fcmae.data.sample import collate
+from fcmae.data.statistics import Preprocessing
 from finetune.augment import TrainDataset, recolouring, seeded
 from finetune.config import FinetuneAugmentConfig
 from sparse.errors import InputError
@@ -23,10 +26,9 @@ STRONG = FinetuneAugmentConfig(randaugment="rand-m9-mstd0.5-inc1", random_erasin
 
 def dataset(root: Path, augment: FinetuneAugmentConfig = STRONG, in_chans: int = 3) -> TrainDataset:
     files, names = find_classes(root)
-    return TrainDataset(
-        files, labels_of(files, names), (32, 48), in_chans, augment, [0.5] * in_chans,
-        [0.25] * in_chans, seed=3, max_pixels=10**6, prefix="train/",
-    )  # fmt: skip
+    images = Preprocessing((32, 48), (0.5,) * in_chans, (0.25,) * in_chans)
+    split = Split(files, "train/", labels_of(files, names))
+    return TrainDataset(split, images, augment, seed=3, max_pixels=10**6)
 
 
 def test_workers_change_nothing(classes: Path) -> None:
@@ -34,11 +36,11 @@ def test_workers_change_nothing(classes: Path) -> None:
 
     def run(workers: int) -> list[Any]:
         sampler = StepSampler(len(data), 8, 3, start_step=2, total_steps=6)
-        return [*make_loader(data, sampler, workers, join=collate_labelled)]
+        return [*make_loader(data, sampler, workers)]
 
     for one, two in zip(run(0), run(2), strict=True):
         assert torch.equal(one.images, two.images)
-        assert torch.equal(one.labels, two.labels)
+        assert torch.equal(one.targets, two.targets)
         assert torch.equal(one.indices, two.indices)
     assert one.images.dtype == torch.uint8
     assert one.images.shape == (8, 3, 32, 48)
@@ -52,8 +54,8 @@ def test_a_sample_depends_on_its_key_alone(classes: Path) -> None:
     assert first is not None
     assert np.array_equal(first, data[0, 5].image)
     assert not np.array_equal(first, data[1, 5].image)
-    assert data[0, 5].label == 0
-    assert data[0, 9].label == 1
+    assert data[0, 5].target == 0
+    assert data[0, 9].target == 1
 
 
 def test_global_streams_are_left_alone(classes: Path) -> None:
@@ -78,9 +80,9 @@ def test_an_unreadable_picture_is_replaced_together_with_its_class(tmp_path: Pat
     sample = data[0, 0]
     assert sample.bad[0][0] == "train/a/bad.png"
     assert sample.index in (1, 2)
-    assert sample.label == sample.index - 1
+    assert sample.target == sample.index - 1
     assert sample.image is not None
-    assert sample.image[:, 0, 0].tolist() == ([255, 0, 0], [0, 0, 255])[sample.label]
+    assert sample.image[:, 0, 0].tolist() == ([255, 0, 0], [0, 0, 255])[sample.target]
 
 
 def test_erasing_touches_one_box(classes: Path) -> None:
@@ -121,7 +123,7 @@ def test_a_randaugment_string_that_timm_refuses() -> None:
 
 def test_evaluation_is_resize_and_centre_crop(pictures: Path) -> None:
     files = find_images(str(pictures))
-    data = EvalDataset(files, None, (56, 56), 3, 0.875, "bicubic", 10**6)
+    data = EvalDataset(Split(files), Preprocessing((56, 56), (0.5,) * 3, (0.5,) * 3))
     reference = v2.Compose(
         [v2.Resize(64, v2.InterpolationMode.BICUBIC), v2.CenterCrop(56), v2.PILToTensor()]
     )
@@ -135,8 +137,9 @@ def test_evaluation_is_resize_and_centre_crop(pictures: Path) -> None:
 
 def test_a_picture_that_cannot_be_read_has_no_image(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"none")
-    data = EvalDataset(find_images(str(tmp_path)), None, (32, 32), 3, 1.0, "bicubic", 10**6, "val/")
-    batch = collate_labelled([data[0]])
+    images = Preprocessing((32, 32), (0.5,) * 3, (0.5,) * 3)
+    data = EvalDataset(Split(find_images(str(tmp_path)), "val/"), images)
+    batch = collate([data[0]])
     assert len(batch) == 0
     assert batch.bad[0][0] == "val/bad.png"
 

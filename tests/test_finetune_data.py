@@ -29,9 +29,13 @@ def test_a_class_is_the_first_folder_of_a_split(tmp_path: Path) -> None:
     touch(tmp_path, "val/b/4.jpg", "train/.hidden/5.jpg", "test/c/6.jpg")
     data = find_labelled(str(tmp_path), 0.0)
     assert data.names == ("a", "b")
-    assert [data.train.files.name(i) for i in range(3)] == ["a/0.jpg", "a/deep/er/2.jpg", "b/1.jpg"]
-    assert labels_of(data.train.files, data.names).tolist() == [0, 0, 1]
-    assert labels_of(data.val.files, data.names).tolist() == [0, 1]
+    assert [data.train.source.name(i) for i in range(3)] == [
+        "a/0.jpg",
+        "a/deep/er/2.jpg",
+        "b/1.jpg",
+    ]
+    assert labels_of(data.train.source, data.names).tolist() == [0, 0, 1]
+    assert labels_of(data.val.source, data.names).tolist() == [0, 1]
     assert (data.train.prefix, data.val.prefix) == ("train/", "val/")
 
 
@@ -39,10 +43,10 @@ def test_a_class_is_the_first_folder_of_a_split(tmp_path: Path) -> None:
 def test_val_fraction_divides_each_class(tmp_path: Path, folder: str, prefix: str) -> None:
     names = numbered(f"{folder}a", 20) + numbered(f"{folder}b", 3) + numbered(f"{folder}c", 1)
     data = find_labelled(str(touch(tmp_path, *names)), 0.25)
-    train, val = (labels_of(split.files, data.names) for split in (data.train, data.val))
+    train, val = (labels_of(split.source, data.names) for split in (data.train, data.val))
     assert np.bincount(train, minlength=3).tolist() == [15, 2, 1]
     assert np.bincount(val, minlength=3).tolist() == [5, 1, 0]
-    paths = [split.files.name(i) for split in (data.train, data.val) for i in range(len(split[0]))]
+    paths = [split.source.name(i) for split in (data.train, data.val) for i in range(len(split[0]))]
     assert sorted(paths) == sorted(name.removeprefix(folder) for name in names)
     assert (data.train.prefix, data.val.prefix) == (prefix, prefix)
 
@@ -64,9 +68,9 @@ def test_a_class_that_is_only_in_train_and_stray_pictures_are_named(
 ) -> None:
     touch(tmp_path, "train/a/0.jpg", "train/b/0.jpg", "train/stray.jpg", "val/a/1.jpg")
     with caplog.at_level(logging.WARNING):
-        assert len(find_labelled(str(tmp_path), 0.0).train.files) == 2
+        assert len(find_labelled(str(tmp_path), 0.0).train.source) == 2
     assert "never measured: 'b'" in caplog.text
-    assert "1 pictures lie in" in caplog.text
+    assert "1 images lie in" in caplog.text
 
 
 def rename(old: str, new: str) -> Callable[[Path], object]:
@@ -97,8 +101,12 @@ def remove(*folders: str) -> Callable[[Path], object]:
         (lambda _: None, 0.2, "its own val: leave val_fraction at 0"),
         (remove("train/b"), 0.0, "has one class, 'a'"),
         (remove("train/a", "train/b"), 0.0, "has no folders"),
-        (empty("train/b"), 0.0, "classes without pictures: 'b'"),
-        (rename("val/b", "val/bb"), 0.0, r"classes that train has not: 'bb' \(did you mean 'b'"),
+        (empty("train/b"), 0.0, "classes without images: 'b'"),
+        (
+            rename("val/b", "val/bb"),
+            0.0,
+            r"does not have: 'bb' \(did you mean 'b'",
+        ),
         (rename("train/b", "train/A"), 0.0, "classes 'A' and 'a', which look alike"),
         (rename("train/b", "train/b\n"), 0.0, "rename it to printable UTF-8"),
         (rename("train/b", "train/b\udcff"), 0.0, "rename it to printable UTF-8"),
@@ -119,15 +127,15 @@ def test_ten_thousand_classes(tmp_path: Path) -> None:
     touch(tmp_path, *(f"train/{name}/0.jpg" for name in names), "val/00007/1.jpg")
     data = find_labelled(str(tmp_path), 0.0)
     assert data.names == tuple(names)
-    assert labels_of(data.train.files, data.names).tolist() == [*range(10_000)]
-    assert labels_of(data.val.files, data.names).tolist() == [7]
+    assert labels_of(data.train.source, data.names).tolist() == [*range(10_000)]
+    assert labels_of(data.val.source, data.names).tolist() == [7]
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere.* is no folder"):
+    with pytest.raises(InputError, match=r"nowhere.* is not a folder"):
         find_labelled(str(tmp_path / "nowhere"), 0.0)
 
 
 def test_one_picture_a_class_leaves_nothing_to_validate_on(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="every class has one picture"):
+    with pytest.raises(InputError, match="every class has one image"):
         find_labelled(str(touch(tmp_path, "a/0.jpg", "b/0.jpg")), 0.5)

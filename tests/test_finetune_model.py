@@ -8,6 +8,7 @@ import timm
 import torch
 from torch import nn
 
+from fcmae.data.statistics import Preprocessing
 from fcmae.weights.export import export_folder
 from finetune.config import FinetuneConfig
 from finetune.model import (
@@ -21,10 +22,10 @@ from finetune.model import (
     set_training,
     timm_name,
 )
-from finetune.settings import head_scale
+from finetune.train import head_scale
 from sparse import SparseConvNeXtV2
-from sparse.convert import infer_architecture
 from sparse.errors import InputError
+from sparse.layouts import infer_architecture
 
 FEMTO = [2, 2, 6, 2], [48, 96, 192, 384]
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
@@ -43,7 +44,7 @@ def random_encoder(in_chans: int = 3, **size: list[int]) -> SparseConvNeXtV2:
 def exported(encoder: SparseConvNeXtV2, folder: Path) -> str:
     state = encoder.state_dict()
     mean, std = MEAN[: encoder.in_chans], STD[: encoder.in_chans]
-    export_folder(state, infer_architecture(state), folder, (64, 64), mean, std)
+    export_folder(state, infer_architecture(state), folder, Preprocessing((64, 64), mean, std))
     return str(folder)
 
 

@@ -7,8 +7,9 @@ import timm
 import torch
 from torch import nn
 
+from fcmae.train.optimizer import make_optimizer, parameter_groups
 from finetune.config import FinetuneOptimConfig
-from finetune.optim import convnext_layer, layer_depths, layer_groups, make_optimizer
+from finetune.optim import convnext_layer, layer_depths
 
 BASE = (3, 3, 27, 3)
 
@@ -46,7 +47,7 @@ def test_single_gives_each_block_a_layer_and_a_downsampling_to_what_it_leads_to(
     rates = {}
     model = tiny_convnext()
     names = {parameter: name for name, parameter in model.named_parameters()}
-    for group in layer_groups(model, 0.05, 0.5, "single"):
+    for group in parameter_groups(model, 0.05, 0.5, layer_depths(model, "single")):
         rates.update({names[parameter]: group["lr_scale"] for parameter in group["params"]})
     assert rates.keys() == set(names.values())
     assert rates["head.fc.weight"] == rates["head.norm.bias"] == 1.0
@@ -68,7 +69,7 @@ def test_biases_norms_and_grn_are_not_decayed() -> None:
     model = tiny_convnext()
     names = {parameter: name for name, parameter in model.named_parameters()}
     decays = defaultdict(set)
-    for group in layer_groups(model, 0.3, 0.9, "single"):
+    for group in parameter_groups(model, 0.3, 0.9, layer_depths(model, "single")):
         for parameter in group["params"]:
             decays[group["weight_decay"]].add(names[parameter])
     assert decays.keys() == {0.0, 0.3}
@@ -87,7 +88,7 @@ def test_biases_norms_and_grn_are_not_decayed() -> None:
 @pytest.mark.parametrize("name", ["resnet18", "test_vit", "test_mambaout", "convnext_atto"])
 def test_any_timm_model_is_covered(name: str) -> None:
     model = timm.create_model(name, num_classes=3)
-    groups = layer_groups(model, 0.05, 0.7, "single")
+    groups = parameter_groups(model, 0.05, 0.7, layer_depths(model, "single"))
     assert sum(len(group["params"]) for group in groups) == len([*model.parameters()])
     scales = [group["lr_scale"] for group in groups]
     assert scales == sorted(scales)
@@ -98,14 +99,16 @@ def test_any_timm_model_is_covered(name: str) -> None:
 
 
 def test_a_layer_decay_of_one_makes_two_groups() -> None:
-    groups = layer_groups(tiny_convnext(), 0.05, 1.0, "single")
+    groups = parameter_groups(tiny_convnext(), 0.05, 1.0, layer_depths(tiny_convnext(), "single"))
     assert [group["lr_scale"] for group in groups] == [1.0, 1.0]
 
 
 def test_what_is_frozen_is_left_out() -> None:
     model = tiny_convnext().requires_grad_(False)
     model.get_submodule("head").requires_grad_(True)
-    optimizer = make_optimizer(model, FinetuneOptimConfig(layer_decay=0.75))
+    optimizer = make_optimizer(
+        model, FinetuneOptimConfig(layer_decay=0.75), layer_depths(model, "single")
+    )
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in model.get_submodule("head").parameters()}
     assert isinstance(optimizer, torch.optim.AdamW)

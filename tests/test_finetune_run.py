@@ -21,18 +21,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fcmae.data.evaluation import EvalDataset, collate_labelled
-from fcmae.data.files import FileList
-from fcmae.data.labelled import find_classes, labels_of
+from fcmae.data.evaluation import EvalDataset
+from fcmae.data.file_list import FileList
+from fcmae.data.labelled import Split, find_classes, labels_of
+from fcmae.data.sample import collate
+from fcmae.data.statistics import Preprocessing
 from fcmae.train.checkpoint import list_checkpoints
 from finetune.config import FinetuneAugmentConfig, FinetuneConfig, FinetuneOptimConfig
 from finetune.evaluate import evaluate, summarise
 from finetune.model import find_model
 from finetune.predict import predict
-from finetune.settings import resolve_epochs
-from finetune.task import Ema, _rank
+from finetune.task import Ema
+from finetune.tasks.classify import Classify
 from finetune.tool_config import EvaluateConfig, PredictConfig
-from finetune.train import finetune
+from finetune.train import Finetuning, finetune, resolve_val_epochs
 from sparse.errors import InputError
 from tests.conftest import write_classes
 
@@ -285,12 +287,14 @@ def by_hand(run: Path, folder: Path) -> tuple[Tensor, Tensor]:
     """Scores and true classes of a split, from the exported folder, by timm alone."""
     model = timm.create_model(f"local-dir:{run / 'exported'}", pretrained=True).eval()
     files, names = find_classes(folder)
-    data = EvalDataset(files, labels_of(files, names), (32, 32), 3, 0.875, "bicubic", 10**6)
-    batch = collate_labelled([data[index] for index in range(len(data))])
+    images = Preprocessing((32, 32), (0.5,) * 3, (0.5,) * 3)
+    data = EvalDataset(Split(files, "", labels_of(files, names)), images)
+    batch = collate([data[index] for index in range(len(data))])
+    assert batch.targets is not None
     mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
     with torch.no_grad():
-        return model((batch.images / 255 - mean) / std), batch.labels
+        return model((batch.images / 255 - mean) / std), batch.targets
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -355,7 +359,7 @@ def test_classes_go_by_name(run: Path, classes: Path, tmp_path: Path) -> None:
     whole = evaluate(EvaluateConfig(str(run), str(classes), workers=0), show=False)
     assert result["per_class"] == {"class 2": whole["per_class"]["class 2"]}
     shutil.copytree(classes / "val" / "class 2", tmp_path / "class 3")
-    with pytest.raises(InputError, match="classes that the model has not: 'class 3'"):
+    with pytest.raises(InputError, match="classes that the model does not have: 'class 3'"):
         evaluate(EvaluateConfig(str(run), str(tmp_path), workers=0))
 
 
@@ -382,7 +386,7 @@ def test_what_was_kept_back_stays_kept_back(
     for source in ("run", "run/exported", "run/best/model.safetensors"):
         again = evaluate(EvaluateConfig(source, "flat", workers=0), show=False)
         assert {**again, "weights": ""} == {**whole, "weights": ""}
-    kept = FileList.load(out / "files-val.bin")
+    kept = FileList.load(out / "images-val.npz")
     Path(os.fsdecode(kept.path(0))).unlink()
     for number in range(20):
         shutil.copy(data / "class 1" / "0.png", data / "class 1" / f"new {number}.png")
@@ -390,7 +394,7 @@ def test_what_was_kept_back_stays_kept_back(
     assert (after["n"], after["unreadable"]) == (5, 1)
     other = evaluate(EvaluateConfig("run", str(classes / "val"), workers=0), show=False)
     assert other["n"] == 12
-    assert "the run kept back pictures of" in caplog.text
+    assert "the run kept back images of" in caplog.text
 
 
 def test_classes_that_are_not_measured_are_told(
@@ -409,7 +413,7 @@ def test_classes_that_are_not_measured_are_told(
     assert result["not_measured"] == ["class 1"]
     assert [*result["per_class"]] == ["class 0", "class 2"]
     said = " ".join(capsys.readouterr().out.split())
-    assert "on the pictures that it kept back" in said
+    assert "on the images that it kept back" in said
     assert "not measured" in said
     assert "balanced over 2 of 3 classes" in said
 
@@ -418,7 +422,7 @@ def test_weights_of_another_size_of_images_are_told(
     run: Path, classes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     finetune(config(classes, tmp_path / "run", model=None, weights=str(run), img_size=64, epochs=1))
-    assert "the weights saw images of 32×32: --img_size '[32,32]' is theirs" in caplog.text
+    assert "the weights saw images of 32×32: --img_size '[32,32]' gives the same" in caplog.text
 
 
 def test_a_class_that_left_val_does_not_end_a_run(classes: Path, tmp_path: Path) -> None:
@@ -475,7 +479,7 @@ def test_a_wrong_config_beside_the_weights_is_refused(
 
 
 def test_only_the_weights_of_a_folder_stand_for_it(run: Path, classes: Path) -> None:
-    with pytest.raises(InputError, match=r"is no model\.safetensors with its config\.json"):
+    with pytest.raises(InputError, match=r"is not a model\.safetensors with its config\.json"):
         evaluate(EvaluateConfig(str(run / "exported" / "config.json"), str(classes), workers=0))
 
 
@@ -502,8 +506,11 @@ def test_batch_norm_wants_two_images_at_a_time(classes: Path, tmp_path: Path) ->
 
 
 def test_a_loss_that_is_no_number_is_the_worst() -> None:
+    kind = Classify(FinetuneConfig(data="photos", out="run"))
     scores = [(60.0, math.nan), (50.0, 1.0), (50.0, math.nan), (50.0, 2.0)]
-    best_first = sorted(scores, key=lambda score: _rank(*score), reverse=True)
+    best_first = sorted(
+        scores, key=lambda score: kind.rank({"top1": score[0], "loss": score[1]}), reverse=True
+    )
     assert [scores.index(score) for score in best_first] == [0, 1, 3, 2]
 
 
@@ -570,8 +577,9 @@ def test_near_duplicates_of_the_validation_pictures_are_listed(
 )
 def test_fewer_images_are_passed_over_more_often(images: int, epochs: int, val_epochs: int) -> None:
     given = FinetuneConfig(data="photos", out="run")
-    assert resolve_epochs(given, images) == (epochs, val_epochs)
-    assert resolve_epochs(replace(given, epochs=3, val_epochs=2), images) == (3, 2)
+    assert Finetuning.auto_epochs.resolve(given.epochs, images) == epochs
+    assert resolve_val_epochs(given, epochs) == val_epochs
+    assert resolve_val_epochs(replace(given, val_epochs=2), 3) == 2
 
 
 def test_compiled_steps_train_and_eager_ones_measure(classes: Path, tmp_path: Path) -> None:

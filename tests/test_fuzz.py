@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from fcmae.config.pretraining import RUNTIME_KEYS, PretrainConfig
 from fcmae.train.checkpoint import Checkpoint, damage, load_checkpoint, save_checkpoint
 from fcmae.train.resume import asked_settings, find_start
-from fcmae.weights.read import load_weights
+from fcmae.weights.load import load_weights
 from sparse import SparseConvNeXtV2
 from sparse.convert import from_minkowski, to_minkowski, to_timm
 from sparse.errors import InputError

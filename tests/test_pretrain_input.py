@@ -71,7 +71,7 @@ def test_data_that_is_missing_or_empty(tmp_path):
 def test_an_out_that_is_not_ours(pictures, tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("dear")
-    with pytest.raises(InputError, match=r"holds 'a.txt' and no run"):
+    with pytest.raises(InputError, match=r"holds 'a.txt', which is not a run"):
         pretrain(config(pictures, tmp_path / "letters"))
     with pytest.raises(InputError, match="is a file"):
         pretrain(config(pictures, tmp_path / "letters" / "a.txt"))
@@ -90,7 +90,7 @@ def test_too_many_unreadable_pictures_stop_the_run(tmp_path):
     data = write_pictures(tmp_path / "data", 20)
     for i in range(4):
         (data / f"broken{i}.png").write_bytes(b"")
-    with pytest.raises(RunError, match=r"of 24 pictures could not be read, more than max_bad = 5%"):
+    with pytest.raises(RunError, match=r"of 24 images could not be read, more than max_bad = 5%"):
         pretrain(config(data, tmp_path / "run"))
 
 
@@ -218,7 +218,7 @@ def test_a_batch_that_is_not_finite_is_named_and_may_be_skipped(pictures, tmp_pa
     data = broken_pictures(tmp_path / "data", pictures, 1)
     out = tmp_path / "run"
     settings = config(data, out, epochs=3, checkpoint_steps=1, augment=AugmentConfig(std=[0.1] * 3))
-    with pytest.raises(RunError, match="go on with --nonfinite skip"):
+    with pytest.raises(RunError, match="resume with --nonfinite skip"):
         pretrain(settings)
     (first,) = nonfinite(out)
     assert "huge0.tif" in first["paths"]

@@ -17,11 +17,13 @@ from torch.nn import functional as F
 
 from fcmae.cli import main
 from fcmae.config.tools import ProbeConfig
-from fcmae.data.files import find_images
+from fcmae.data.file_list import find_images
+from fcmae.data.labelled import Split
 from fcmae.inspect import probes as probing
-from fcmae.inspect.features import extract, load_backbone, random_backbone
+from fcmae.inspect.features import extract
 from fcmae.inspect.probes import PENALTIES, Labelled, fit_linear, knn, linear_probe, wilson
 from fcmae.inspect.probing import probe
+from fcmae.weights.load import load_backbone, random_backbone
 from finetune.train import finetune
 from sparse import SparseConvNeXtV2
 from sparse.encoder import init_fan_in
@@ -188,11 +190,11 @@ def test_one_json_object_with_all_results(
     assert result.items() >= {**numbers, "weights": str(source)}.items()
     assert result["near_duplicates"] == [{"path": "copy.bmp", "of": "class 1/2.png", "bits": 0}]
     assert "copy.bmp is like val/class 1/2.png" in err
-    assert "1 of 4 pictures" in err
+    assert "1 of 4 images" in err
     given = load_backbone(str(source), CPU, (32, 32))
     for backbone, found in ((given, result), (random_backbone(given), result["random"])):
         features = [
-            extract(backbone, find_images(str(classes / split)), 8, 0).values.numpy()
+            extract(backbone, Split(find_images(str(classes / split))), 8, 0).values.numpy()
             for split in ("train", "val")
         ]
         labels, truth = np.repeat([0, 1, 2], 8), np.repeat([0, 1, 2], 4)
@@ -212,7 +214,7 @@ def test_a_table_and_other_numbers_of_neighbours(
 ) -> None:
     result = probe(config(source, classes, neighbours=[3], baseline=True))
     table = capsys.readouterr().out
-    assert "24 pictures to learn from, 12 to measure on, 3 classes" in table
+    assert "24 images to learn from, 12 to measure on, 3 classes" in table
     assert [name for name in result if name.startswith("knn")] == ["knn3"]
     for name in ("knn3", "linear"):
         for entry in (result, result["random"]):
@@ -245,7 +247,7 @@ def test_other_numbers_of_channels(source: Path, classes: Path, tmp_path: Path) 
     assert probe(config(grey, classes), show=False)["val"] == 12
     five = write_weights(tmp_path / "5.safetensors", 5)
     with pytest.raises(
-        RunError, match=r"none of the 24 pictures.*at most 4 channels can be read, not 5"
+        RunError, match=r"none of the 24 images.*at most 4 channels can be read, not 5"
     ):
         probe(config(five, classes), show=False)
     assert main(["probe", str(five), "--data", str(classes), "--workers", "0"]) == 1
@@ -285,14 +287,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("folder", "arguments", "message"),
     [
         ("single", [], "has one class, 'a'"),
-        ("empty", [], "classes without pictures: 'b'"),
-        ("more", [], "has classes that train has not: 'cat'"),
+        ("empty", [], "classes without images: 'b'"),
+        ("more", [], "has classes that train does not have: 'cat'"),
         ("noval", [], "has no folder 'val'"),
         ("one", [], "has no folder 'train'"),
         ("one", ["--val_fraction", "0.5"], "has no folders: expected one a class"),
         ("novel", ["--val_fraction", "0.5"], "0.5 leaves nothing to validate on"),
         ("novel", ["--val_fraction", "1"], "val_fraction 1"),
-        ("nowhere", [], "nowhere' is no folder"),
+        ("nowhere", [], "nowhere' is not a folder"),
         ("more", ["--neighbours", "[0]"], "neighbours [0] must be numbers from 1"),
         ("more", ["--neighbours", "[]"], "neighbours [] must be numbers from 1"),
         ("more", ["--img_size", "100"], "img_size 100 must be a multiple of 32"),
@@ -320,7 +322,7 @@ def test_classes_of_another_fine_tuning_are_refused(
     for split in ("train", "val"):
         (other / split / "class 0").rename(other / split / "dogs")
     for weights in (run, run / "exported"):
-        with pytest.raises(InputError, match=r"has not: 'dogs'.*--other_classes"):
+        with pytest.raises(InputError, match=r"does not have: 'dogs'.*--other_classes"):
             probe(config(weights, other))
         assert probe(config(weights, classes), show=False)["val"] == 12
     assert probe(config(run, other, other_classes=True), show=False)["val"] == 12

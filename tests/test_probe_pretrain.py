@@ -12,20 +12,20 @@ from fcmae import FCMAE
 from fcmae.cli import main
 from fcmae.config.pretraining import EpochProbeConfig, PretrainConfig
 from fcmae.config.tools import ProbeConfig
+from fcmae.config.values import MAX_PIXELS
 from fcmae.data.evaluation import EvalDataset
 from fcmae.data.labelled import find_labelled
-from fcmae.inspect.features import Backbone
+from fcmae.data.statistics import Preprocessing
 from fcmae.inspect.probes import labelled_features, measure
 from fcmae.inspect.probing import probe
 from fcmae.inspect.watch import NEIGHBOURS, ProbeWatcher
 from fcmae.train.checkpoint import list_checkpoints
 from fcmae.train.pretraining import pretrain
 from fcmae.train.processes import World
-from fcmae.train.task import Settings
-from fcmae.weights.read import Preprocessing
+from fcmae.weights.load import Backbone
 from tests.cli import TINY, metrics, weights
 from tests.conftest import write_pictures
-from tests.test_features import CPU, pretrain_config
+from tests.test_features import pretrain_config, resolved
 
 KEYS = ("probe_knn5", "probe_knn20", "probe_linear")
 
@@ -104,7 +104,7 @@ def test_features_are_taken_with_nothing_dropped(classes: Path) -> None:
         "atto", depths=[1, 1, 1, 1], dims=[8, 16, 24, 32], engine="patch", drop_path=0.9
     ).train()
     data, mean, std = find_labelled(str(classes), 0.0), [0.5] * 3, [0.25] * 3
-    watcher = ProbeWatcher(data, Settings((64, 64), mean, std, "bf16", 0), 1, 7, World(0, 1, CPU))
+    watcher = ProbeWatcher(data, resolved((64, 64), mean, std, precision="bf16"), 1, MAX_PIXELS)
     before = torch.get_rng_state()
     found = watcher(model, 1, lambda: False)
     assert torch.equal(torch.get_rng_state(), before)
@@ -120,7 +120,7 @@ def test_features_are_taken_with_nothing_dropped(classes: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--probe.data", "nowhere"], "'nowhere' is no folder"),
+        (["--probe.data", "nowhere"], "'nowhere' is not a folder"),
         (["--probe.data", "{pictures}"], "has no folder 'train'"),
         (["--probe.data", "{classes}", "--probe.val_fraction", "0.2"], "leave val_fraction at 0"),
         (["--probe.data", "{classes}", "--probe.epochs", "0"], "probe.epochs 0 must be at least 1"),

@@ -121,7 +121,7 @@ def test_runs_are_given_one_after_the_other(tmp_path):
 @pytest.mark.parametrize(
     ("runs", "out", "message"),
     [
-        (["here"], None, "is no run: it has no config.yaml"),
+        (["here"], None, "is not a run: it has no config.yaml"),
         (["run", "run"], None, "one is given twice"),
         (["run"], "page.txt", "must be a file ending in .html"),
     ],

@@ -16,7 +16,7 @@ from fcmae.train import machine as resources
 from fcmae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from fcmae.train.pretraining import build_model, pretrain
 from fcmae.train.run_folder import _cut_metrics
-from sparse.errors import InputError
+from sparse.errors import InputError, RunError
 from tests.cli import metrics, weights
 
 SETTINGS = {
@@ -68,7 +68,7 @@ def test_the_same_command_goes_on_and_not_back_again(whole, copy, pictures, tmp_
     shutil.rmtree(tmp_path / "new" / "checkpoints" / "step-00000009")
     caplog.clear()
     assert pretrain(new) == 0
-    assert "going on from step 6" in caplog.text
+    assert "resuming from step 6" in caplog.text
     assert metrics(tmp_path / "new") == [entry for entry in metrics(whole) if entry[0] > 3]
     assert weights(tmp_path / "new") == weights(whole)
     with pytest.raises(InputError, match="already holds another run"):
@@ -95,7 +95,7 @@ def test_paths_are_the_same_from_any_folder(copy, pictures, tmp_path, monkeypatc
 
 
 def test_pictures_that_moved_are_found_through_a_link(copy, pictures, tmp_path):
-    rest = r"if the same pictures are elsewhere now, a link to them\), or give another --out"
+    rest = r"if the same images are elsewhere now, a link to them\), or give another --out"
     with pytest.raises(InputError, match=rf"--data {re.escape(str(pictures))} \({rest}"):
         pretrain(config(pictures.parent, copy))
     link, moved, out = tmp_path / "link", tmp_path / "moved", tmp_path / "linked"
@@ -148,7 +148,7 @@ def test_a_finished_run_without_checkpoints_is_left_alone(copy, pictures):
 def test_the_folder_of_another_tool_is_left_alone(pictures, tmp_path):
     (tmp_path / "run" / "tb").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("model: {name: other}\n")
-    with pytest.raises(InputError, match=r"holds 'config\.yaml' and no run of fcmae"):
+    with pytest.raises(InputError, match=r"holds 'config\.yaml', which is not a run of fcmae"):
         pretrain(config(pictures, tmp_path / "run"))
     assert (tmp_path / "run" / "tb").is_dir()
 
@@ -192,3 +192,15 @@ def test_a_checkpoint_that_is_none_is_answered_with_those_there(whole, pictures,
             pretrain(config(pictures, whole, resume=named))
         with pytest.raises(InputError, match="is no checkpoint: give auto, never or a checkpoint"):
             pretrain(config(pictures, tmp_path / "new", resume=named))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_all_fail_are_listed(tmp_path, workers):
+    """Neither an image nor any of its replacements can be read: that ends the run at once."""
+    (tmp_path / "photos").mkdir()
+    for number in range(9):
+        (tmp_path / "photos" / f"{number}.jpg").write_bytes(b"not an image")
+    with pytest.raises(RunError, match=r"can't be read .*nor can 8 others tried in its place"):
+        pretrain(config(tmp_path / "photos", tmp_path / "run", workers=workers))
+    lines = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["path"] for line in lines) == [f"{n}.jpg" for n in range(9)]

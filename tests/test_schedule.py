@@ -6,8 +6,10 @@ import pytest
 from torch import nn
 
 from fcmae import FCMAE
-from fcmae.train.optimizer import cosine_with_warmup, decay_groups, ema_decay, warmup_steps
-from fcmae.train.plan import Clock, pretraining_epochs
+from fcmae.train.clock import Clock
+from fcmae.train.optimizer import ema_decay, parameter_groups
+from fcmae.train.plan import cosine_with_warmup, warmup_steps
+from fcmae.train.pretraining import Pretraining
 
 
 def test_warmup_is_a_tenth_at_most_unless_given():
@@ -30,7 +32,7 @@ def test_cosine():
 def test_no_weight_decay_on_biases_norms_grn_and_mask_token():
     model = FCMAE.from_size("atto", depths=[1, 1, 1, 1], engine="patch", layer_scale=0.1)
     names = {p: n for n, p in model.named_parameters()}
-    decayed, spared = decay_groups(model.named_parameters(), 0.05)
+    decayed, spared = parameter_groups(model, 0.05)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
     assert {names[p].split(".")[-2] for p in decayed["params"]} == {
         "0", "1", "conv_dw", "fc1", "fc2", "proj", "pred"
@@ -42,10 +44,11 @@ def test_no_weight_decay_on_biases_norms_grn_and_mask_token():
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
 
 
-def test_frozen_parameters_are_left_out():
+def test_frozen_parameters_are_skipped():
     layer = nn.Linear(2, 2)
     layer.weight.requires_grad_(False)
-    assert [len(group["params"]) for group in decay_groups(layer.named_parameters(), 0.1)] == [0, 1]
+    (group,) = parameter_groups(layer, 0.1)
+    assert group["params"] == [layer.bias]
 
 
 def test_ema_starts_short():
@@ -58,7 +61,7 @@ def test_ema_starts_short():
 def clock(monkeypatch):
     """A clock whose `now` the test sets."""
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr("fcmae.train.plan.time.perf_counter", lambda: now.seconds)
+    monkeypatch.setattr("fcmae.train.clock.time.perf_counter", lambda: now.seconds)
     clock = Clock()
     clock.now = now
     return clock
@@ -94,5 +97,5 @@ def test_saves_by_steps_that_take_long_are_told_once(clock, caplog):
     [(10, 800), (1500, 800), (3036, 400), (6000, 200), (11_000, 110), (12_001, 100), (10**6, 100)],
 )
 def test_few_images_are_seen_more_often(images, epochs):
-    assert pretraining_epochs("auto", images) == epochs
-    assert pretraining_epochs(7, images) == 7
+    assert Pretraining.auto_epochs.resolve("auto", images) == epochs
+    assert Pretraining.auto_epochs.resolve(7, images) == 7

@@ -13,6 +13,7 @@ from fcmae import FCMAE
 from fcmae.config.parsing import load_config
 from fcmae.config.pretraining import DecoderConfig, PretrainConfig
 from fcmae.config.tools import BenchConfig, DoctorConfig, ReconstructConfig
+from fcmae.data.statistics import Preprocessing
 from fcmae.inspect.benchmark import bench, visible_share
 from fcmae.inspect.diagnosis import doctor, parity
 from fcmae.inspect.reconstructing import reconstruct
@@ -73,7 +74,7 @@ def test_reconstruct_refuses(run, pictures, tmp_path, change, message):
 def test_a_picture_is_not_drawn_over_itself(run, tmp_path):
     data = write_pictures(tmp_path / "data", 2)
     before = (data / "0001.png").read_bytes()
-    with pytest.raises(InputError, match="is one of the pictures: give another file"):
+    with pytest.raises(InputError, match="is one of the images: give another file"):
         reconstruct(ReconstructConfig(str(run), str(data), str(data / "0001.png")))
     assert (data / "0001.png").read_bytes() == before
 
@@ -84,7 +85,9 @@ def test_dim_and_wide_pictures_are_stretched(low, high):
     model = FCMAE.from_size("atto", depths=[1, 1, 1, 1], engine="dense", decoder_dim=8)
     images = torch.linspace(low, high, 3 * 64 * 64).view(1, 3, 64, 64)
     mask = torch.tensor([[[True, False], [True, False]]])
-    columns, _ = reconstruct_batch(model, images, mask, [0.0] * 3, [1.0] * 3)
+    columns, _ = reconstruct_batch(
+        model, images, mask, Preprocessing((64, 64), (0.0,) * 3, (1.0,) * 3)
+    )
     unit = (images - low) / (high - low)
     torch.testing.assert_close(columns[0], ((unit - 0.01) / 0.98).clamp(0, 1), rtol=0, atol=1e-3)
 
@@ -106,7 +109,9 @@ def test_a_perfect_prediction_is_the_picture(monkeypatch):
 
     monkeypatch.setattr(model.decoder, "forward", perfect)
     mask = torch.tensor([[[True, False], [False, True]]] * 2)
-    columns, loss = reconstruct_batch(model, normalised, mask, mean, std)
+    columns, loss = reconstruct_batch(
+        model, normalised, mask, Preprocessing((64, 64), tuple(mean), tuple(std))
+    )
     assert len(columns) == len(COLUMNS)
     assert loss == pytest.approx(0, abs=1e-6)
     original, masked, reconstruction, pasted = columns

@@ -19,18 +19,15 @@ from torch import Tensor
 
 from fcmae.atomic import atomic_write
 from fcmae.config.tools import ConvertConfig
+from fcmae.data.statistics import Preprocessing
 from fcmae.train.checkpoint import Checkpoint, save_checkpoint
 from fcmae.weights.export import convert, export_folder
-from fcmae.weights.read import (
-    adapt_in_chans,
-    find_weights,
-    load_weights,
-    read_preprocessing,
-)
+from fcmae.weights.load import adapt_in_chans, find_weights, load_weights
+from fcmae.weights.preprocessing import read_preprocessing
 from sparse import SparseConvNeXtV2
-from sparse.convert import Architecture, to_minkowski, to_timm
+from sparse.convert import to_minkowski, to_timm
 from sparse.errors import InputError
-from sparse.layouts import OFFICIAL, encoder_shapes
+from sparse.layouts import OFFICIAL, Architecture, encoder_shapes
 
 SMALL = Architecture((1, 1, 1, 1), (6, 8, 10, 12))
 ATTO = Architecture((2, 2, 6, 2), (40, 80, 160, 320))
@@ -86,7 +83,9 @@ def test_folders_and_files(tmp_path: Path) -> None:
     assert find_weights(checkpoint) == checkpoint / "model.safetensors"
     assert_same(load_weights(checkpoint).state, state)
     assert_same(load_weights(checkpoint / "model.safetensors").state, state)
-    folder = export_folder(state, SMALL, tmp_path / "done" / "exported", (64, 96), MEAN, STD)
+    folder = export_folder(
+        state, SMALL, tmp_path / "done" / "exported", Preprocessing((64, 96), MEAN, STD)
+    )
     assert_same(load_weights(folder).state, state)
     assert load_weights(folder.parent).origin == str(folder / "model.safetensors")
 
@@ -238,7 +237,8 @@ def test_the_folder_loads_in_timm_both_ways_and_computes_the_same(
     state = random_encoder(architecture)
     channels = architecture.in_chans
     mean = [0.1 * (channel + 1) for channel in range(channels)]
-    export_folder(state, architecture, tmp_path, (64, 96), mean, [0.5] * channels)
+    preprocessing = Preprocessing((64, 96), tuple(mean), (0.5,) * channels)
+    export_folder(state, architecture, tmp_path, preprocessing)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architecture"] == name
     assert config["num_features"] == architecture.dims[3]
@@ -276,7 +276,7 @@ def test_the_folder_loads_in_timm_both_ways_and_computes_the_same(
 
 
 def test_the_folder_can_take_a_classifier(tmp_path: Path) -> None:
-    export_folder(random_encoder(), SMALL, tmp_path, (64, 64), MEAN, STD)
+    export_folder(random_encoder(), SMALL, tmp_path, Preprocessing((64, 64), MEAN, STD))
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
     assert torch.equal(model.state_dict()["stem.0.bias"], random_encoder()["stem.0.bias"])
@@ -286,7 +286,7 @@ def test_the_bytes_depend_on_the_weights_alone(tmp_path: Path) -> None:
     state = random_encoder()
     backwards = dict(reversed(state.items()))
     for folder, content in (("a", state), ("b", backwards), ("a", backwards)):
-        export_folder(content, SMALL, tmp_path / folder, (64, 64), MEAN, STD)
+        export_folder(content, SMALL, tmp_path / folder, Preprocessing((64, 64), MEAN, STD))
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
@@ -314,11 +314,13 @@ def test_the_bytes_depend_on_the_weights_alone(tmp_path: Path) -> None:
 
 def test_export_checks_mean_and_std(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="one number for each of the 3 input channels"):
-        export_folder(random_encoder(), SMALL, tmp_path / "out", (64, 64), MEAN[:1], STD)
+        export_folder(
+            random_encoder(), SMALL, tmp_path / "out", Preprocessing((64, 64), MEAN[:1], STD)
+        )
     with pytest.raises(InputError, match="missing"):
         export_folder({"stem.0.bias": torch.ones(6)} | to_timm(random_encoder()) |
                       {"stages.0.blocks.0.gamma": torch.ones(6)}, SMALL, tmp_path / "out",
-                      (64, 64), MEAN, STD)  # fmt: skip
+                      Preprocessing((64, 64), MEAN, STD))  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 

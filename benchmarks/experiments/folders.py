@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from fcmae.data.files import find_images
+from fcmae.data.file_list import find_images
 from fcmae.data.labelled import find_classes, labels_of, split_by_hash
 
 
@@ -25,7 +25,7 @@ def shrink(data: Path, out: Path, side: int) -> Path:
     with _built(out) as partial:
         for index in range(len(files)):
             path = Path(os.fsdecode(files.path(index)))
-            target = partial / os.fsdecode(files.relative(index))
+            target = partial / os.fsdecode(files.key(index))
             if target.suffix.lower() != ".jpg":
                 target = target.with_name(f"{target.name}.jpg")
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def _halves(folder: Path, share: float) -> list[dict[str, str]]:
     files, names = find_classes(folder)
     return [
         {
-            os.fsdecode(files.relative(index)): os.path.realpath(os.fsdecode(files.path(index)))
+            os.fsdecode(files.key(index)): os.path.realpath(os.fsdecode(files.path(index)))
             for index in part.tolist()
         }
         for part in split_by_hash(files, labels_of(files, names), share)

@@ -1,1 +1,1 @@
-"""From a folder of pictures to batches: files, decoding, crops, and the loader."""
+"""From sources of images to batches: where images are, how they are read, crops, and order."""

@@ -1,15 +1,32 @@
-"""Where a picture is cropped and whether it is flipped: pure functions of (seed, epoch, index)."""
+"""Where an image is cropped and whether it is flipped: pure functions of (seed, epoch, index)."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
 from fcmae import rng
 
 Box = tuple[int, int, int, int]
-"""Left, top, width and height in pixels of the picture as it is looked at."""
+"""Left, top, width and height in pixels of the image as it is looked at."""
 
 _TRIES = 10
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a crop was cut from an image, so that masks and boxes can follow it.
+
+    Attributes:
+        size: (width, height) of the image in pixels, as it is looked at.
+        box: what was cut out of it, before it was resized.
+        flip_h, flip_v: whether the crop was then mirrored left to right, and top to bottom.
+    """
+
+    size: tuple[int, int]
+    box: Box
+    flip_h: bool = False
+    flip_v: bool = False
 
 
 def crop_box(
@@ -23,7 +40,7 @@ def crop_box(
 ) -> Box:
     """Draw the box that RandomResizedCrop would: `scale` of the area, `ratio` of width to height.
 
-    Area is uniform and aspect log-uniform. A draw that does not fit in the picture is drawn again,
+    Area is uniform and aspect log-uniform. A draw that does not fit in the image is drawn again,
     ten times in all; then the box is the largest centred one whose aspect lies within `ratio`.
     """
     draws = rng.uniform(seed, rng.CROP, epoch, index, np.arange(4 * _TRIES)).reshape(_TRIES, 4)
@@ -38,9 +55,9 @@ def crop_box(
 
 
 def center_box(width: int, height: int, img_size: tuple[int, int], crop_pct: float = 1.0) -> Box:
-    """Return the largest centred box with the shape of an image of (H, W) pixels, times crop_pct.
+    """Return the largest centred box with the shape of (H, W) pixels, times crop_pct.
 
-    Resized to (H, W), it is the picture resized to cover the image (enlarged by 1 / crop_pct) and
+    Resized to (H, W), it is the source resized to cover that size (enlarged by 1 / crop_pct) and
     then cropped at its centre.
     """
     _, _, w, h = _centered(width, height, img_size[1] / img_size[0])

@@ -8,7 +8,7 @@ from PIL import Image, UnidentifiedImageError
 
 
 class BadImage(Exception):
-    """A picture that can't be used; `reason` says why, in one line."""
+    """An image that can't be used; `reason` says why, in one line."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -30,7 +30,7 @@ def reading(max_pixels: int) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage(f"more pixels than max_pixels {max_pixels}") from error
     except UnidentifiedImageError as error:
-        raise BadImage("not a picture of a known format") from error
+        raise BadImage("not an image of a known format") from error
     except Exception as error:  # decoders raise nearly anything, MemoryError included
         text = (isinstance(error, OSError) and error.strerror) or str(error)
         raise BadImage(" ".join(f"{type(error).__name__}: {text}".split())) from error

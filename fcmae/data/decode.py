@@ -1,8 +1,8 @@
-"""Reading one picture: from a file's bytes to a crop of it, resized, in the channels asked for.
+"""Reading one image: from a file's bytes to a crop of it, resized, in the channels asked for.
 
 What holds for every file (docs/data.md says it to users): its content decides the format, never its
 name; the first frame or page counts; EXIF orientation is applied; colour profiles are ignored;
-alpha is dropped unless `in_chans` asks for it (2 or 4). 8-bit pictures stay uint8; deeper ones
+alpha is dropped unless `in_chans` asks for it (2 or 4). 8-bit images stay uint8; deeper ones
 become float32, 16 bits divided by 65535 and floating point as it is. Pillow reads 16-bit colour by
 its high byte, which is within 1/257. `.npy` arrays, (H, W) or (H, W, C), serve any channel count.
 """
@@ -11,7 +11,7 @@ import io
 import math
 import os
 import stat
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,8 @@ from PIL import Image
 
 from fcmae.data.augment import Box
 from fcmae.data.bad import BadImage, reading
-from fcmae.data.resize import Pixels, Source, resize, strips, to_unit
-
-__all__ = ["BadImage", "Picture", "Pixels", "read_picture"]
+from fcmae.data.resize import Pixels, Raster, resize, strips, to_unit
+from fcmae.data.sources import PathOrFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF")
 """What Pillow may try. Named, since others run programs (EPS starts Ghostscript)."""
@@ -103,21 +102,21 @@ class _Jpeg:
             return _Pil(image, self._in_chans), scale
 
 
-class Picture:
-    """A picture whose header was good: `size` as it is looked at, and crops of it.
+class OpenedImage:
+    """An image whose header is good: its `size` as it is looked at, and crops of it.
 
-    JPEG is decoded by the first crop, everything else when it is read.
+    JPEG is decoded by each crop, everything else when it is opened.
     """
 
-    def __init__(self, source: Source | _Jpeg, turn: tuple[bool, bool, bool], in_chans: int):
-        self._source = source
+    def __init__(self, raster: Raster | _Jpeg, turn: tuple[bool, bool, bool], in_chans: int):
+        self._raster = raster
         self._swap, self._mirror_h, self._mirror_v = turn
         self._in_chans = in_chans
 
     @property
     def size(self) -> tuple[int, int]:
         """Return (width, height) in pixels, after the EXIF orientation."""
-        width, height = self._source.width, self._source.height
+        width, height = self._raster.width, self._raster.height
         return (height, width) if self._swap else (width, height)
 
     def resized(
@@ -163,15 +162,15 @@ class Picture:
     ) -> Pixels:
         """Return a box (left, top, right, bottom) of the stored pixels, resized to (H, W)."""
         left, top, right, bottom = box
-        source = self._source
-        if isinstance(source, _Jpeg):
+        raster = self._raster
+        if isinstance(raster, _Jpeg):
             shrink = min((right - left) // img_size[1], (bottom - top) // img_size[0])
-            source, scale = source.decode(shrink if fast else 1)
+            raster, scale = raster.decode(shrink if fast else 1)
             left, top = left // scale, top // scale
-            right = min(math.ceil(right / scale), source.width)
-            bottom = min(math.ceil(bottom / scale), source.height)
-        image = resize(source, (left, top, right, bottom), img_size, interpolation)
-        return image.clip(0, 1) if source.bounded and image.dtype != np.uint8 else image
+            right = min(math.ceil(right / scale), raster.width)
+            bottom = min(math.ceil(bottom / scale), raster.height)
+        image = resize(raster, (left, top, right, bottom), img_size, interpolation)
+        return image.clip(0, 1) if raster.bounded and image.dtype != np.uint8 else image
 
     def _in_channels(self, image_CHW: Pixels) -> Pixels:
         """Repeat a single band as often as asked for, with an opaque alpha for 2 and 4 channels."""
@@ -183,27 +182,37 @@ class Picture:
         return image
 
 
-def read_picture(path: str | bytes, in_chans: int, max_pixels: int) -> Picture:
-    """Open a picture and check its header; `max_pixels` bounds width times height.
+def read_image(path_or_file: PathOrFile, in_chans: int, max_pixels: int) -> OpenedImage:
+    """Open an image and check its header.
 
     Pillow's limit on pixels and the warnings filter are set while a file is read and put back
     after: other threads of this process would see them.
 
+    Args:
+        path_or_file: a path, or a binary file that can seek, at its start; it is closed in the end.
+        in_chans: the channels that crops will have.
+        max_pixels: the most that width times height may be.
+
     Raises:
-        BadImage: the file is missing, broken, too large, or has not the right channels.
+        BadImage: the file is missing, broken, too large, or does not have the right channels.
     """
-    with reading(max_pixels):
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise BadImage("not a regular file")
-        with open(path, "rb") as file:
-            magic = file.read(6)
-            file.seek(0)
-            if magic == b"\x93NUMPY":
-                return Picture(_read_array(file, in_chans, max_pixels), _TURNS[1], in_chans)
-            return _read_image(file, in_chans, max_pixels)
+    with reading(max_pixels), _opened(path_or_file) as file:
+        magic = file.read(6)
+        file.seek(0)
+        if magic == b"\x93NUMPY":
+            return OpenedImage(_read_array(file, in_chans, max_pixels), _TURNS[1], in_chans)
+        return _read_with_pillow(file, in_chans, max_pixels)
 
 
-def _read_image(file: IO[bytes], in_chans: int, max_pixels: int) -> Picture:
+def _opened(path_or_file: PathOrFile) -> BinaryIO:
+    if not isinstance(path_or_file, str | bytes):
+        return path_or_file
+    if not stat.S_ISREG(os.stat(path_or_file).st_mode):  # opening a pipe would wait for its writer
+        raise BadImage("not a regular file")
+    return open(path_or_file, "rb")
+
+
+def _read_with_pillow(file: BinaryIO, in_chans: int, max_pixels: int) -> OpenedImage:
     image = Image.open(file, formats=FORMATS)
     form = "progressive JPEG" if "progressive" in image.info else str(image.format)
     _check_pixels(*image.size, max_pixels, form)
@@ -217,15 +226,15 @@ def _read_image(file: IO[bytes], in_chans: int, max_pixels: int) -> Picture:
     if image.format in ("JPEG", "MPO"):
         turn = _turn(image)
         file.seek(0)
-        return Picture(_Jpeg(image, file.read(), in_chans), turn, in_chans)
+        return OpenedImage(_Jpeg(image, file.read(), in_chans), turn, in_chans)
     image.load()
-    source = _Pil(image, in_chans)
+    raster = _Pil(image, in_chans)
     if image.mode == "F":
-        _check_finite(source)
-    return Picture(source, _turn(image), in_chans)
+        _check_finite(raster)
+    return OpenedImage(raster, _turn(image), in_chans)
 
 
-def _read_array(file: IO[bytes], in_chans: int, max_pixels: int) -> _Array:
+def _read_array(file: BinaryIO, in_chans: int, max_pixels: int) -> _Array:
     version = np.lib.format.read_magic(file)
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -240,10 +249,10 @@ def _read_array(file: IO[bytes], in_chans: int, max_pixels: int) -> _Array:
         raise BadImage(f"array of shape {shape} is not (H, W, {in_chans}){_channels_of(shape)}")
     _check_pixels(shape[1], shape[0], max_pixels)
     file.seek(0)
-    source = _Array(np.load(file, allow_pickle=False).reshape(*shape[:2], in_chans))
+    raster = _Array(np.load(file, allow_pickle=False).reshape(*shape[:2], in_chans))
     if dtype.kind == "f":
-        _check_finite(source)
-    return source
+        _check_finite(raster)
+    return raster
 
 
 def _channels_of(shape: tuple[int, ...]) -> str:
@@ -264,15 +273,15 @@ def _check_pixels(width: int, height: int, max_pixels: int, form: str = "") -> N
         raise BadImage(f"no pixels: {width}x{height}")
 
 
-def _check_finite(source: Source) -> None:
+def _check_finite(raster: Raster) -> None:
     """Refuse NaN and infinity anywhere, so that a file is bad in all of its crops or in none."""
-    box = (0, 0, source.width, source.height)
-    if not all(np.isfinite(part).all() for part in strips(source, box)):
+    box = (0, 0, raster.width, raster.height)
+    if not all(np.isfinite(part).all() for part in strips(raster, box)):
         raise BadImage("holds values that are not finite")
 
 
 def _turn(image: Image.Image) -> tuple[bool, bool, bool]:
-    """Return how to turn the picture; one whose EXIF can't be read stays as it is."""
+    """Return how to turn the image; one whose EXIF can't be read stays as it is."""
     try:
         with reading(image.width * image.height):
             return _TURNS.get(image.getexif().get(0x0112, 1), _TURNS[1])

@@ -1,4 +1,4 @@
-"""Labelled folders: which pictures there are and what class each is of.
+"""Labelled folders: which images there are and what class each is of.
 
 A class is the first folder below a split; what lies deeper does not matter. Classes are sorted by
 name, and their order is that of the classifier's outputs.
@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fcmae.data.files import FileList, find_images
+from fcmae.data.file_list import FileList, find_images
+from fcmae.data.sources import Source, key_hashes
 from sparse.errors import InputError
 
 TRAIN, VAL = "train", "val"
@@ -28,10 +29,12 @@ _log = logging.getLogger(__name__)
 
 
 class Split(NamedTuple):
-    """Pictures of one split. `prefix` goes before their names in messages."""
+    """Images of one split: where they are, what goes before their names in messages, and the class
+    of each (N,), or None where there are no labels."""
 
-    files: FileList
-    prefix: str
+    source: FileList
+    prefix: str = ""
+    labels: Labels | None = None
 
 
 class LabelledData(NamedTuple):
@@ -43,19 +46,19 @@ class LabelledData(NamedTuple):
 
 
 def find_labelled(data: str, val_fraction: float, exclude: str | None = None) -> LabelledData:
-    """Find the pictures to train and to validate on.
+    """Find the images to train and to validate on.
 
     Args:
         data: a folder with train/CLASS and val/CLASS. With `val_fraction`, a folder of classes, or
-            one with train/CLASS alone, whose pictures are divided by a hash of their paths.
+            one with train/CLASS alone, whose images are divided by a hash of their paths.
         exclude: a folder that is not searched, such as the run's own.
 
     Raises:
-        InputError: a split or its pictures are missing, or its classes can't be learnt.
+        InputError: a split or its images are missing, or its classes can't be learnt.
     """
     root = Path(data).expanduser()
     if not root.is_dir():
-        raise InputError(f"data {data!r} is no folder: give one with {_LAYOUT}")
+        raise InputError(f"data {data!r} is not a folder: give one with {_LAYOUT}")
     train, val = root / TRAIN, root / VAL
     if val_fraction:
         if val.is_dir():
@@ -69,9 +72,10 @@ def find_labelled(data: str, val_fraction: float, exclude: str | None = None) ->
         labels = labels_of(files, names)
         kept, held = split_by_hash(files, labels, val_fraction)
         _warn_unmeasured(names, {names[label] for label in labels[held]})
-        return LabelledData(
-            Split(files.select(kept), prefix), Split(files.select(held), prefix), names
+        learnt, measured = (
+            Split(files.select(part), prefix, labels[part]) for part in (kept, held)
         )
+        return LabelledData(learnt, measured, names)
     for split in (train, val):
         if not split.is_dir():
             raise InputError(
@@ -83,61 +87,65 @@ def find_labelled(data: str, val_fraction: float, exclude: str | None = None) ->
     val_files, val_names = find_classes(val, exclude)
     check_known(val, val_names, names, "train")
     _warn_unmeasured(names, val_names)
-    return LabelledData(Split(files, f"{TRAIN}/"), Split(val_files, f"{VAL}/"), names)
+    return LabelledData(
+        Split(files, f"{TRAIN}/", labels_of(files, names)),
+        Split(val_files, f"{VAL}/", labels_of(val_files, names)),
+        names,
+    )
 
 
 def find_classes(folder: Path, exclude: str | None = None) -> tuple[FileList, tuple[str, ...]]:
-    """Return the pictures below the class folders of `folder`, and the classes' names, sorted.
+    """Return the images below the class folders of `folder`, and the classes' names, sorted.
 
     Raises:
-        InputError: no class folder, one without pictures, or names that can't be told apart.
+        InputError: no class folder, one without images, or names that look alike.
     """
     names = _class_names(folder, exclude)
     if not names:
         raise InputError(f"{folder} has no folders: expected one a class, as in {_LAYOUT}")
     files = find_images(str(folder), exclude)
-    inside = [index for index in range(len(files)) if b"/" in files.relative(index)]
+    inside = [index for index in range(len(files)) if b"/" in files.key(index)]
     if len(inside) < len(files):
         stray = len(files) - len(inside)
-        _log.warning("%d pictures lie in %s outside any class and are left out", stray, folder)
+        _log.warning("%d images lie in %s outside any class and are skipped", stray, folder)
         files = files.select(inside)
     counts = np.bincount(labels_of(files, names), minlength=len(names))
     empty = [name for name, count in zip(names, counts, strict=True) if not count]
     if empty:
         raise InputError(
-            f"{folder} has classes without pictures: {_some(empty)}; remove or fill them"
+            f"{folder} has classes without images: {_some(empty)}; remove or fill them"
         )
     return files, names
 
 
-def labels_of(files: FileList, names: Sequence[str]) -> Labels:
-    """Return each file's class (N,), as its position in `names`.
+def labels_of(source: Source, names: Sequence[str]) -> Labels:
+    """Return each image's class (N,), the first folder of its key, as its position in `names`.
 
     Raises:
-        InputError: a file is of no class in `names`.
+        InputError: an image is of no class in `names`.
     """
     positions = {os.fsencode(name): position for position, name in enumerate(names)}
-    folders = (files.relative(index).split(b"/", 1)[0] for index in range(len(files)))
+    folders = (source.key(index).split(b"/", 1)[0] for index in range(len(source)))
     try:
-        return np.fromiter((positions[folder] for folder in folders), np.int64, len(files))
+        return np.fromiter((positions[folder] for folder in folders), np.int64, len(source))
     except KeyError as error:
         raise InputError(f"{os.fsdecode(error.args[0])!r} is not among the classes") from None
 
 
-def split_by_hash(files: FileList, labels: Labels, fraction: float) -> tuple[Labels, Labels]:
+def split_by_hash(source: Source, labels: Labels, fraction: float) -> tuple[Labels, Labels]:
     """Return the positions to train on and those to validate on, both ascending.
 
-    Of each class, the share `fraction` whose paths have the smallest hashes is held back: at least
-    one picture where there are two, and never all of them.
+    Of each class, the share `fraction` whose keys have the smallest hashes is held back: at least
+    one image where there are two, and never all of them.
     """
-    hashes = np.fromiter(map(files.path_hash, range(len(files))), np.uint64, len(files))
-    held = np.zeros(len(files), np.bool_)
+    hashes = key_hashes(source)
+    held = np.zeros(len(source), np.bool_)
     for members in np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1]):
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
         held[members[np.argsort(hashes[members], kind="stable")[:count]]] = True
     if not held.any():
         raise InputError(
-            f"val_fraction {fraction} leaves nothing to validate on: every class has one picture"
+            f"val_fraction {fraction} leaves nothing to validate on: every class has one image"
         )
     return np.flatnonzero(~held), np.flatnonzero(held)
 
@@ -149,7 +157,7 @@ def check_known(folder: Path, found: Sequence[str], known: Sequence[str], where:
         near = get_close_matches(unknown[0], known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise InputError(
-            f"{folder} has classes that {where} has not: {_some(unknown)}{hint}; known are "
+            f"{folder} has classes that {where} does not have: {_some(unknown)}{hint}; known are "
             f"{_some(known)}"
         )
 

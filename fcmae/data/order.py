@@ -14,15 +14,15 @@ Key = tuple[int, int]
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
-    """Return how many steps read each of n files at least once."""
+    """Return how many steps read each of n images at least once."""
     return -(-n // batch_size)
 
 
 def epoch_order(seed: int, epoch: int, n: int, batch_size: int) -> npt.NDArray[np.int64]:
-    """Return the files that an epoch reads, (steps * batch_size,).
+    """Return the images that an epoch reads, (steps * batch_size,).
 
     All n in random order; the last batch is filled from the start of the same order, round and
-    round where the folder is smaller than the batch.
+    round where the source is smaller than the batch.
     """
     return np.resize(rng.permutation(seed, epoch, n), steps_per_epoch(n, batch_size) * batch_size)
 

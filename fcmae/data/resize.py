@@ -1,4 +1,4 @@
-"""Resizing a part of a picture in bounded memory, with antialiased interpolation."""
+"""Resizing a part of an image in bounded memory, with antialiased interpolation."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ Pixels = npt.NDArray[np.uint8 | np.float32]
 _STRIP_BYTES = 4 * 2**20
 
 
-class Source(Protocol):
+class Raster(Protocol):
     """Pixels as stored, before orientation; values in [0, 255] (uint8) or as they are (float32)."""
 
     width: int
@@ -22,7 +22,7 @@ class Source(Protocol):
     """Whether float values lie in [0, 1] and stay there, rather than mean what the file says."""
 
     def rows(self, left: int, top: int, right: int, bottom: int) -> Pixels:
-        """Return a part of the picture, (rows, columns, bands)."""
+        """Return a part of the image, (rows, columns, bands)."""
         ...
 
 
@@ -37,46 +37,46 @@ def to_unit(pixels: npt.NDArray[Any]) -> Pixels:
 
 
 def strips(
-    source: Source, box: tuple[int, int, int, int], upright: bool = False
+    raster: Raster, box: tuple[int, int, int, int], upright: bool = False
 ) -> Iterator[Pixels]:
     """Yield the rows of a box (left, top, right, bottom), some megabytes at a time; or columns."""
     left, top, right, bottom = box
     if upright:
         step = max(1, _STRIP_BYTES // (4 * (bottom - top)))
         for first in range(left, right, step):
-            yield source.rows(first, top, min(first + step, right), bottom)
+            yield raster.rows(first, top, min(first + step, right), bottom)
         return
     step = max(1, _STRIP_BYTES // (4 * (right - left)))
     for first in range(top, bottom, step):
-        yield source.rows(left, first, right, min(first + step, bottom))
+        yield raster.rows(left, first, right, min(first + step, bottom))
 
 
 def resize(
-    source: Source,
+    raster: Raster,
     box: tuple[int, int, int, int],
     img_size: tuple[int, int],
     interpolation: str = "bicubic",
 ) -> Pixels:
-    """Return a box of the source as (bands, H, W), resized by an antialiased filter.
+    """Return a box of the raster as (bands, H, W), resized by an antialiased filter.
 
     `interpolation` is bicubic or bilinear.
 
     Pixels are those of Pillow 13 but for rounding, so the filter works along the rows first, or
     along the columns where the height shrinks by much more than the width. (The order shows, since
-    8-bit values are clipped in between.) The first pass takes a strip at a time: a large picture
+    8-bit values are clipped in between.) The first pass takes a strip at a time: a large image
     never stands in memory twice.
     """
     height, width = img_size
     lost_height, lost_width = box[3] - box[1] - height, box[2] - box[0] - width
     upright = lost_height > max(0, 2 * lost_width)
     if not upright and 4 * (box[2] - box[0]) * (box[3] - box[1]) <= _STRIP_BYTES:
-        part = source.rows(*box)  # both passes in one call, which saves a third
+        part = raster.rows(*box)  # both passes in one call, which saves a third
         return _interpolate(part, height, width, interpolation).transpose(2, 0, 1)
     first = [
         _interpolate(part, height, part.shape[1], interpolation)
         if upright
         else _interpolate(part, len(part), width, interpolation)
-        for part in strips(source, box, upright)
+        for part in strips(raster, box, upright)
     ]
     whole = np.concatenate(first, axis=1 if upright else 0)
     return _interpolate(whole, height, width, interpolation).transpose(2, 0, 1)

@@ -29,8 +29,8 @@ from fcmae.inspect.timing import (
     time_in_turns,
 )
 from fcmae.model.mask import check_mask_ratio, grid_of, keep_count
+from fcmae.train.machine import versions
 from fcmae.train.processes import resolve_device
-from fcmae.train.run_folder import versions
 from sparse.engines import available_engines
 
 PASSES = 3

@@ -7,15 +7,16 @@ same map.
 
 Taken in the widest activations of every block, after GELU and, in V2, GRN: what enters fc2. The
 images are shown whole, nothing hidden. A channel that is zero on an image has no direction: it
-takes no part in that image's mean, and the share of such channels is told beside it. An image on
-which all are zero takes no part at all; a block of which that holds for every image has 0.
+takes no part in that image's mean, and the share of such channels is reported beside it. An image
+on which all are zero takes no part at all; a block of which that holds for every image has 0.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,35 +25,27 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fcmae.atomic import check_out_file, out_file
+from fcmae.atomic import out_file
 from fcmae.config.tools import DiversityConfig
-from fcmae.config.values import MAX_PIXELS, height_width
-from fcmae.console import show_logs, tracked
-from fcmae.data.evaluation import (
-    EvalDataset,
-    batches_of,
-    each_batch,
-    tell_left_out,
-)
-from fcmae.data.files import FileList, find_images, refuse_to_replace
+from fcmae.data.labelled import Split
+from fcmae.data.sources import split_holdout
 from fcmae.inspect import figures
-from fcmae.inspect.features import Backbone, load_backbone, pooled
+from fcmae.inspect.features import pooled
 from fcmae.inspect.figures import block_order
-from fcmae.train.machine import resolve_workers
-from fcmae.train.processes import resolve_device
-from fcmae.weights.export import CROP_PCT
+from fcmae.inspect.prologue import Setting, batches, images_of, set_up
+from fcmae.weights.load import Backbone, load_backbone
 from sparse import SparseConvNeXtV2
 from sparse.block import SparseBlock
 from sparse.engines.base import Sites
-from sparse.errors import RunError
 
 _log = logging.getLogger(__name__)
 
 
 def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
-    """Measure every block of one or several encoders on the same pictures; print a table or JSON.
+    """Measure every block of one or several encoders on the same images; print a table or JSON.
 
     Args:
+        config: what was asked.
         show: False prints nothing.
 
     Returns:
@@ -60,29 +53,22 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
         of channels that are zero, `mean` that of `diversity` over the blocks.
 
     Raises:
-        InputError: the weights, the pictures or `out` is wrong.
-        RunError: no picture could be read, or `out` could not be written.
+        InputError: the weights, the images or `out` is wrong.
+        RunError: no image could be read, or `out` could not be written.
     """
-    show_logs()
-    out = None if config.out is None else check_out_file(config.out, ".png", ".svg")
-    size = None if config.img_size is None else height_width(config.img_size)
-    device = resolve_device(config.device)
     sources = [config.source] if isinstance(config.source, str) else config.source
-    backbones = {source: load_backbone(source, device, size) for source in sources}
-    files = find_images(config.images, setting="images")
-    if out is not None:
-        refuse_to_replace(out, files)
-    if len(files) > config.count:
-        files = files.select(files.split_holdout(config.count, minimum=0)[1])
-    result: dict[str, dict[str, Any]] = {}
-    for source, backbone in backbones.items():
-        values, images = _measured(backbone, files, config)
-        mean = float(np.mean([value["diversity"] for value in values.values()]))
-        result[source] = {"blocks": values, "mean": mean, "images": images}
+    settings = {
+        source: set_up(
+            replace(config, source=source), load_backbone, _chosen(config), ".png", ".svg"
+        )
+        for source in sources
+    }
+    result = {source: _measured(setting, config) for source, setting in settings.items()}
     if show and config.json:
         print(json.dumps(result))
     elif show:
         _print_table(result)
+    out = settings[sources[0]].out
     if out is not None:
         with out_file(out) as path:
             lines = [
@@ -94,31 +80,31 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
     return result
 
 
-def _measured(
-    backbone: Backbone, files: FileList, config: DiversityConfig
-) -> tuple[dict[str, dict[str, float]], int]:
-    dataset = EvalDataset(
-        files, None, backbone.images.img_size, backbone.encoder.in_chans, CROP_PCT, "bicubic",
-        MAX_PIXELS,
-    )  # fmt: skip
-    batches = batches_of(len(files), config.batch_size)
-    loaded = each_batch(
-        dataset, batches, resolve_workers(config.workers, backbone.device), backbone.images.mean,
-        backbone.images.std, backbone.device,
-    )  # fmt: skip
-    bad: list[tuple[str, str]] = []
+def _chosen(config: DiversityConfig) -> Callable[[object], Split]:
+    """The images to measure on, at most `count`, chosen by a hash."""
+
+    def find(model: object) -> Split:
+        split = images_of(config)(model)
+        if len(split.source) <= config.count:
+            return split
+        chosen = split_holdout(split.source, config.count, minimum=0)[1]
+        return split._replace(source=split.source.select(chosen))
+
+    return find
+
+
+def _measured(setting: Setting[Backbone, Split], config: DiversityConfig) -> dict[str, Any]:
+    count = 0
 
     def shown() -> Iterator[Tensor]:
-        for batch, images in tracked(loaded, len(batches), "diversity"):
-            bad.extend(batch.bad)
-            if len(batch):
-                yield images
+        nonlocal count
+        for batch, images in batches(setting, config, "diversity"):
+            count += len(batch)
+            yield images
 
-    found = block_diversity(backbone.encoder, shown())
-    tell_left_out(bad)
-    if not found:
-        raise RunError(f"none of the {len(files)} pictures in {config.images!r} can be read")
-    return found, len(files) - len(bad)
+    blocks = block_diversity(setting.model.encoder, shown())
+    mean = float(np.mean([block["diversity"] for block in blocks.values()]))
+    return {"blocks": blocks, "mean": mean, "images": count}
 
 
 def block_diversity(

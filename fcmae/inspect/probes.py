@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from fcmae.config.values import MAX_PIXELS
 from fcmae.console import tracked
-from fcmae.data.labelled import LabelledData, labels_of, split_by_hash
-from fcmae.inspect.features import Backbone, extract
-from fcmae.train.processes import World
+from fcmae.data.labelled import LabelledData, split_by_hash
+from fcmae.inspect.features import extract
+from fcmae.train.processes import ALONE, World
+from fcmae.weights.load import Backbone
 from sparse.errors import RunError
 
 TEMPERATURE = 0.07
@@ -26,7 +27,7 @@ PENALTIES = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
 """Weight penalties tried, strongest first."""
 
 KEPT_BACK = 0.2
-"""Share of the training pictures that decides between them."""
+"""Share of the training images that decides between them."""
 
 _Z95 = 1.959964
 _AT_ONCE = 1 << 24
@@ -34,13 +35,13 @@ _CPU = torch.device("cpu")
 
 
 class NothingToRead(RunError):
-    """No picture of a split can be read."""
+    """No image of a split can be read."""
 
 
 class Labelled(NamedTuple):
-    """Features (N, C) and classes (N,) of the pictures to learn from and of those to measure on.
+    """Features (N, C) and classes (N,) of the images to learn from and of those to measure on.
 
-    chosen: places among the training pictures that decide on the penalty; maybe none.
+    chosen: places among the training images that decide on the penalty; maybe none.
     """
 
     train: Tensor
@@ -56,33 +57,40 @@ def labelled_features(
     data: LabelledData,
     batch_size: int,
     workers: int,
-    world: World | None = None,
-    stop: Callable[[], bool] | None = None,
+    world: World = ALONE,
+    stop: Callable[[], bool] = lambda: False,
     shown: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[Labelled, list[tuple[str, str]]]:
     """Extract the features of a labelled folder; also returns what could not be read.
 
+    Args:
+        backbone: the encoder.
+        data: the labelled images.
+        batch_size, workers, world, stop, max_pixels: see `fcmae.inspect.features.extract`.
+        shown: with progress bars, on terminals.
+
     Raises:
         Interrupted: `stop()` turned true.
         NothingToRead: nothing to learn from, or to measure on.
-        RunError: a process that reads pictures died.
+        RunError: a process that reads images died.
     """
     parts, labels, bad = [], [], []
     for split, what in ((data.train, "train"), (data.val, "val")):
         found = extract(
-            backbone, split.files, batch_size, workers, world, split.prefix, stop,
+            backbone, split, batch_size, workers, world, stop,
             f"features of {what}" if shown else None, max_pixels,
         )  # fmt: skip
         bad += found.bad
         if not len(found.indices):
             name, reason = found.bad[0]
             raise NothingToRead(
-                f"none of the {len(found.bad)} pictures can be read ({name}: {reason})"
+                f"none of the {len(found.bad)} images can be read ({name}: {reason})"
             )
         parts.append(found)
-        labels.append(torch.from_numpy(labels_of(split.files, data.names)[found.indices]))
-    read = data.train.files.select(parts[0].indices)
+        assert split.labels is not None
+        labels.append(torch.from_numpy(split.labels[found.indices]))
+    read = data.train.source.select(parts[0].indices)
     chosen = torch.empty(0, dtype=torch.int64)
     if int(torch.bincount(labels[0]).max()) > 1:
         chosen = torch.from_numpy(split_by_hash(read, labels[0].numpy(), KEPT_BACK)[1])
@@ -98,6 +106,8 @@ def measure(
     `linear` also has the penalty that was chosen.
 
     Args:
+        features: of the images to learn from and to measure on.
+        neighbours: each K.
         device: where the linear probe is fitted.
         shown: with a progress bar, on terminals.
     """
@@ -113,7 +123,7 @@ def measure(
 def knn(
     train_NC: Tensor, labels_N: Tensor, val_MC: Tensor, neighbours: Sequence[int], classes: int
 ) -> list[Tensor]:
-    """Classes (M,) by the K training pictures of the largest cosine, for each K in `neighbours`."""
+    """Classes (M,) by the K training images of the largest cosine, for each K in `neighbours`."""
     most = min(max(neighbours), len(train_NC))
     # In double: where features share a large offset, their cosines are all next to 1.
     train = F.normalize(train_NC.double(), dim=1)
@@ -132,8 +142,8 @@ def linear_probe(
 ) -> tuple[Tensor, float]:
     """Classes (M,) of a linear classifier, and the weight penalty it was fitted with.
 
-    The penalty is the one with the lowest loss on a fifth of the training pictures, the first that
-    the next weaker one does not better; or 0.01 where every class has a single picture.
+    The penalty is the one with the lowest loss on a fifth of the training images, the first that
+    the next weaker one does not better; or 0.01 where every class has a single image.
     """
     std, mean = torch.std_mean(features.train, dim=0, correction=0)
     scale = torch.where(std > 0, 1 / std, 0.0)
@@ -183,7 +193,7 @@ def fit_linear(
 def _cross_entropy(
     x_NC: Tensor, labels_N: Tensor, weight: Tensor, bias: Tensor, backward: bool = False
 ) -> float:
-    """The mean; a million pictures of a thousand classes have 4 GB of logits: some at a time."""
+    """The mean; a million images of a thousand classes have 4 GB of logits: some at a time."""
     rows = _rows(weight.shape[1])
     mean = 0.0
     for x, labels in zip(x_NC.split(rows), labels_N.split(rows), strict=True):

@@ -1,9 +1,8 @@
-"""`fcmae probe`: what frozen features are worth on labelled pictures."""
+"""`fcmae probe`: what frozen features are worth on labelled images."""
 
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +10,43 @@ from rich.console import Console
 from rich.table import Table
 
 from fcmae.config.tools import ProbeConfig
-from fcmae.config.values import height_width
-from fcmae.console import show_logs
 from fcmae.data.duplicates import report_duplicates
-from fcmae.data.evaluation import tell_left_out
+from fcmae.data.evaluation import report_skipped
 from fcmae.data.labelled import LabelledData, check_known, find_labelled
-from fcmae.inspect.features import Backbone, load_backbone, random_backbone
 from fcmae.inspect.probes import labelled_features, measure
+from fcmae.inspect.prologue import set_up
 from fcmae.train.checkpoint import STATE
 from fcmae.train.machine import resolve_workers
-from fcmae.train.processes import World, resolve_device
+from fcmae.train.processes import World
+from fcmae.weights.load import Backbone, load_backbone, random_backbone
 from fcmae.weights.read import CONFIG_FILE, read_json
 from sparse.errors import InputError
-
-_log = logging.getLogger(__name__)
 
 
 def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
     """Measure frozen features, and print a table, or with `config.json` one JSON object.
 
     Args:
+        config: what was asked.
         show: False prints nothing.
 
     Returns:
         For each of `knn5`, `knn20` (or other `neighbours`) and `linear`: `top1` in percent and its
         95 % interval, `low` to `high`; of `linear` also its `penalty`. `random`, the same for
-        random weights, with `baseline`. The numbers of pictures, `train` and `val`, of `classes`
+        random weights, with `baseline`. The numbers of images, `train` and `val`, of `classes`
         and of `unreadable` ones; `weights`, `img_size`; `near_duplicates`, where asked for, each
         with `path`, `of` and `bits`.
 
     Raises:
         InputError: the weights or the data are wrong.
-        RunError: no picture could be read.
+        RunError: no image could be read.
     """
-    show_logs()
-    size = None if config.img_size is None else height_width(config.img_size)
-    device = resolve_device(config.device)
-    backbone = load_backbone(config.source, device, size)
-    data = find_labelled(config.data, config.val_fraction, exclude=config.source)
-    if backbone.file is not None and not config.other_classes:
-        _check_classes(config, backbone.file, data)
+    setting = set_up(config, load_backbone, lambda backbone: _find_labelled(config, backbone))
+    backbone, data = setting.model, setting.images
+    world = World(0, 1, setting.device)
     alike = {}
-    if config.near_duplicates is not None:  # first, since a folder that is none ends the command
-        found = report_duplicates(config.near_duplicates, data, config.workers, World(0, 1, device))
+    if config.near_duplicates is not None:  # first, since a wrong folder ends the command
+        found = report_duplicates(config.near_duplicates, data, config.workers, world)
         alike["near_duplicates"] = [entry._asdict() for entry in found]
     result = _measured(backbone, data, config)
     if config.baseline:
@@ -66,10 +59,17 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
     return result
 
 
+def _find_labelled(config: ProbeConfig, backbone: Backbone) -> LabelledData:
+    data = find_labelled(config.data, config.val_fraction, exclude=config.source)
+    if backbone.file is not None and not config.other_classes:
+        _check_classes(config, backbone.file, data)
+    return data
+
+
 def _measured(backbone: Backbone, data: LabelledData, config: ProbeConfig) -> dict[str, Any]:
     workers = resolve_workers(config.workers, backbone.device)
     features, bad = labelled_features(backbone, data, config.batch_size, workers, shown=True)
-    tell_left_out(bad)
+    report_skipped(bad)
     return {
         **measure(features, config.neighbours, backbone.device, shown=True),
         "train": len(features.train),
@@ -103,7 +103,7 @@ def _print_table(result: dict[str, Any]) -> None:
     out = Console(highlight=False)
     out.print(result["weights"], markup=False, soft_wrap=True)
     out.print(
-        f"{result['train']} pictures to learn from, {result['val']} to measure on, "
+        f"{result['train']} images to learn from, {result['val']} to measure on, "
         f"{result['classes']} classes"
     )
     table = Table()

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fcmae.data.statistics import Preprocessing
 from fcmae.model.fcmae import FCMAE
 from fcmae.model.loss import to_pixels
 from sparse.sizes import PATCH
@@ -29,29 +30,30 @@ MOST_VALUES = 1_000_000
 
 @torch.no_grad()
 def reconstruct_batch(
-    model: FCMAE, images_BCHW: Tensor, mask_BHW: Tensor, mean: Sequence[float], std: Sequence[float]
+    model: FCMAE, images_BCHW: Tensor, mask_BHW: Tensor, preprocessing: Preprocessing
 ) -> tuple[list[Tensor], float]:
     """Reconstruct normalised images.
 
     Args:
+        model: what reconstructs.
         images_BCHW: on the model's device.
         mask_BHW: on the CPU, True = hidden.
-        mean, std: undo the normalisation, per channel.
+        preprocessing: how the images were normalised, to undo it.
 
     Returns:
         Four tensors (B, C, H, W) on the CPU with pixels from 0 to 1, in the order of `COLUMNS`, and
         the loss. The reconstruction shows the hidden patches: for visible ones nothing is learned,
         and what the decoder gives there is noise. With patch-normalised targets a prediction is
         given back its patch's own mean and deviation, so contrast and tone of hidden patches are
-        the original's, not predicted. Pictures that use a small part of the range from 0 to 1, as
+        the original's, not predicted. Images that use a small part of the range from 0 to 1, as
         16-bit ones often do, or that exceed it, are stretched to it, all alike.
     """
     was_training = model.training
     model.eval()
     out = model(images_BCHW, mask_BHW)
     model.train(was_training)
-    scale = torch.tensor(std).view(1, -1, 1, 1)
-    shift = torch.tensor(mean).view(1, -1, 1, 1)
+    scale = torch.tensor(preprocessing.std).view(1, -1, 1, 1)
+    shift = torch.tensor(preprocessing.mean).view(1, -1, 1, 1)
     original = images_BCHW.float().cpu() * scale + shift
     predicted = to_pixels(out.pred, images_BCHW, model.norm_pix_loss).cpu() * scale + shift
     original, predicted = _stretched(original, predicted)

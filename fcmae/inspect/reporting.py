@@ -62,7 +62,7 @@ def report(config: ReportConfig) -> Path:
     folders = [config.runs] if isinstance(config.runs, str) else config.runs
     runs = read_runs(folders)
     out = check_out_file(
-        runs[0].path / "report.html" if config.out is None else config.out, ".html"
+        runs[0].paths.root / "report.html" if config.out is None else config.out, ".html"
     )
     page = render(runs)
     with out_file(out) as path:

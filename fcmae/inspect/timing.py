@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from fcmae.model.fcmae import FCMAE
-from fcmae.model.mask import grid_of, keep_count
-from fcmae.train.optimizer import decay_groups
+from fcmae.model.mask import grid_of, random_masks
+from fcmae.train.optimizer import parameter_groups
 from sparse import SparseConvNeXtV2
 from sparse.sizes import PATCH, STRIDES, resolve_size
 
@@ -43,9 +43,7 @@ def example(
     """Random images on the device and random masks on the CPU."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, *img_size, generator=generator).to(device)
-    h, w = grid_of(img_size)
-    rank = torch.rand(batch, h * w, generator=generator).argsort(1).argsort(1)
-    return images, (rank >= keep_count(h * w, mask_ratio)).view(batch, h, w)
+    return images, random_masks(batch, grid_of(img_size), mask_ratio, generator)
 
 
 def make_step(name: str, model: str, device: torch.device) -> ImageStep:
@@ -73,7 +71,7 @@ def make_step(name: str, model: str, device: torch.device) -> ImageStep:
 
 def _whole_step(model: str, engine: str, device: torch.device) -> ImageStep:
     fcmae = FCMAE.from_size(model, engine=engine).to(device)
-    optimizer = torch.optim.AdamW(decay_groups(fcmae.named_parameters(), 0.05), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(fcmae, 0.05), fused=True)
 
     def step(images: Tensor, mask: Tensor) -> None:
         fcmae(images, mask).loss.backward()

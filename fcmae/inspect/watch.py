@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fcmae.config.pretraining import PretrainConfig
-from fcmae.config.values import MAX_PIXELS
-from fcmae.data.files import FileList
+from fcmae.data.holdout import HoldoutSet
 from fcmae.data.labelled import LabelledData
-from fcmae.data.loader import HoldoutSet, normalise
-from fcmae.inspect import reconstructions as pictures
+from fcmae.data.sample import normalise
+from fcmae.data.sources import Source
 from fcmae.inspect.diversity import block_diversity
-from fcmae.inspect.features import Backbone
 from fcmae.inspect.probes import NothingToRead, labelled_features, measure
+from fcmae.inspect.reconstructions import grid, reconstruct_batch
 from fcmae.model.fcmae import FCMAE
-from fcmae.train.processes import World
 from fcmae.train.run_folder import RunFolder
-from fcmae.train.task import Settings, Watcher
-from fcmae.weights.read import Preprocessing
+from fcmae.train.script import Resolved
+from fcmae.weights.load import Backbone
 
 _log = logging.getLogger(__name__)
 
-PICTURES_SHOWN = 8
+SHOWN = 8
 NEIGHBOURS = (5, 20)
+
+
+class Watcher(Protocol):
+    """Looks at the model every `epochs` epochs (0: never) and after the last one."""
+
+    epochs: int
+
+    def __call__(self, model: FCMAE, step: int, stop: Callable[[], bool]) -> dict[str, float]:
+        """Return what to log. May raise `Interrupted` when `stop()` turns true."""
+        ...
 
 
 class HoldoutWatcher:
@@ -34,30 +43,30 @@ class HoldoutWatcher:
 
     Args:
         batches: normalised images with their masks, always the same.
+        resolved: how images are prepared.
+        epochs: between two looks.
         folder: where the main process records; None on the others.
     """
 
     def __init__(
         self,
         batches: Sequence[tuple[Tensor, Tensor]],
-        settings: Settings,
+        resolved: Resolved,
         epochs: int,
         folder: RunFolder | None,
     ) -> None:
         self.epochs = epochs if batches else 0
-        self._batches, self._settings, self._folder = batches, settings, folder
+        self._batches, self._images, self._folder = batches, resolved.images, folder
 
     def __call__(self, model: FCMAE, step: int, stop: Callable[[], bool]) -> dict[str, float]:
         total, count, shown = 0.0, 0, None
         for images, masks in self._batches:
-            columns, loss = pictures.reconstruct_batch(
-                model, images, masks, self._settings.mean, self._settings.std
-            )
+            columns, loss = reconstruct_batch(model, images, masks, self._images)
             total, count = total + loss * len(images), count + len(images)
             shown = columns if shown is None else shown
         if self._folder is not None and shown is not None:
-            grid = pictures.grid([column[:PICTURES_SHOWN] for column in shown])
-            self._folder.picture("reconstructions", step, grid)
+            drawn = grid([column[:SHOWN] for column in shown])
+            self._folder.trackers.image("reconstructions", drawn, step)
         blocks = block_diversity(model.encoder, (images for images, _ in self._batches))
         spread = {f"diversity/{name}": block["diversity"] for name, block in blocks.items()}
         return {"holdout_loss": total / count, **spread}
@@ -67,75 +76,72 @@ class ProbeWatcher:
     """Top-1 in percent of nearest neighbours and a linear classifier on frozen features.
 
     Args:
-        data: labelled pictures.
-        settings: how images are prepared.
-        batch_size: images at a time on this process, which shares the pictures with the others.
-        max_pixels: larger pictures are not read.
+        data: labelled images.
+        resolved: how images are prepared, and the processes, which share the images.
+        epochs: between two looks.
+        max_pixels: images with more pixels count as unreadable.
     """
 
     def __init__(
-        self,
-        data: LabelledData,
-        settings: Settings,
-        epochs: int,
-        batch_size: int,
-        world: World,
-        max_pixels: int = MAX_PIXELS,
+        self, data: LabelledData, resolved: Resolved, epochs: int, max_pixels: int
     ) -> None:
         self.epochs, self._max_pixels = epochs, max_pixels
-        self._data, self._batch_size, self._world = data, batch_size, world
-        self._images = Preprocessing(settings.img_size, tuple(settings.mean), tuple(settings.std))
-        self._workers = settings.workers
-        self._told = not world.is_main
+        self._data, self._resolved = data, resolved
+        self._reported = not resolved.world.is_main
 
     def __call__(self, model: FCMAE, step: int, stop: Callable[[], bool]) -> dict[str, float]:
-        was_training = model.training
+        resolved, was_training = self._resolved, model.training
         model.eval()
         try:
             features, bad = labelled_features(
-                Backbone(model.encoder, self._images, "this run"), self._data, self._batch_size,
-                self._workers, self._world, stop, max_pixels=self._max_pixels,
+                Backbone(model.encoder, resolved.images, "this run"), self._data, resolved.part,
+                resolved.workers, resolved.world, stop, max_pixels=self._max_pixels,
             )  # fmt: skip
         except NothingToRead as error:
             _log.warning("the features were not probed: %s", error)
             return {}
         finally:
             model.train(was_training)
-        if bad and not self._told:
-            self._told = True
+        if bad and not self._reported:
+            self._reported = True
             _log.warning(
-                "%d labelled pictures can't be read and are left out of the probe, as %s: %s",
-                len(bad), *bad[0],
-            )  # fmt: skip
+                "%d labelled images can't be read and are not probed, as %s: %s", len(bad), *bad[0]
+            )
         # Fitted on every process: the threads and the sums are the same, so all log the same.
-        with torch.autocast(self._world.device.type, enabled=False):
-            scores = measure(features, NEIGHBOURS, self._world.device)
+        device = resolved.world.device
+        with torch.autocast(device.type, enabled=False):
+            scores = measure(features, NEIGHBOURS, device)
         return {f"probe_{name}": score["top1"] for name, score in scores.items()}
 
 
 def make_watchers(
-    config: PretrainConfig, settings: Settings, held: FileList, labelled: LabelledData | None,
-    world: World, folder: RunFolder | None,
-) -> list[Watcher]:  # fmt: skip
+    config: PretrainConfig,
+    resolved: Resolved,
+    held: Source,
+    labelled: LabelledData | None,
+    folder: RunFolder | None,
+) -> list[Watcher]:
     """All that a config asks for; held-out images that can't be read are recorded.
 
     Args:
-        held: held-out files, maybe none.
+        config: of the run.
+        resolved: how images are prepared, and the processes.
+        held: held-out images, maybe none.
         labelled: what to probe on; None probes nothing.
+        folder: where the main process records; None on the others.
     """
+    images = resolved.images
     dataset = HoldoutSet(
-        held, settings.img_size, config.in_chans, config.mask_ratio, config.seed, config.max_pixels
+        held, images.img_size, config.in_chans, config.mask_ratio, config.seed, config.max_pixels
     )
-    batches = [
-        (normalise(batch.images, settings.mean, settings.std, world.device), batch.masks)
-        for batch in dataset.batches(PICTURES_SHOWN)
-    ]
+    batches = []
+    for batch in dataset.batches(SHOWN):
+        assert batch.masks is not None
+        pixels = normalise(batch.images, images.mean, images.std, resolved.world.device)
+        batches.append((pixels, batch.masks))
     if folder is not None:
         folder.record_bad(dataset.bad)
-    found: list[Watcher] = [HoldoutWatcher(batches, settings, config.picture_epochs, folder)]
+    found: list[Watcher] = [HoldoutWatcher(batches, resolved, config.picture_epochs, folder)]
     if labelled is not None:
-        share = config.batch_size // (world.size * config.accumulate)
-        found.append(
-            ProbeWatcher(labelled, settings, config.probe.epochs, share, world, config.max_pixels)
-        )
+        found.append(ProbeWatcher(labelled, resolved, config.probe.epochs, config.max_pixels))
     return found

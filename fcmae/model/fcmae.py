@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from fcmae.model.decoder import Decoder
 from fcmae.model.loss import reconstruction_loss
-from fcmae.model.mask import check_mask_ratio, keep_count
+from fcmae.model.mask import grid_of, random_masks
 from sparse import SparseConvNeXtV2
 from sparse.devices import to_device
-from sparse.sizes import PATCH
 
 
 @dataclass
@@ -75,6 +74,10 @@ class FCMAE(nn.Module):
         encoder = SparseConvNeXtV2.from_size(model, depths, dims, **encoder_options)
         return cls(encoder, decoder_dim, decoder_depth, mask_ratio, norm_pix_loss)
 
+    def no_weight_decay(self) -> set[str]:
+        """Parameters besides biases and norms that weight decay spares, as timm's models say it."""
+        return {"decoder.mask_token"}
+
     def forward(
         self,
         images_BCHW: Tensor,
@@ -104,8 +107,4 @@ class FCMAE(nn.Module):
     def draw_mask(self, images_BCHW: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Hide the same number of random patches in every image → (B, H/32, W/32) bool, CPU."""
         batch, _, height, width = images_BCHW.shape
-        grid = (height // PATCH, width // PATCH)
-        check_mask_ratio(self.mask_ratio, grid)
-        patches = grid[0] * grid[1]
-        rank = torch.rand(batch, patches, generator=generator).argsort(1).argsort(1)
-        return (rank >= keep_count(patches, self.mask_ratio)).view(batch, *grid)
+        return random_masks(batch, grid_of((height, width)), self.mask_ratio, generator)

@@ -1,9 +1,11 @@
-"""Which patches are hidden: sizes, ratios and the random mask of one image."""
+"""Which patches are hidden: sizes, ratios, and the one place where random masks are drawn."""
 
 import math
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from fcmae import rng
 from sparse.errors import InputError
@@ -61,3 +63,20 @@ def random_mask(
     hidden = np.ones(patches, dtype=np.bool_)
     hidden[order[: keep_count(patches, mask_ratio)]] = False
     return hidden.reshape(grid)
+
+
+def random_masks(
+    batch: int,
+    grid: tuple[int, int],
+    mask_ratio: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return random masks (B, h, w) bool on the CPU, True = hidden, seeded by a CPU generator.
+
+    Raises:
+        InputError: the ratio leaves nothing visible, or nothing hidden.
+    """
+    check_mask_ratio(mask_ratio, grid)
+    seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+    masks = [random_mask(seed, 0, index, grid, mask_ratio) for index in range(batch)]
+    return torch.from_numpy(np.stack(masks))

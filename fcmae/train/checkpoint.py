@@ -254,6 +254,11 @@ def first_difference(
     return None
 
 
+def names_of(model: nn.Module) -> dict[Tensor, str]:
+    """Parameters → their names."""
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
 ) -> dict[str, Tensor]:

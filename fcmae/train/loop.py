@@ -25,15 +25,20 @@ from fcmae.train.checkpoint import (
     SavedCheckpoint,
     load_model_tensors,
     load_optimizer_tensors,
+    names_of,
     optimizer_tensors,
     save_checkpoint,
 )
-from fcmae.train.plan import Clock, Plan, Signals
+from fcmae.train.clock import Clock
+from fcmae.train.machine import autocast_dtype, versions
+from fcmae.train.optimizer import check_gate, gradient_norm
+from fcmae.train.plan import Plan
 from fcmae.train.processes import OnHost, World
 from fcmae.train.resume import asked_settings
-from fcmae.train.run_folder import RunFolder, check_bad_share, check_skips, names_of, versions
+from fcmae.train.run_folder import RunFolder, check_bad_share, check_skips
+from fcmae.train.signals import Signals
 from fcmae.train.task import Interrupted, Task
-from fcmae.train.update import RunningStatistics, Update, check_gate, gradient_norm
+from fcmae.train.update import RunningStatistics, Update
 from sparse.errors import RunError
 
 MOST_SAVE_FAILURES = 3
@@ -45,10 +50,11 @@ class Loop:
     """Trains a task from where it is to the end of the plan.
 
     Args:
-        task, plan: what and how.
-        config: recorded in each checkpoint, as asked.
+        task: what is trained.
+        plan: its steps and learning rates.
+        config: as asked, recorded in each checkpoint.
         settings: the same with every `auto` resolved, and what was measured from the data.
-        name_of: from the position of a training file to its name.
+        name_of: from the position of a training image to its name.
         world: the processes.
         folder: where the main process records; None on the others.
     """
@@ -65,12 +71,13 @@ class Loop:
     ) -> None:
         self.task, self.plan, self.world, self.folder = task, plan, world, folder
         self.config, self.settings, self._name_of = config, settings, name_of
+        self._dtype = autocast_dtype(settings["precision"])
         self.step = self.skipped = 0
         self.epoch_end_due = False
         self._save_failures, self._bad_seen = 0, set[str]()
         self._unchecked: Update | None = None
         check_gate(task.optimizer)
-        self._statistics = RunningStatistics(task.model if plan.nonfinite == "skip" else None)
+        self._statistics = RunningStatistics(task.model if config.nonfinite == "skip" else None)
         self.forward: nn.Module = task.model
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
@@ -108,10 +115,10 @@ class Loop:
             0 when done, 130 after Ctrl-C, 143 after SIGTERM or SIGUSR1; the state is saved then.
 
         Raises:
-            RunError: the loss is not finite, too many pictures are unreadable, a process that reads
+            RunError: the loss is not finite, too many images are unreadable, a process that reads
                 them died, or saving failed three times.
         """
-        plan = self.plan
+        plan, config = self.plan, self.config
         progress = StepProgress(plan.total_steps, self.step, plan.epochs, self.folder is None)
         with signals.ctrl_c(), progress, lost_workers("; it goes on from the last checkpoint"):
             clock = Clock()
@@ -123,16 +130,16 @@ class Loop:
                 if self.epoch_end_due and not self._stop_wanted(signals):
                     self._end_epoch(signals)
                     clock.skip()
-                due = clock.save_due(plan.checkpoint_minutes)
+                due = clock.save_due(config.checkpoint_minutes)
                 stop, save, found = self.world.agree([signals.received, int(due), len(bad)])
                 if found:
                     self._record_bad(bad)
-                by_step = plan.checkpoint_steps and self.step % plan.checkpoint_steps == 0
+                by_step = config.checkpoint_steps and self.step % config.checkpoint_steps == 0
                 finished = self.step == plan.total_steps and not self.epoch_end_due
                 if save or by_step or stop or finished:
                     began = time.perf_counter()
                     self.save(must=bool(stop) or finished)
-                    clock.saved(began, plan.checkpoint_steps if by_step else None)
+                    clock.saved(began, config.checkpoint_steps if by_step else None)
                 if stop and not finished:
                     _log.info(
                         "stopped after step %d; the same command goes on from there", self.step
@@ -144,28 +151,30 @@ class Loop:
         self, batches: Iterator[Any], progress: StepProgress, clock: Clock
     ) -> list[tuple[str, str]]:
         """One update: accumulate, reduce, gate, apply. Returns what was unreadable and is new."""
-        plan, optimizer = self.plan, self.task.optimizer
-        rate = plan.learning_rate(self.step)
+        config, optimizer = self.config, self.task.optimizer
+        rate = self.plan.learning_rate(self.step)
         for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
-        torch.manual_seed(rng.seed_for(plan.seed, rng.DROP_PATH, self.step, self.world.rank))
+            group["lr"] = rate * group["lr_scale"]
+        torch.manual_seed(rng.seed_for(config.seed, rng.DROP_PATH, self.step, self.world.rank))
 
         self._statistics.remember()
         total = torch.zeros((), device=self.world.device)
         bad: list[tuple[str, str]] = []
         read: list[Tensor] = []
-        for part in range(plan.accumulate):
+        for part in range(config.accumulate):
             batch = next(batches)
-            last = part == plan.accumulate - 1
+            if batch.missing:
+                self._give_up(batch.bad)
+            last = part == config.accumulate - 1
             with self._sync_gradients(last), self._autocast():
-                loss = self.task.loss(self.forward, batch) / plan.accumulate
+                loss = self.task.loss(self.forward, batch) / config.accumulate
             with self._sync_gradients(last):
                 loss.backward()
             total += loss.detach()
             read.append(batch.indices)
             bad += batch.bad
 
-        norm = gradient_norm(self.task.model, plan.clip_grad)
+        norm = gradient_norm(self.task.model, config.optim.clip_grad)
         total = self.world.sum(torch.stack([total, (~torch.isfinite(total + norm)).float()]))
         # The fused AdamW takes exactly 1 for "skip": a sum over the processes would not stop it.
         loss, broken = total[0] / self.world.size, (total[1] > 0).float()
@@ -180,7 +189,7 @@ class Loop:
 
         clock.count(sum(map(len, read)) * self.world.size)
         progress.advance(self.step)
-        due = self.step % plan.log_steps == 0 or self.step in (1, plan.total_steps)
+        due = self.step % config.log_steps == 0 or self.step in (1, self.plan.total_steps)
         if due and self._check_finite():
             self._log(progress, clock, float(loss), rate, float(norm))
         return [entry for entry in bad if entry[0] not in self._bad_seen]
@@ -192,9 +201,9 @@ class Loop:
         return self.forward.no_sync()
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.plan.autocast is None:
+        if self._dtype is None:
             return nullcontext()
-        return torch.autocast(self.world.device.type, self.plan.autocast)
+        return torch.autocast(self.world.device.type, self._dtype)
 
     def _check_finite(self) -> bool:
         """Look at the newest update that was not looked at yet: was its loss or gradient finite?
@@ -218,8 +227,8 @@ class Loop:
             f"the loss or its gradient is not finite at step {step} (loss {loss:g}, gradient norm "
             f"{norm:g}); the update was not applied"
         )
-        check_skips(what, self.skipped, self.plan.nonfinite, self.plan.max_nonfinite)
-        _log.warning("%s: %d of at most %d", what, self.skipped, self.plan.max_nonfinite)
+        check_skips(what, self.skipped, self.config.nonfinite, self.config.max_nonfinite)
+        _log.warning("%s: %d of at most %d", what, self.skipped, self.config.max_nonfinite)
         return False
 
     def _log(
@@ -250,11 +259,27 @@ class Loop:
     def _stop_wanted(self, signals: Signals) -> bool:
         return self.world.agree([signals.received])[0] != 0
 
+    def _give_up(self, bad: list[tuple[str, str]]) -> None:
+        """Record what could not be read, and stop.
+
+        Raises:
+            RunError: always: neither an image nor any of its replacements could be read.
+        """
+        if self.folder is not None:
+            self.folder.record_bad(bad)
+        name, reason = bad[0]
+        others = len({other for other, _ in bad}) - 1
+        more = f", nor can {others} others tried in its place" if others else ""
+        raise RunError(
+            f"image {name!r} can't be read ({reason}){more}: check that the images are still there "
+            "and of this kind; bad_images.jsonl lists them"
+        )
+
     def _record_bad(self, new: list[tuple[str, str]]) -> None:
         everywhere = [entry for entries in self.world.gather(new) for entry in entries]
         self._bad_seen.update(path for path, _ in everywhere)
         distinct = self.folder.record_bad(everywhere) if self.folder is not None else 0
-        check_bad_share(self.world.agree([distinct])[0], self.task.files, self.plan.max_bad)
+        check_bad_share(self.world.agree([distinct])[0], self.task.files, self.config.max_bad)
 
     def save(self, must: bool = False) -> None:
         """Save a checkpoint from the main process; the others wait for its word.
@@ -268,9 +293,10 @@ class Loop:
             try:
                 self.folder.sync()
                 save_checkpoint(
-                    self.folder.checkpoints, self.step, self._checkpoint(),
-                    self.plan.keep_checkpoints,
+                    self.folder.paths.checkpoints, self.step, self._checkpoint(),
+                    self.config.keep_checkpoints,
                 )  # fmt: skip
+                self.folder.trackers.covered()
                 self._save_failures = 0
             except OSError as error:
                 self._save_failures += 1

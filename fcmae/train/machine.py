@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from fcmae import __version__
 from fcmae.train.checkpoint import list_checkpoints
+from fcmae.train.run_folder import RunPaths
 from sparse.errors import InputError
 
 MOST_WORKERS = 8
@@ -61,7 +65,7 @@ def check_disk(config: Any, size: int) -> None:
         InputError: there is less free than what `keep_checkpoints` and one being written need
             beside those that are there already.
     """
-    there = len(list_checkpoints(Path(config.out) / "checkpoints"))
+    there = len(list_checkpoints(RunPaths(Path(config.out)).checkpoints))
     need = size * (max(config.keep_checkpoints - there, 0) + 1)
     free = free_bytes(Path(config.out))
     if need > free:
@@ -86,3 +90,13 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def versions() -> dict[str, str]:
+    """What computed this: recorded in each checkpoint."""
+    return {
+        "fcmae": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }

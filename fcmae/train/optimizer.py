@@ -1,47 +1,88 @@
-"""Learning rates and parameter groups, as pure functions."""
+"""The optimizer: its parameter groups, the non-finite gate, and averaged weights' decay."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
+from fnmatch import fnmatch
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-WARMUP_SHARE = 0.1
-WARMUP_EPOCHS = 40
+from sparse.errors import InputError
 
 
-def warmup_steps(epochs: float | None, steps_per_epoch: int, total_steps: int) -> int:
-    """Steps of linear warm-up: as asked, else the paper's 40 epochs but at most 10 % of the run."""
-    if epochs is not None:
-        return min(round(epochs * steps_per_epoch), total_steps)
-    return min(WARMUP_EPOCHS * steps_per_epoch, int(WARMUP_SHARE * total_steps))
+def make_optimizer(
+    model: nn.Module, optim: Any, depths: Mapping[str, int] | None = None
+) -> torch.optim.Optimizer:
+    """Return AdamW over what is trained; the loop multiplies the schedule by a group's `lr_scale`.
+
+    Args:
+        model: on its device.
+        optim: has `weight_decay`, `betas` and, where `depths` are given, `layer_decay`.
+        depths: how many layers before the head each parameter is; none treats all alike.
+
+    Raises:
+        InputError: the optimizer ignores the non-finite gate.
+    """
+    decay = optim.layer_decay if depths else 1.0
+    groups = parameter_groups(model, optim.weight_decay, decay, depths)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(optim.betas), fused=True)
+    check_gate(optimizer)
+    return optimizer
 
 
-def cosine_with_warmup(step: int, peak: float, warmup: int, total: int) -> float:
-    """Learning rate of a step, from 0: a linear rise to `peak`, then a half cosine to zero."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(total - warmup, 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def decay_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], decay: float
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    depths: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Two groups: weight decay for weights, none for biases, norms, GRN and the mask token."""
-    decayed: list[Tensor] = []
-    spared: list[Tensor] = []
-    for name, parameter in parameters:
+    """Optimizer groups of the parameters that are trained, from the first layer to the head.
+
+    Biases, norms, GRN and what the model itself names (`no_weight_decay`) are not decayed. The
+    head's `lr_scale` is 1, that of a parameter `d` layers before it `layer_decay ** d`.
+    """
+    named: Any = model
+    exempt = named.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        spare = parameter.ndim <= 1 or name.endswith(("bias", "mask_token"))
-        (spared if spare else decayed).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
+        depth = 0 if layer_decay == 1 or depths is None else depths[name]
+        spared = parameter.ndim <= 1 or name.endswith(".bias")
+        spared = spared or any(fnmatch(name, pattern) for pattern in exempt)
+        new = {
+            "params": [],
+            "weight_decay": 0.0 if spared else weight_decay,
+            "lr_scale": layer_decay**depth,
+        }
+        groups.setdefault((-depth, spared), new)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def check_gate(optimizer: torch.optim.Optimizer) -> None:
+    """Make sure that an optimizer obeys `found_inf`, by which an update that is not finite is
+    skipped without waiting for the device.
+
+    Raises:
+        InputError: it would apply such an update.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise InputError(
+            f"optimizer {type(optimizer).__name__} ignores found_inf, so a loss that is not finite "
+            "would destroy the weights: use one that supports it, such as AdamW(fused=True)"
+        )
+
+
+def gradient_norm(model: nn.Module, clip: float | None) -> Tensor:
+    """The norm of the whole gradient before it is scaled down to `clip`, where it is longer."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip is not None and math.isfinite(clip):
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    return norm
 
 
 def ema_decay(step: int, most: float) -> float:

@@ -1,49 +1,28 @@
-"""What a run is to do, what may end it early, and how fast it goes."""
+"""How many steps a run has, and its learning rate at each."""
 
 from __future__ import annotations
 
-import logging
 import math
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
-import torch
-
-from fcmae.train.optimizer import cosine_with_warmup, warmup_steps
-
-_log = logging.getLogger(__name__)
+from fcmae.data.order import steps_per_epoch
 
 BASE_BATCH = 256
 """Batch that learning rates are given for."""
 
+WARMUP_SHARE = 0.1
+WARMUP_EPOCHS = 40
+
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps there are and what happens at which.
-
-    The learning rate rises to `peak` in `warmup` steps and falls to zero by a cosine.
-    """
+    """The learning rate rises to `peak` in `warmup` steps and falls to zero by a cosine."""
 
     steps_per_epoch: int
     epochs: int
-    accumulate: int
     peak: float
     warmup: int
-    clip_grad: float | None
-    seed: int
-    log_steps: int
-    checkpoint_steps: int | None
-    checkpoint_minutes: float
-    keep_checkpoints: int
-    max_bad: float
-    nonfinite: str
-    max_nonfinite: int
-    autocast: torch.dtype | None
 
     @property
     def total_steps(self) -> int:
@@ -53,138 +32,57 @@ class Plan:
         return cosine_with_warmup(step, self.peak, self.warmup, self.total_steps)
 
 
-def pretraining_epochs(epochs: str | int, images: int) -> int:
-    """`auto` → as many passes as make up `IMAGES_SEEN`, in tens, from 100 to the paper's 800."""
-    if epochs != "auto":
-        return int(epochs)
-    return min(max(math.ceil(IMAGES_SEEN / images / 10) * 10, FEWEST_EPOCHS), MOST_EPOCHS)
-
-
-def make_plan(config: Any, steps_per_epoch: int, epochs: int, autocast: torch.dtype | None) -> Plan:
-    """The plan of a config of pretraining or fine-tuning."""
-    total = steps_per_epoch * epochs
+def make_plan(config: Any, images: int, epochs: int) -> Plan:
+    """The plan of a config of pretraining or fine-tuning for a number of training images."""
+    per_epoch = steps_per_epoch(images, config.batch_size)
     return Plan(
-        steps_per_epoch=steps_per_epoch,
-        epochs=epochs,
-        accumulate=config.accumulate,
+        per_epoch,
+        epochs,
         peak=config.optim.base_lr * config.batch_size / BASE_BATCH,
-        warmup=warmup_steps(config.optim.warmup_epochs, steps_per_epoch, total),
-        clip_grad=config.optim.clip_grad,
-        seed=config.seed,
-        log_steps=config.log_steps,
-        checkpoint_steps=config.checkpoint_steps,
-        checkpoint_minutes=config.checkpoint_minutes,
-        keep_checkpoints=config.keep_checkpoints,
-        max_bad=config.max_bad,
-        nonfinite=config.nonfinite,
-        max_nonfinite=config.max_nonfinite,
-        autocast=autocast,
+        warmup=warmup_steps(config.optim.warmup_epochs, per_epoch, per_epoch * epochs),
     )
 
 
-class Signals:
-    """Turns SIGTERM and SIGUSR1, and while training Ctrl-C, into a wish to stop.
+@dataclass(frozen=True)
+class AutoEpochs:
+    """What `epochs: auto` stands for: as many passes as make up `crops`, within bounds.
 
-    A second Ctrl-C quits at once.
+    Attributes:
+        crops: training crops of the whole run.
+        fewest, most: the bounds.
+        multiple: passes are rounded up to a multiple of it.
     """
 
-    def __init__(self) -> None:
-        self.received = 0
+    crops: int
+    fewest: int
+    most: int
+    multiple: int = 1
 
-    def __enter__(self) -> Signals:
-        self._before = self._catch(signal.SIGTERM, signal.SIGUSR1)
-        return self
+    def resolve(self, epochs: str | int, images: int) -> int:
+        """Return the number of passes over so many images."""
+        if epochs != "auto":
+            return int(epochs)
+        passes = math.ceil(self.crops / images / self.multiple) * self.multiple
+        return min(max(passes, self.fewest), self.most)
 
-    def __exit__(self, *_: object) -> None:
-        _restore(self._before)
-
-    @contextmanager
-    def ctrl_c(self) -> Iterator[None]:
-        """Heed Ctrl-C inside; before there is something to save it may end the process."""
-        before = self._catch(signal.SIGINT)
-        try:
-            yield
-        finally:
-            _restore(before)
-
-    def _catch(self, *numbers: int) -> dict[int, Any]:
-        return {number: signal.signal(number, self._receive) for number in numbers}
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
+    def explain(self, epochs: int) -> str:
+        """Return a line that says why a run has so many."""
+        return (
+            f"epochs auto: {epochs}, the more the fewer images there are ({self.fewest} to "
+            f"{self.most}, about {self.crops:,} crops in all)"
+        )
 
 
-def _restore(handlers: dict[int, Any]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def warmup_steps(epochs: float | None, steps_per_epoch: int, total_steps: int) -> int:
+    """Steps of linear warm-up: as asked, else the paper's 40 epochs but at most 10 % of the run."""
+    if epochs is not None:
+        return min(round(epochs * steps_per_epoch), total_steps)
+    return min(WARMUP_EPOCHS * steps_per_epoch, int(WARMUP_SHARE * total_steps))
 
 
-IMAGES_SEEN = 1_200_000
-"""Crops that pretraining on a small set sees before more of them bring little; see docs/recipes."""
-
-FEWEST_EPOCHS, MOST_EPOCHS = 100, 800
-
-SAVING_SHARE = 0.05
-"""Most of the time that saving may take, where the time decides when to save."""
-
-
-class Clock:
-    """Times training steps, leaving out evaluation and saving; knows when to save."""
-
-    def __init__(self) -> None:
-        now = time.perf_counter()
-        self._last_save = now
-        self._save_seconds = 0.0
-        self._warned = False
-        self._mark = now
-        self._images = 0
-        self._steps = 0
-        self._speed = 0.0
-        self._step_seconds = 0.0
-
-    def count(self, images: int) -> None:
-        self._images += images
-        self._steps += 1
-
-    def images_per_second(self) -> float:
-        """Speed since it was last asked for."""
-        seconds = time.perf_counter() - self._mark
-        if self._steps:
-            self._speed, self._step_seconds = self._images / seconds, seconds / self._steps
-        self.skip()
-        return self._speed
-
-    def seconds_a_step(self) -> float:
-        return self._step_seconds
-
-    def skip(self) -> None:
-        self._mark, self._images, self._steps = time.perf_counter(), 0, 0
-
-    def save_due(self, minutes: float) -> bool:
-        """Whether so many minutes passed since the last save, and enough for it to be worth it."""
-        enough = max(60 * minutes, self._save_seconds * (1 / SAVING_SHARE - 1))
-        return minutes > 0 and time.perf_counter() - self._last_save > enough
-
-    def saved(self, began: float, steps: int | None) -> None:
-        """Note a save, and say once where saving takes more than its share of the time.
-
-        Args:
-            began: when it began, by `time.perf_counter`.
-            steps: where saves come by steps, how many lie between two.
-        """
-        now = time.perf_counter()
-        self._save_seconds = now - began
-        between = began - self._last_save
-        share = self._save_seconds / (between + self._save_seconds)
-        if share > SAVING_SHARE and self._save_seconds > 1 and steps and not self._warned:
-            self._warned = True
-            _log.warning(
-                "a save took %.1f s, %.0f %% of the time: --checkpoint_steps %d or more keeps it "
-                "under %.0f %%", self._save_seconds, 100 * share,
-                math.ceil(steps * self._save_seconds * (1 / SAVING_SHARE - 1) / between),
-                100 * SAVING_SHARE,
-            )  # fmt: skip
-        self._last_save = now
-        self.skip()
+def cosine_with_warmup(step: int, peak: float, warmup: int, total: int) -> float:
+    """Learning rate of a step, from 0: a linear rise to `peak`, then a half cosine to zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(total - warmup, 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))

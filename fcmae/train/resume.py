@@ -1,4 +1,4 @@
-"""Where a run begins: anew, or at a checkpoint of the same run."""
+"""Where a run begins: at the start, or at a checkpoint of the same run."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import json
 import logging
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 from fcmae.atomic import check_out_folder
 from fcmae.config.values import differences, flatten, read_yaml, to_dict
-from fcmae.data.files import FileList
+from fcmae.data.file_list import FileList
+from fcmae.data.sources import Source
 from fcmae.train.checkpoint import (
     SavedCheckpoint,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
 )
+from fcmae.train.run_folder import RunPaths
 from sparse.errors import InputError
 
 _PATHS = {"data": (), "weights": ("none",), "init_from": (), "resume": ("auto", "never")}
@@ -26,13 +29,12 @@ _PATHS = {"data": (), "weights": ("none",), "init_from": (), "resume": ("auto", 
 _log = logging.getLogger(__name__)
 
 
-def find_start(config: Any, command: str, runtime_keys: frozenset[str]) -> SavedCheckpoint | None:
+def find_start(config: Any, command: str) -> SavedCheckpoint | None:
     """Decide where a run begins: at a checkpoint, or (None) at the start. Writes nothing.
 
     Args:
         config: has `out` and `resume`: `auto`, `never` or the path of a checkpoint.
         command: `pretrain` or `finetune`.
-        runtime_keys: settings that may differ from the checkpoint's.
 
     Raises:
         InputError: the folder holds something else, a run with other settings, or a checkpoint
@@ -42,9 +44,10 @@ def find_start(config: Any, command: str, runtime_keys: frozenset[str]) -> Saved
     if out.exists() and not out.is_dir():
         raise InputError(f"out {config.out!r} is a file: give a folder that is new or holds a run")
     check_out_folder(config.out)
-    saved = list_checkpoints(out / "checkpoints")
+    paths = RunPaths(out)
+    saved = list_checkpoints(paths.checkpoints)
     if out.is_dir() and not saved:
-        _check_unused(out)
+        _check_unused(paths)
     if config.resume == "never" and saved:
         raise InputError(
             f"out {config.out!r} already holds a run: use --resume auto to go on with it, or "
@@ -53,7 +56,7 @@ def find_start(config: Any, command: str, runtime_keys: frozenset[str]) -> Saved
     if config.resume not in ("auto", "never"):
         checkpoint = _named(config, saved)
     elif saved:
-        newest = newest_checkpoint(out / "checkpoints")
+        newest = newest_checkpoint(paths.checkpoints)
         if newest is None:
             raise InputError(
                 f"all {len(saved)} checkpoints in {config.out!r} are damaged: give another "
@@ -62,7 +65,7 @@ def find_start(config: Any, command: str, runtime_keys: frozenset[str]) -> Saved
         checkpoint = newest
     else:
         return None
-    _check_same_run(config, command, runtime_keys, checkpoint)
+    _check_same_run(config, command, sys.modules[type(config).__module__].RUNTIME_KEYS, checkpoint)
     return checkpoint
 
 
@@ -70,7 +73,7 @@ def _named(config: Any, saved: list[Path]) -> SavedCheckpoint:
     """The checkpoint that `resume` names, or the newest that came of going on from it: the same
     command given again goes on, and does not begin there once more."""
     named = Path(config.resume)
-    since = newest_checkpoint(Path(config.out) / "checkpoints")
+    since = newest_checkpoint(RunPaths(Path(config.out)).checkpoints)
     if since is not None and since.state["asked"].get("resume") == asked_settings(config)["resume"]:
         _log.info("going on with what came of %s, not from there again", named)
         return since
@@ -84,22 +87,23 @@ def _named(config: Any, saved: list[Path]) -> SavedCheckpoint:
     return load_checkpoint(named)
 
 
-def _check_unused(out: Path) -> None:
+def _check_unused(paths: RunPaths) -> None:
     """Refuse a folder without checkpoints that a new run must not write over.
 
     Raises:
         InputError: it holds something else than a run that never saved.
     """
+    out = paths.root
     names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     if not names:
         return
-    config = out / "config.yaml"
-    if not config.is_file() or not {"data", "out", "keep_checkpoints"} <= read_yaml(config).keys():
+    run = {"data", "out", "keep_checkpoints"}
+    if not paths.config.is_file() or not run <= read_yaml(paths.config).keys():
         raise InputError(
-            f"out {str(out)!r} holds {names[0]!r} and no run of fcmae: give a folder that is new "
-            "or empty"
+            f"out {str(out)!r} holds {names[0]!r}, which is not a run of fcmae: give a folder that "
+            "is new or empty"
         )
-    if "exported" in names:
+    if paths.exported.exists():
         raise InputError(
             f"out {str(out)!r} holds a finished run whose checkpoints are gone: there is nothing "
             "to go on from; give another --out"
@@ -124,7 +128,7 @@ def _check_same_run(
         if key == "data":  # one folder is named as it was given, not as a list
             was, now = (value[0] if len(value) == 1 else value for value in (was, now))
         text = was if isinstance(was, str) else json.dumps(was, separators=(",", ":"))
-        moved = " (if the same pictures are elsewhere now, a link to them)" if key == "data" else ""
+        moved = " (if the same images are elsewhere now, a link to them)" if key == "data" else ""
         raise InputError(
             f"{key} is {now!r} but the run in {config.out!r} has {was!r}: repeat it with "
             f"--{key} {shlex.quote(text)}{moved}, or give another --out"
@@ -142,12 +146,12 @@ _OWN = frozenset({*_PATHS, "out", "device", "workers", "probe.data", "near_dupli
 of the files behind the paths it is compared which they are."""
 
 
-def facts(config: Any, step: int, *lists: FileList) -> dict[str, Any]:
+def facts(config: Any, step: int, *sources: Source) -> dict[str, Any]:
     """What all processes of a run must have in common: settings, where they begin, and files."""
     return {
         **{key: value for key, value in flatten(to_dict(config)).items() if key not in _OWN},
         "a first step after": step,
-        **{f"files (list {n})": (len(files), files.digest()) for n, files in enumerate(lists, 1)},
+        **{f"files (list {n})": (len(s), s.fingerprint()) for n, s in enumerate(sources, 1)},
     }
 
 
@@ -168,13 +172,13 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def stored_files(found: FileList | None, start: SavedCheckpoint, name: str) -> FileList:
-    """The files that a run which goes on began with.
+def stored_files(found: FileList | None, start: SavedCheckpoint, part: str) -> FileList:
+    """The files that a run which resumes began with, of one part; see `RunPaths.images`.
 
     Of those `found` now, if any are known, the ones that came later are ignored with a notice;
     vanished ones will count as unreadable.
     """
-    stored = FileList.load(start.path.parent.parent / name)
+    stored = FileList.load(RunPaths(start.path.parent.parent).images(part))
     if found is not None and len(found) > len(stored):
         _log.info("%d files more than when the run began are ignored", len(found) - len(stored))
     return stored

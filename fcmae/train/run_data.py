@@ -1,9 +1,8 @@
-"""What runs left behind in their folders, read back to be shown."""
+"""What runs recorded in their folders, read back to be shown."""
 
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from PIL import Image
 
 from fcmae.config.values import flatten, read_yaml
 from fcmae.train.checkpoint import STATE, list_checkpoints
-from fcmae.train.run_folder import NONFINITE
+from fcmae.train.run_folder import RunPaths, read_lines
 from fcmae.weights.read import read_json
 from sparse.errors import InputError
 
@@ -24,6 +23,7 @@ class RunData:
     """A run of pretraining or fine-tuning.
 
     Attributes:
+        paths: where its files are.
         name: the folder's name, made longer where several runs share it.
         config: what was asked, by dotted key.
         state: that of the newest checkpoint; {} where there is none.
@@ -32,7 +32,7 @@ class RunData:
     """
 
     name: str
-    path: Path
+    paths: RunPaths
     config: dict[str, Any]
     state: dict[str, Any]
     metrics: list[dict[str, Any]]
@@ -45,7 +45,7 @@ class RunData:
 
     @property
     def finished(self) -> bool:
-        return (self.path / "exported" / "config.json").is_file()
+        return (self.paths.exported / "config.json").is_file()
 
     def series(self, key: str) -> list[Point]:
         """(step, value) of the lines that have `key` as a number."""
@@ -65,9 +65,9 @@ class RunData:
         """(step, picture) of what TensorBoard was given under `tag`, oldest first."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        if not (self.path / "tb").is_dir():
+        if not self.paths.tensorboard.is_dir():
             return []
-        events = EventAccumulator(str(self.path / "tb"), {"images": 0, "scalars": 1})
+        events = EventAccumulator(str(self.paths.tensorboard), {"images": 0, "scalars": 1})
         events.Reload()
         if tag not in events.Tags()["images"]:
             return []
@@ -88,32 +88,22 @@ def read_runs(folders: list[str]) -> list[RunData]:
 
 
 def _read_run(path: Path, name: str) -> RunData:
-    if not (path / "config.yaml").is_file():
+    paths = RunPaths(path)
+    if not paths.config.is_file():
         raise InputError(
-            f"{str(path)!r} is no run: it has no config.yaml; give the --out folder of "
+            f"{str(path)!r} is not a run: it has no config.yaml; give the --out folder of "
             "`fcmae pretrain` or `fcmae finetune`"
         )
-    newest = next(iter(list_checkpoints(path / "checkpoints")), None)
+    newest = next(iter(list_checkpoints(paths.checkpoints)), None)
     return RunData(
-        name, path, flatten(read_yaml(path / "config.yaml")),
+        name,
+        paths,
+        flatten(read_yaml(paths.config)),
         {} if newest is None else read_json(newest / STATE),
-        _read_lines(path / "metrics.jsonl"), _read_lines(path / "bad_images.jsonl"),
-        _read_lines(path / NONFINITE),
-    )  # fmt: skip
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; what a crash cut short is left out."""
-    found = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(entry, dict):
-                found.append(entry)
-    return found
+        read_lines(paths.metrics),
+        read_lines(paths.bad_images),
+        read_lines(paths.nonfinite),
+    )
 
 
 def _names(paths: list[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The run folder: who may write to it, and what is recorded in it."""
+"""The run folder: where things are in it, who may write to it, and what is recorded in it."""
 
 from __future__ import annotations
 
@@ -7,27 +7,77 @@ import fcntl
 import json
 import logging
 import os
-import platform
 import shutil
 import socket
-import threading
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from fcmae import __version__
 from fcmae.config.values import save_yaml
 from fcmae.train.checkpoint import SavedCheckpoint, forget_after
+from fcmae.train.trackers import Trackers
 from sparse.errors import InputError, RunError
 
-NONFINITE = "nonfinite.jsonl"
-
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where things are in a run folder, `root`."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """What was asked, for `--config`."""
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """A JSON object for each logged step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "train.log"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tb"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def exported(self) -> Path:
+        """The model for timm, written when the run ends."""
+        return self.root / "exported"
+
+    @property
+    def best(self) -> Path:
+        """The best weights so far of fine-tuning, as a timm folder."""
+        return self.root / "best"
+
+    @property
+    def bad_images(self) -> Path:
+        """Each image that could not be read, and why."""
+        return self.root / "bad_images.jsonl"
+
+    @property
+    def nonfinite(self) -> Path:
+        """Each batch whose loss or gradient was not finite, with its images."""
+        return self.root / "nonfinite.jsonl"
+
+    @property
+    def near_duplicates(self) -> Path:
+        return self.root / "near_duplicates.jsonl"
+
+    def images(self, part: str) -> Path:
+        """The list of the images of one part of the run: `all`, `train` or `val`."""
+        return self.root / f"images-{part}.npz"
 
 
 class RunFolder:
@@ -36,42 +86,37 @@ class RunFolder:
     Args:
         config: the config, written as `config.yaml`.
         command: `pretrain` or `finetune`.
-        start_step: completed steps; what is recorded and saved beyond them is cut off.
-        end_due: the epoch that they complete is still to be ended, and logged.
+        start: the checkpoint that the run resumes from, if any; what is recorded and saved beyond
+            it is cut off.
 
     Raises:
         InputError: another process is writing to the folder.
     """
 
-    def __init__(self, config: Any, command: str, start_step: int, end_due: bool = False) -> None:
-        self.path = Path(config.out)
-        self.checkpoints = self.path / "checkpoints"
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._lock = _take_lock(self.path)
-        if start_step == 0:
-            for name in ("metrics.jsonl", "train.log", "bad_images.jsonl", NONFINITE):
-                (self.path / name).unlink(missing_ok=True)
-            shutil.rmtree(self.path / "tb", ignore_errors=True)
+    def __init__(self, config: Any, command: str, start: SavedCheckpoint | None) -> None:
+        self.paths, self.command = RunPaths(Path(config.out)), command
+        paths, step = self.paths, start.state["step"] if start else 0
+        paths.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._lock = _take_lock(paths.root)
+        if step == 0:
+            for file in (paths.metrics, paths.log, paths.bad_images, paths.nonfinite):
+                file.unlink(missing_ok=True)
+            shutil.rmtree(paths.tensorboard, ignore_errors=True)
         if config.resume not in ("auto", "never"):  # else only damaged ones can be beyond
-            forget_after(self.checkpoints, start_step)
-        save_yaml(config, self.path / "config.yaml")
-        _cut_metrics(self.path / "metrics.jsonl", start_step, end_due)
-        self._metrics = (self.path / "metrics.jsonl").open("ab", buffering=0)
+            forget_after(paths.checkpoints, step)
+        save_yaml(config, paths.config)
+        _cut_metrics(paths.metrics, step, bool(start and start.state["epoch_end_due"]))
+        self._metrics = paths.metrics.open("ab", buffering=0)
         self._unwritten: list[str] = []
-        self._bad = _known_bad(self.path / "bad_images.jsonl")
-        self._handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        self._bad = {entry["path"] for entry in read_lines(paths.bad_images) if "path" in entry}
+        self._handler = logging.FileHandler(paths.log, encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for name in ("fcmae", "sparse", "finetune"):
             logging.getLogger(name).addHandler(self._handler)
-        self._hook = threading.excepthook
-        threading.excepthook = _quiet_tensorboard(self._hook)
-        from torch.utils.tensorboard import SummaryWriter  # a second to import
-
-        self.tensorboard: Any = SummaryWriter(self.path / "tb", purge_step=start_step + 1)
-        self.command = command
+        self.trackers = Trackers(paths.root, step + 1)
 
     def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
-        """Append a line to metrics.jsonl and its numbers to TensorBoard.
+        """Append a line to metrics.jsonl and its numbers to the trackers.
 
         Lines that the disk does not take now are kept and tried again with those that follow.
         """
@@ -80,13 +125,7 @@ class RunFolder:
             self._write_metrics()
         except OSError as error:
             _log.warning("could not write %s: %s", self._metrics.name, error.strerror)
-        for name, value in metrics.items():
-            self._to_tensorboard(partial(_scalar, name=name, value=value, step=step))
-
-    def picture(self, name: str, step: int, image_HWC: np.ndarray) -> None:
-        self._to_tensorboard(
-            lambda board: board.add_image(name, image_HWC, step, dataformats="HWC")
-        )
+        self.trackers.log(metrics, step)
 
     def _write_metrics(self) -> None:
         while self._unwritten:
@@ -97,32 +136,19 @@ class RunFolder:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._unwritten.pop(0)
 
-    def _to_tensorboard(self, write: Callable[[Any], object]) -> None:
-        """Write to TensorBoard, for as long as it can: a run does not end for want of it."""
-        if self.tensorboard is None:
-            return
-        try:
-            write(self.tensorboard)
-        except Exception as error:  # noqa: BLE001  # its writer raises what any file system does
-            _log.warning("TensorBoard gets no more of this run until it is resumed: %s", error)
-            self.tensorboard = None
-
     def record_bad(self, bad: Iterable[tuple[str, str]]) -> int:
-        """Note unreadable files, each once, and return how many distinct ones there are."""
+        """Note unreadable images, each once, and return how many distinct ones there are."""
         new = {path: reason for path, reason in bad if path not in self._bad}
-        if new:
-            with (self.path / "bad_images.jsonl").open("a", encoding="utf-8") as file:
-                for path, reason in new.items():
-                    file.write(json.dumps({"path": path, "reason": reason}) + "\n")
-                    _log.warning("skipped an unreadable picture: %s: %s", path, reason)
-            self._bad.update(new)
+        for path, reason in new.items():
+            _append(self.paths.bad_images, {"path": path, "reason": reason})
+            _log.warning("skipped an unreadable image: %s: %s", path, reason)
+        self._bad.update(new)
         return len(self._bad)
 
     def record_nonfinite(self, step: int, loss: float, norm: float, names: list[str]) -> None:
-        """Note an update that was not applied, with the files of its batch."""
+        """Note an update that was not applied, with the images of its batch."""
         entry = {"step": step, "loss": f"{loss:g}", "grad_norm": f"{norm:g}", "paths": names}
-        with (self.path / NONFINITE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        _append(self.paths.nonfinite, entry)
 
     def sync(self) -> None:
         """Make sure that what was logged is on the disk before a checkpoint refers to it.
@@ -132,53 +158,49 @@ class RunFolder:
         """
         self._write_metrics()
         if not os.path.samestat(os.fstat(self._metrics.fileno()), os.stat(self._metrics.name)):
-            raise OSError(f"{self.path} is another folder than the one this run began in")
+            raise OSError(f"{self.paths.root} is another folder than the one this run began in")
         os.fsync(self._metrics.fileno())
-        self._to_tensorboard(lambda board: board.flush())
+        self.trackers.flush()
 
     def close(self) -> None:
-        self._to_tensorboard(lambda board: board.close())
+        self.trackers.finish()
         self._metrics.close()
         for name in ("fcmae", "sparse", "finetune"):
             logging.getLogger(name).removeHandler(self._handler)
         self._handler.close()
         self._lock.close()
-        threading.excepthook = self._hook
 
 
-def open_run(config: Any, command: str, start: SavedCheckpoint | None) -> RunFolder:
-    """The folder of a run that begins anew, or at a checkpoint."""
-    if start is None:
-        return RunFolder(config, command, 0)
-    return RunFolder(config, command, start.state["step"], start.state["epoch_end_due"])
+@contextmanager
+def open_run(
+    config: Any, command: str, start: SavedCheckpoint | None, main: bool
+) -> Iterator[RunFolder | None]:
+    """The folder of a run while it lasts; None on processes other than the main one."""
+    folder = RunFolder(config, command, start) if main else None
+    try:
+        yield folder
+    finally:
+        if folder is not None:
+            folder.close()
 
 
-def _scalar(board: Any, name: str, value: float, step: int) -> None:
-    board.add_scalar(name, value, step)
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; what a crash cut short is skipped."""
+    found = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict):
+                found.append(entry)
+    return found
 
 
-def _quiet_tensorboard(otherwise: Callable[[Any], object]) -> Callable[[Any], object]:
-    """Leave out the traceback of TensorBoard's own thread: `_to_tensorboard` says what happened."""
-
-    def hook(failure: Any) -> None:
-        if not type(failure.thread).__module__.startswith("tensorboard"):
-            otherwise(failure)
-
-    return hook
-
-
-def versions() -> dict[str, str]:
-    """What computed this: recorded in each checkpoint."""
-    return {
-        "fcmae": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def names_of(model: torch.nn.Module) -> dict[Tensor, str]:
-    return {parameter: name for name, parameter in model.named_parameters()}
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def check_bad_share(distinct_bad: int, total: int, most: float) -> None:
@@ -189,13 +211,13 @@ def check_bad_share(distinct_bad: int, total: int, most: float) -> None:
     """
     if distinct_bad > most * total:
         raise RunError(
-            f"{distinct_bad} of {total} pictures could not be read, more than max_bad = "
-            f"{most:.0%}: see bad_images.jsonl in the run folder, mend the data or raise --max_bad"
+            f"{distinct_bad} of {total} images could not be read, more than max_bad = "
+            f"{most:.0%}: see bad_images.jsonl in the run folder, fix the data or raise --max_bad"
         )
 
 
 def check_skips(what: str, skipped: int, nonfinite: str, most: int) -> None:
-    """Stop a run whose loss is not finite, unless it may go on without that update.
+    """Stop a run whose loss is not finite, unless it may continue without that update.
 
     Args:
         what: says what happened, at which step.
@@ -206,11 +228,11 @@ def check_skips(what: str, skipped: int, nonfinite: str, most: int) -> None:
     """
     if nonfinite == "skip" and skipped <= most:
         return
-    cure = "go on with --nonfinite skip, which leaves such updates out"
+    fix = "resume with --nonfinite skip, which skips such updates"
     if nonfinite == "skip":
-        cure = f"--max_nonfinite {most} were skipped already"
+        fix = f"--max_nonfinite {most} were skipped already"
     raise RunError(
-        f"{what} and the last checkpoint is good; {NONFINITE} lists its pictures: {cure}, or "
+        f"{what} and the last checkpoint is good; nonfinite.jsonl lists its images: {fix}, or "
         "repeat in a new --out with a lower --optim.base_lr, with --optim.clip_grad 1.0 or with "
         "--precision fp32"
     )
@@ -251,15 +273,3 @@ def _cut_metrics(path: Path, step: int, end_due: bool) -> None:
     temporary = path.with_suffix(".partial")
     temporary.write_bytes(b"".join(kept))
     temporary.replace(path)
-
-
-def _known_bad(path: Path) -> dict[str, str]:
-    known = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-                known[entry["path"]] = entry["reason"]
-            except (ValueError, KeyError, TypeError):
-                continue  # a line cut short by a crash
-    return known

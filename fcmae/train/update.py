@@ -1,15 +1,13 @@
-"""What surrounds an update: the gradient's norm, and what to do where the loss is not finite."""
+"""An update whose loss may turn out not to be finite, and what it must not leave behind."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fcmae.train.processes import OnHost
-from sparse.errors import InputError
 
 
 class Update(NamedTuple):
@@ -22,29 +20,6 @@ class Update(NamedTuple):
     step: int
     values: OnHost
     read: list[Tensor]
-
-
-def check_gate(optimizer: torch.optim.Optimizer) -> None:
-    """Make sure that an optimizer obeys `found_inf`, by which an update that is not finite is
-    skipped without waiting for the device.
-
-    Raises:
-        InputError: it would apply such an update.
-    """
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise InputError(
-            f"optimizer {type(optimizer).__name__} ignores found_inf, so a loss that is not finite "
-            "would destroy the weights: use one that supports it, such as AdamW(fused=True)"
-        )
-
-
-def gradient_norm(model: nn.Module, clip: float | None) -> Tensor:
-    """The norm of the whole gradient before it is scaled down to `clip`, where it is longer."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if clip is not None and math.isfinite(clip):
-        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    return norm
 
 
 class RunningStatistics:

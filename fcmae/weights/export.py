@@ -12,23 +12,16 @@ from torch import Tensor
 
 from fcmae.atomic import atomic_write, check_out_file, check_out_folder
 from fcmae.config.tools import ConvertConfig
-from fcmae.data.statistics import imagenet_mean_std
+from fcmae.data.statistics import Preprocessing, default_preprocessing
 from fcmae.train.checkpoint import MANIFEST, STATE
-from fcmae.weights.read import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Preprocessing,
-    find_weights,
-    load_weights,
-    read_json,
-    read_preprocessing,
-)
-from sparse.convert import CONV_MLP_WIDTHS, Architecture, encoder_part, to_minkowski, to_timm
+from fcmae.train.run_folder import RunPaths
+from fcmae.weights.load import find_weights, load_weights
+from fcmae.weights.preprocessing import read_preprocessing
+from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, read_json
+from sparse.convert import CONV_MLP_WIDTHS, encoder_part, to_minkowski, to_timm
 from sparse.errors import InputError, RunError
+from sparse.layouts import Architecture
 from sparse.sizes import PATCH, SIZES
-
-CROP_PCT = 0.875
-"""Share of the image that timm's centre crop keeps in evaluation, as in timm's own ConvNeXt V2."""
 
 
 def convert(config: ConvertConfig) -> Path:
@@ -54,7 +47,7 @@ def convert(config: ConvertConfig) -> Path:
             architecture = weights.architecture
             images = read_preprocessing(file) or default_preprocessing(architecture.in_chans)
             encoder = encoder_part(weights.state)
-            export_folder(encoder, architecture, out, images.img_size, images.mean, images.std)
+            export_folder(encoder, architecture, out, images)
     except OSError as error:
         raise RunError(f"out {out} could not be written: {error}") from error
     print(f"{out}: written from {weights.origin}")
@@ -67,9 +60,7 @@ def export_folder(
     encoder_state: Mapping[str, Tensor],
     architecture: Architecture,
     out_dir: str | Path,
-    img_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
+    images: Preprocessing,
 ) -> Path:
     """Write the encoder as a folder for timm, model.safetensors and config.json, and return it.
 
@@ -81,25 +72,21 @@ def export_folder(
         encoder_state: in our names.
         architecture: what `encoder_state` holds.
         out_dir: created where missing.
-        img_size: (height, width) in pixels.
-        mean: one number a channel, in units of the full range 0 to 1.
-        std: as mean.
+        images: how images are prepared.
 
     Raises:
         InputError: mean or std of another length than the input channels, or names and shapes that
             do not make one whole encoder.
     """
-    for name, values in (("mean", mean), ("std", std)):
+    for name, values in (("mean", images.mean), ("std", images.std)):
         if len(values) != architecture.in_chans:
             raise InputError(
                 f"{name} {list(values)} must have one number for each of the "
                 f"{architecture.in_chans} input channels"
             )
     name, model_args = timm_variant(architecture)
-    config = timm_config(
-        name, model_args, architecture.dims[3], Preprocessing(img_size, tuple(mean), tuple(std))
-    )
-    config["pretrained_cfg"]["pool_size"] = [side // PATCH for side in img_size]
+    config = timm_config(name, model_args, architecture.dims[3], images)
+    config["pretrained_cfg"]["pool_size"] = [side // PATCH for side in images.img_size]
     return write_timm_folder(to_timm(encoder_state), config, Path(out_dir))
 
 
@@ -144,8 +131,6 @@ def timm_config(
     label_names: Sequence[str] = (),
     classifier: str | Sequence[str] = "head.fc",
     first_conv: str | Sequence[str] | None = "stem.0",
-    crop_pct: float = CROP_PCT,
-    interpolation: str = "bicubic",
 ) -> dict[str, Any]:
     """Return the config.json of a timm folder, with or without a classifier.
 
@@ -157,8 +142,6 @@ def timm_config(
         label_names: the classes in the order of the classifier's outputs; none without one.
         classifier: names of the classifier's layers in the state dict.
         first_conv: names of the layers that see the image.
-        crop_pct: share of the image that timm's centre crop keeps in evaluation.
-        interpolation: how images are resized.
     """
     channels = len(images.mean)
     config: dict[str, Any] = {
@@ -175,8 +158,8 @@ def timm_config(
     config["pretrained_cfg"] = {
         "input_size": [channels, *images.img_size],
         "fixed_input_size": "img_size" in model_args,
-        "interpolation": interpolation,
-        "crop_pct": crop_pct,
+        "interpolation": images.interpolation,
+        "crop_pct": images.crop_pct,
         "mean": list(images.mean),
         "std": list(images.std),
         "num_classes": len(label_names),
@@ -213,12 +196,6 @@ def timm_variant(architecture: Architecture) -> tuple[str, dict[str, Any]]:
     if architecture.layer_scale:
         arguments["ls_init_value"] = 1e-6  # any number: the weights replace it
     return f"convnextv2_{base.name}", arguments
-
-
-def default_preprocessing(in_chans: int) -> Preprocessing:
-    """Return 224 px and ImageNet's mean and std; for other than 3 channels, their averages."""
-    mean, std = (tuple(round(v, 4) for v in values) for values in imagenet_mean_std(in_chans))
-    return Preprocessing((224, 224), mean, std)
 
 
 def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
@@ -266,9 +243,10 @@ def _check_out(out: Path, layout: str) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"out {out} is a file; give a folder for {WEIGHTS_FILE} and {CONFIG_FILE}")
     check_out_folder(out)
-    for name in ("checkpoints", "config.yaml", STATE, MANIFEST):
-        if (out / name).exists():
+    run = RunPaths(out)
+    for path in (run.checkpoints, run.config, out / STATE, out / MANIFEST):
+        if path.exists():
             raise InputError(
-                f"out {out} holds a run or a checkpoint ({name}); give another folder, "
-                f"such as {out / 'exported'}"
+                f"out {out} holds a run or a checkpoint ({path.name}); give another folder, "
+                f"such as {run.exported}"
             )

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fcmae.data.files import find_images
+from fcmae.data.file_list import find_images
 from tests.cli import environment, until
 from tests.faults.campaign import Generator, Row
 from tests.faults.processes import finish, launch, pretrain
@@ -30,10 +30,11 @@ LARGEST = {
 
 READ = """
 import re, sys
-from fcmae.data.decode import BadImage, read_picture
+from fcmae.data.bad import BadImage
+from fcmae.data.decode import read_image
 for path in sys.argv[1:]:
     try:
-        picture = read_picture(path, 3, 179_000_000)
+        picture = read_image(path, 3, 179_000_000)
         picture.resized((0, 0, *picture.size), (224, 224))
         print("read")
     except BadImage as error:

@@ -1,0 +1,133 @@
+"""One sample, samples side by side, and their way to the device.
+
+Every data set gives `Sample`s and every loader `Batch`es; a kind of training fills the fields that
+it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fcmae.data.augment import Geometry
+from fcmae.data.resize import Pixels
+from sparse.devices import to_device
+
+
+@dataclass
+class Sample:
+    """One image on its way into a batch.
+
+    Attributes:
+        image: (C, H, W), uint8 in [0, 255] or float32 in [0, 1]; None where it can't be read.
+        index: position of the image that was read.
+        mask: (h, w) bool, one entry a patch, True = hidden.
+        valid: (H, W) bool, True where a pixel counts; None where all do.
+        target: the label: a class, or an array.
+        geometry: how the crop was cut, so that masks and boxes can follow, and predictions can be
+            put back.
+        bad: (name, reason) of the images that could not be read on the way.
+    """
+
+    image: Pixels | None
+    index: int
+    mask: npt.NDArray[np.bool_] | None = None
+    valid: npt.NDArray[np.bool_] | None = None
+    target: Any = None
+    geometry: Geometry | None = None
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Batch:
+    """Samples side by side; those without an image are skipped.
+
+    Attributes:
+        images: (B, C, H, W), uint8 in [0, 255] or float32 in [0, 1].
+        indices: (B,) int64, positions of the images that were read.
+        masks: (B, h, w) bool, True = hidden.
+        valid: (B, H, W) bool, True where a pixel counts.
+        targets: (B, …), the labels.
+        sites: the encoder's index tables of `masks`, where they are made ahead.
+        geometry: how each crop was cut.
+        bad: (name, reason) of images that could not be read.
+        missing: samples that have no image.
+    """
+
+    images: Tensor
+    indices: Tensor
+    masks: Tensor | None = None
+    valid: Tensor | None = None
+    targets: Tensor | None = None
+    sites: Any = None
+    geometry: list[Geometry | None] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    missing: int = 0
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory, from where copies to a GPU need not wait."""
+        pinned: dict[str, Any] = {
+            name: value.pin_memory()
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **pinned)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Join samples; 8-bit images become float where deeper ones stand beside them."""
+    good = [sample for sample in samples if sample.image is not None]
+    images = [sample.image for sample in good if sample.image is not None]
+    return Batch(
+        stack(images) if images else torch.empty(0, dtype=torch.uint8),
+        torch.tensor([sample.index for sample in good], dtype=torch.int64),
+        _joined([sample.mask for sample in good]),
+        _joined([sample.valid for sample in good]),
+        _joined([sample.target for sample in good]),
+        geometry=[sample.geometry for sample in good],
+        bad=[bad for sample in samples for bad in sample.bad],
+        missing=len(samples) - len(good),
+    )
+
+
+def _joined(values: Sequence[Any]) -> Tensor | None:
+    """Values side by side; None where there are none."""
+    if not values or values[0] is None:
+        return None
+    return torch.from_numpy(np.stack([np.asarray(value) for value in values]))
+
+
+def stack(images: Sequence[Pixels]) -> Tensor:
+    """Return images (C, H, W) as one (B, C, H, W); 8-bit ones become float beside deeper ones."""
+    same = len({image.dtype for image in images}) == 1
+    return torch.from_numpy(np.stack(images if same else [as_float(image) for image in images]))
+
+
+def as_float(image: Pixels) -> npt.NDArray[np.float32]:
+    """Return pixels in units of [0, 1]: uint8 divided by 255, float32 as it is."""
+    values = image.astype(np.float32, copy=False)
+    return values / np.float32(255) if image.dtype == np.uint8 else values
+
+
+def normalise(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device | str
+) -> Tensor:
+    """Return (images / 255 - mean) / std as float32 on the device; float images are not divided.
+
+    The copy to the device is of the bytes, and does not wait where the batch is pinned.
+    """
+    units = 255.0 if images.dtype == torch.uint8 else 1.0
+    scaled = to_device(images, device).to(torch.float32, copy=True)
+    std_C = torch.tensor(std, dtype=torch.float32, device=scaled.device)
+    mean_C = torch.tensor(mean, dtype=torch.float32, device=scaled.device)
+    scaled.mul_((1 / (units * std_C)).view(1, -1, 1, 1))
+    return scaled.sub_((mean_C / std_C).view(1, -1, 1, 1))

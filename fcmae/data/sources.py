@@ -1,0 +1,82 @@
+"""Where images come from: what every source of images offers, and how one is split by hash."""
+
+import hashlib
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+FEWEST_TO_HOLD_OUT = 500
+"""A source of fewer images keeps none from pretraining."""
+
+Indices = npt.NDArray[np.int64]
+PathOrFile = str | bytes | BinaryIO
+"""A path that `open` takes, or a binary file that can seek, at its start."""
+
+
+class Source(Protocol):
+    """Images by position, from 0 to `len(source) - 1`, always in the same order.
+
+    Worker processes use the same source at the same time, so `open` must not move a file position
+    that they share. Keep as few Python objects per image as possible: forked workers share the
+    memory of a source until its reference counts change.
+    """
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int, /) -> str:
+        """Return what messages and predictions call an image."""
+        ...
+
+    def key(self, index: int, /) -> bytes:
+        """Return what identifies an image inside the source, wherever the source lies."""
+        ...
+
+    def open(self, index: int, /) -> PathOrFile:
+        """Return an image's path, or a new binary file of its content, which the reader closes.
+
+        Raises:
+            BadImage: the content can't be reached.
+        """
+        ...
+
+    def select(self, indices: npt.ArrayLike, /) -> "Source":
+        """Return the images at `indices`, in that order."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a digest of the keys in their order."""
+        ...
+
+
+def key_hash(source: Source, index: int) -> int:
+    """Return 64 bits that depend on an image's key alone, not on the other images."""
+    digest = hashlib.blake2b(source.key(index), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def key_hashes(source: Source) -> npt.NDArray[np.uint64]:
+    """Return the `key_hash` of every image, (N,)."""
+    hashes = (key_hash(source, index) for index in range(len(source)))
+    return np.fromiter(hashes, np.uint64, len(source))
+
+
+def split_holdout(
+    source: Source, count: int, minimum: int = FEWEST_TO_HOLD_OUT
+) -> tuple[Indices, Indices]:
+    """Return the indices to train on and the indices held out, both ascending.
+
+    The `count` images whose keys have the smallest hashes are held out, so adding or removing other
+    images changes little.
+
+    Args:
+        source: all images.
+        count: how many to hold out.
+        minimum: a source of fewer images holds out none.
+    """
+    everything = np.arange(len(source), dtype=np.int64)
+    if count <= 0 or len(source) < max(minimum, count + 1):
+        return everything, everything[:0]
+    training = np.ones(len(source), dtype=np.bool_)
+    training[np.argsort(key_hashes(source), kind="stable")[:count]] = False
+    return everything[training], everything[~training]

@@ -1,0 +1,139 @@
+"""Where a run's metrics and figures go besides its own files: TensorBoard, and others like it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+_log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """What a run needs of a tracker.
+
+    Attributes:
+        overwrites: whether a resumed run may log a step again. Where it may not, a tracker receives
+            a step only once a checkpoint covers it.
+    """
+
+    overwrites: bool
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record numbers by name."""
+        ...
+
+    def image(self, name: str, image_HWC: np.ndarray, step: int) -> None:
+        """Record an image (H, W, 3), uint8."""
+        ...
+
+    def flush(self) -> None:
+        """Write out what is buffered."""
+        ...
+
+    def finish(self) -> None:
+        """The run ends, or is interrupted."""
+        ...
+
+
+class TensorBoardTracker:
+    """Event files for TensorBoard.
+
+    Args:
+        folder: where they are.
+        first_step: what earlier writers recorded from this step on is hidden.
+    """
+
+    overwrites = True
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second to import
+
+        self._writer: Any = SummaryWriter(folder, purge_step=first_step)
+        # Its own thread prints a traceback when the disk is full; `Trackers` logs what happened.
+        self._hook = threading.excepthook
+        threading.excepthook = _without_tensorboard(self._hook)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def image(self, name: str, image_HWC: np.ndarray, step: int) -> None:
+        self._writer.add_image(name, image_HWC, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def finish(self) -> None:
+        threading.excepthook = self._hook
+        self._writer.close()
+
+
+TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {
+    "tensorboard": lambda run, step: TensorBoardTracker(run / "tb", step)
+}
+"""Each tracker by name: built from the run folder and the first step that it records."""
+
+
+class Trackers:
+    """All trackers of a run; one that fails is dropped with a warning and never ends the run.
+
+    Args:
+        run: the run folder.
+        first_step: the first step that they record.
+        names: keys of `TRACKERS`.
+    """
+
+    def __init__(
+        self, run: Path, first_step: int, names: tuple[str, ...] = ("tensorboard",)
+    ) -> None:
+        self._active = {name: TRACKERS[name](run, first_step) for name in names}
+        self._uncovered: list[Callable[[Tracker], None]] = []
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._record(lambda tracker: tracker.log(metrics, step))
+
+    def image(self, name: str, image_HWC: np.ndarray, step: int) -> None:
+        self._record(lambda tracker: tracker.image(name, image_HWC, step))
+
+    def flush(self) -> None:
+        self._each(lambda tracker: tracker.flush())
+
+    def covered(self) -> None:
+        """A checkpoint covers all that was recorded so far."""
+        for record in self._uncovered:
+            self._each(record, lambda tracker: not tracker.overwrites)
+        self._uncovered = []
+
+    def finish(self) -> None:
+        self._each(lambda tracker: tracker.finish())
+
+    def _record(self, record: Callable[[Tracker], None]) -> None:
+        self._each(record, lambda tracker: tracker.overwrites)
+        if not all(tracker.overwrites for tracker in self._active.values()):
+            self._uncovered.append(record)
+
+    def _each(
+        self,
+        use: Callable[[Tracker], None],
+        wanted: Callable[[Tracker], bool] = lambda _: True,
+    ) -> None:
+        for name, tracker in list(self._active.items()):
+            try:
+                if wanted(tracker):
+                    use(tracker)
+            except Exception as error:  # noqa: BLE001  # trackers raise what disks and networks do
+                _log.warning("%s records no more until the run is resumed: %s", name, error)
+                del self._active[name]
+
+
+def _without_tensorboard(otherwise: Callable[[Any], object]) -> Callable[[Any], object]:
+    def hook(failure: Any) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard"):
+            otherwise(failure)
+
+    return hook

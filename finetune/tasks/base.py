@@ -1,0 +1,79 @@
+"""What a kind of label is to fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fcmae.data.labelled import LabelledData
+from fcmae.train.checkpoint import SavedCheckpoint
+from finetune.config import FinetuneConfig
+
+
+class Scores(Protocol):
+    """Scores of one model over the validation images of all processes."""
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take in a batch of this process."""
+        ...
+
+    def compute(self) -> dict[str, float]:
+        """Return each score by its name, `loss` among them, over all processes; {} of no image."""
+        ...
+
+
+class LabelKind(Protocol):
+    """How one kind of label is read, learnt and scored.
+
+    Args:
+        config: what was asked.
+
+    Attributes:
+        data: the labelled images, once they are found.
+        outputs: what the model gives for an image, such as the number of classes.
+    """
+
+    data: LabelledData
+
+    def __init__(self, config: FinetuneConfig) -> None: ...
+
+    @property
+    def outputs(self) -> int: ...
+
+    def find(self, start: SavedCheckpoint | None) -> LabelledData:
+        """Find the labelled images; those of the stored lists where a run resumes.
+
+        Raises:
+            InputError: there are none, or their labels can't be learnt.
+        """
+        ...
+
+    def check(self, part: int) -> None:
+        """Check what depends on the number of images in a part of a step.
+
+        Raises:
+            InputError: the part does not suit the config.
+        """
+        ...
+
+    def loss(self, forward: nn.Module, images_BCHW: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of normalised images; `forward` is the model, maybe wrapped for processes."""
+        ...
+
+    def scores(self, device: torch.device) -> Scores:
+        """Return empty scores; the best weights are those of the highest `rank`."""
+        ...
+
+    def rank(self, scores: dict[str, float]) -> tuple[float, ...]:
+        """Return what orders scores, the best highest."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the outputs mean, for checkpoints and exported models."""
+        ...
+
+    def summary(self, scores: dict[str, float]) -> str:
+        """The scores in words, for the log."""
+        ...

@@ -1,0 +1,142 @@
+"""One class per image: cross-entropy, top-1 and top-5."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data.mixup import Mixup
+from torch import Tensor, nn
+from torchmetrics import SumMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from fcmae.data.labelled import LabelledData, Split, find_labelled, labels_of
+from fcmae.train.checkpoint import SavedCheckpoint
+from fcmae.train.resume import stored_files
+from finetune.augment import seeded
+from finetune.config import FinetuneConfig
+from sparse.errors import InputError
+
+TOP = 5
+
+_log = logging.getLogger(__name__)
+
+
+class ClassScores:
+    """Top-1 and top-5 in percent and the mean cross-entropy; see `finetune.tasks.base.Scores`.
+
+    With fewer than five classes, `top5` counts all of them.
+
+    Args:
+        classes: how many there are.
+        device: of the outputs.
+    """
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        top: dict[str, Any] = {"num_classes": classes, "average": "micro", "validate_args": False}
+        self._accuracy = {
+            f"top{k}": MulticlassAccuracy(top_k=min(k, classes), **top).to(device) for k in (1, TOP)
+        }
+        self._loss, self._count = (SumMetric(nan_strategy="disable").to(device) for _ in range(2))
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        outputs = outputs.float()
+        for metric in self._accuracy.values():
+            metric.update(outputs, targets)
+        self._loss.update(F.cross_entropy(outputs, targets, reduction="sum"))
+        self._count.update(len(targets))
+
+    def compute(self) -> dict[str, float]:
+        with warnings.catch_warnings():  # a process may have had no image to take in
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+            found = {name: 100 * float(m.compute()) for name, m in self._accuracy.items()}
+            loss, count = float(self._loss.compute()), float(self._count.compute())
+        return found | {"loss": loss / count} if count else {}
+
+
+class Classify:
+    """See `finetune.tasks.base.LabelKind`."""
+
+    data: LabelledData
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        self.config = config
+        self._mixup: Mixup | None = None
+
+    @property
+    def outputs(self) -> int:
+        return len(self.data.names)
+
+    def find(self, start: SavedCheckpoint | None) -> LabelledData:
+        config, found = self.config, None
+        try:
+            found = find_labelled(config.data, config.val_fraction, exclude=config.out)
+        except InputError as error:
+            if start is None or not os.path.isdir(os.path.expanduser(config.data)):
+                raise
+            _log.warning("the run resumes with the images that it began with: %s", error)
+        data = found if start is None else self._stored(start, found)
+        assert data is not None
+        self.data = data
+        _log.info(
+            "found %d images of %d classes to train on, %d to validate on",
+            len(data.train.source), len(data.names), len(data.val.source),
+        )  # fmt: skip
+        augment = config.augment
+        if augment.mixup or augment.cutmix:
+            self._mixup = Mixup(
+                augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing,
+                num_classes=self.outputs,
+            )  # fmt: skip
+        return data
+
+    def check(self, part: int) -> None:
+        if self._mixup is not None and part % 2:
+            config = self.config
+            parts = config.batch_size // part
+            raise InputError(
+                f"batch_size {config.batch_size} makes parts of {part} images, but mixup and "
+                f"cutmix pair them: take {(part + 1) * parts}"
+            )
+
+    def loss(self, forward: nn.Module, images_BCHW: Tensor, targets: Tensor) -> Tensor:
+        if self._mixup is None:
+            smoothing = self.config.augment.label_smoothing
+            return F.cross_entropy(forward(images_BCHW), targets, label_smoothing=smoothing)
+        # The loop seeds torch's stream at each step; numpy's, which timm draws from, follows it.
+        with seeded(int(torch.randint(2**62, ()))):
+            images_BCHW, targets = self._mixup(images_BCHW, targets)  # smoothed already
+        return F.cross_entropy(forward(images_BCHW), targets)
+
+    def scores(self, device: torch.device) -> ClassScores:
+        return ClassScores(self.outputs, device)
+
+    def rank(self, scores: dict[str, float]) -> tuple[float, ...]:
+        """The higher top-1, then the lower loss, of which NaN is the worst."""
+        loss = scores["loss"]
+        return scores["top1"], -loss if math.isfinite(loss) else -math.inf
+
+    def describe(self) -> dict[str, Any]:
+        return {"label_names": list(self.data.names)}
+
+    def summary(self, scores: dict[str, float]) -> str:
+        return f"top-1 {scores['top1']:.1f} %, top-5 {scores['top5']:.1f} %"
+
+    def _stored(self, start: SavedCheckpoint, found: LabelledData | None) -> LabelledData:
+        names = tuple(start.state["settings"]["label_names"])
+
+        def stored(part: str, there: Split | None) -> Split:
+            files = stored_files(None if there is None else there.source, start, part)
+            (root,) = files.roots
+            whole = root == os.path.abspath(os.path.expanduser(self.config.data))
+            prefix = "" if whole else f"{os.path.basename(root)}/"
+            return Split(files, prefix, labels_of(files, names))
+
+        return LabelledData(
+            stored("train", found and found.train), stored("val", found and found.val), names
+        )
