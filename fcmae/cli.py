@@ -179,6 +179,7 @@ def _dispatch(arguments: list[str]) -> int:
     if config is None:
         return 0
     try:
+        _check_paths(config)
         result = _load(command.twin)(config)
     except InputError as error:
         return _fail(prog, str(error))
@@ -227,6 +228,12 @@ def _parse(command: Command, arguments: list[str]) -> Any:
     from fcmae.config.parsing import parse  # imports jsonargparse
 
     return parse(_load(command.config), arguments, command.usage, command.positional)
+
+
+def _check_paths(config: Any) -> None:
+    from fcmae.config.values import check_paths
+
+    check_paths(config)
 
 
 def _load(path: str) -> Any:

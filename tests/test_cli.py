@@ -20,6 +20,15 @@ GIVEN = ["--data", "photos", "--out", "run"]
 Twin = Callable[[Any], Any]
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder where the inputs that the tests name exist."""
+    for name in ("photos", "A", "B, C", "r"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Replace every command's code by one that notes its config."""
@@ -151,15 +160,13 @@ def test_a_mistake_in_a_file_names_the_file(
     seen: list[Any],
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     text, named = FILES[name]
     (tmp_path / "my.yaml").write_text(text)
     assert cli.main(["pretrain", "--data", "photos", "--config", "my.yaml", "--out", "x"]) == 2
     assert seen == []
     assert_one_line(capsys, "fcmae pretrain: error: ", ["my.yaml", *named])
-    assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
+    assert {path.name for path in tmp_path.iterdir()} == {"my.yaml", "photos", "A", "B, C", "r"}
 
 
 def test_a_binary_config_is_refused(
@@ -198,14 +205,14 @@ def test_settings_of_every_form(seen: list[Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["convert", "run", "--out", "x"], {"source": "run", "out": "x"}),
-        (["convert", "--out", "x", "run"], {"source": "run", "out": "x"}),
-        (["convert", "--out", "x", "--source", "run"], {"source": "run", "out": "x"}),
-        (["evaluate", "--json", "run", "--data", "d"], {"json": True, "source": "run"}),
-        (["evaluate", "run", "--data", "d", "--img_size=96"], {"json": False, "img_size": 96}),
-        (["finetune", "--data", "d", "--out", "o", "--weights", "w"], {"weights": "w"}),
-        (["predict", "run", "--images", "i", "--out", "p.csv"], {"images": "i", "top": 5}),
-        (["reconstruct", "r", "--images", "i", "--out", "p.png"], {"run": "r", "count": 8}),
+        (["convert", "r", "--out", "x"], {"source": "r", "out": "x"}),
+        (["convert", "--out", "x", "r"], {"source": "r", "out": "x"}),
+        (["convert", "--out", "x", "--source", "r"], {"source": "r", "out": "x"}),
+        (["evaluate", "--json", "r", "--data", "photos"], {"json": True, "source": "r"}),
+        (["evaluate", "r", "--data", "photos", "--img_size=96"], {"json": False, "img_size": 96}),
+        (["finetune", "--data", "A", "--out", "o", "--weights", "r"], {"weights": "r"}),
+        (["predict", "r", "--images", "A", "--out", "p.csv"], {"images": "A", "top": 5}),
+        (["reconstruct", "r", "--images", "A", "--out", "p.png"], {"run": "r", "count": 8}),
         (["samples", "dir", "--size", "96"], {"out": "dir", "size": 96}),
         (["doctor"], {}),
         (
@@ -233,6 +240,42 @@ def test_print_config_reads_back(
     wanted = PretrainConfig("photos", "run")
     wanted.optim.base_lr = 1e-8
     assert seen == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("argv", "key"),
+    [
+        (["pretrain", "--data", "no", "--out", "o"], "data"),
+        (["pretrain", "--data", "[A,no]", "--out", "o"], "data"),
+        (["pretrain", *GIVEN, "--init_from", "no"], "init_from"),
+        (["pretrain", *GIVEN, "--resume", "no"], "resume"),
+        (["pretrain", *GIVEN, "--probe.data", "no"], "probe.data"),
+        (["convert", "no", "--out", "o"], "source"),
+        (["finetune", *GIVEN, "--weights", "no"], "weights"),
+        (["finetune", *GIVEN, "--near_duplicates", "no"], "near_duplicates"),
+        (["evaluate", "r", "--data", "no"], "data"),
+        (["predict", "r", "--images", "no", "--out", "p.csv"], "images"),
+        (["reconstruct", "no", "--images", "A", "--out", "p.png"], "run"),
+        (["diversity", "[r,no]", "--images", "A"], "source"),
+        (["report", "r", "no"], "runs"),
+    ],
+)
+def test_a_missing_path_is_reported_before_the_command_is_loaded(
+    argv: list[str], key: str, seen: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 2
+    assert seen == []
+    assert_one_line(capsys, f"fcmae {argv[0]}: error: {key} 'no' does not exist: give ", [])
+
+
+def test_a_path_that_this_machine_does_not_hold_passes(seen: list[Any], folder: Path) -> None:
+    """A word, a URL, a pattern, and a run that resumes, which may not need what it began with."""
+    (folder / "run" / "checkpoints").mkdir(parents=True)
+    for data in ("s3://bucket/photos", "hf:name", "shards/{0000..0127}.tar"):
+        assert cli.main(["pretrain", "--data", data, "--out", "new", "--resume", "never"]) == 0
+    assert cli.main(["finetune", *GIVEN, "--weights", "none"]) == 0
+    assert cli.main(["pretrain", *GIVEN, "--init_from", "gone"]) == 0
+    assert len(seen) == 5
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (130, 130), (143, 143), ({}, 0)])
@@ -293,6 +336,7 @@ def test_want_of_memory_is_one_line_with_a_cure(
 
     use_twin(monkeypatch, twin)
     monkeypatch.setattr(cli, "_parse", lambda *_: object())
+    monkeypatch.setattr(cli, "_check_paths", lambda _: None)
     assert cli.main([name]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"fcmae {name}: error: out of memory (")

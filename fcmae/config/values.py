@@ -135,6 +135,45 @@ def check_runtime(config: Any) -> None:
     check_range(config, ["keep_checkpoints"], at_least=2)
 
 
+_IMAGES = "a folder of images or a text file of paths"
+_WEIGHTS = "a run, a folder of weights or a weight file"
+
+_PATHS = {
+    "data": _IMAGES, "images": _IMAGES, "near_duplicates": _IMAGES, "probe.data": _IMAGES,
+    "source": _WEIGHTS, "init_from": _WEIGHTS, "weights": f"none, {_WEIGHTS}",
+    "run": "the folder of a run", "runs": "the folder of a run",
+    "resume": "auto, never or the folder of a checkpoint",
+}  # fmt: skip
+"""Settings that hold a path to read, by dotted key, and what they take."""
+
+_WORDS = {"weights": ("none",), "resume": ("auto", "never")}
+"""What some of them take that is not a path."""
+
+
+def check_paths(config: Any) -> None:
+    """Raise InputError if a path that a command is to read does not exist.
+
+    Words such as `none`, URLs and patterns pass. So does a run that has checkpoints: whether it
+    still needs the files it started from is decided where it resumes.
+    """
+    values = flatten(to_dict(config))
+    if "resume" in values and Path(values["out"], "checkpoints").is_dir():
+        return
+    for key, rule in _PATHS.items():
+        value = values.get(key)
+        for path in [value] if isinstance(value, str) else value or []:
+            elsewhere = "://" in path or path.startswith("hf:") or "{" in path
+            if not (elsewhere or path in _WORDS.get(key, ()) or _exists(path)):
+                raise InputError(f"{key} {path!r} does not exist: give {rule}")
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (ValueError, OSError, RuntimeError):  # a NUL byte, a name too long, an unknown user
+        return False
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Return the config as plain nested dicts, in the order of its fields."""
     return asdict(config)
