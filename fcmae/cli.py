@@ -11,7 +11,7 @@ Exit codes: 0 done, 1 the run failed, 2 the command or config is wrong, 130 stop
 import os
 import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -172,7 +172,7 @@ def _dispatch(arguments: list[str]) -> int:
         return _fail("fcmae", f"unknown command {name!r}; {hint}")
     command, prog = COMMANDS[name], f"fcmae {name}"
     try:
-        config = _parse(command, rest)
+        config = _parse(name, rest)
     except InputError as error:
         # Every process of torchrun finds the same mistake: the first one tells.
         return 2 if _rank() else _fail(prog, str(error))
@@ -224,10 +224,20 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _parse(command: Command, arguments: list[str]) -> Any:
-    from fcmae.config.parsing import parse  # imports jsonargparse
+def _parse(name: str, arguments: list[str]) -> Any:
+    from fcmae.config.parsing import leaves, parse  # imports jsonargparse
 
-    return parse(_load(command.config), arguments, command.usage, command.positional)
+    def owner(keys: Collection[str]) -> str:
+        knowing = [
+            other
+            for other, command in COMMANDS.items()
+            if set(keys) <= leaves(_load(command.config)).keys()
+        ]
+        whose = f"is a config of `fcmae {knowing[0]}`, not of `fcmae {name}`" if knowing else ""
+        return whose if len(knowing) == 1 else ""
+
+    command = COMMANDS[name]
+    return parse(_load(command.config), arguments, command.usage, command.positional, owner)
 
 
 def _check_paths(config: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from fcmae import cli
 from fcmae.config.pretraining import PretrainConfig
+from fcmae.config.values import save_yaml
 from sparse.errors import InputError, RunError
 
 ROOT = Path(__file__).parent.parent
@@ -167,6 +168,19 @@ def test_a_mistake_in_a_file_names_the_file(
     assert seen == []
     assert_one_line(capsys, "fcmae pretrain: error: ", ["my.yaml", *named])
     assert {path.name for path in tmp_path.iterdir()} == {"my.yaml", "photos", "A", "B, C", "r"}
+
+
+def test_the_config_of_another_command_is_named(
+    seen: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    save_yaml(PretrainConfig("photos", "run"), path)
+    recipe = ROOT / "configs" / "pretrain" / "tiny.yaml"
+    for name, file in (("finetune", path), ("report", path), ("finetune", recipe)):
+        assert cli.main([name, "--config", str(file), "--out", "new"]) == 2
+        whose = f"is a config of `fcmae pretrain`, not of `fcmae {name}`"
+        assert_one_line(capsys, f"fcmae {name}: error: {file} {whose}", [])
+    assert seen == []
 
 
 def test_a_binary_config_is_refused(

@@ -8,7 +8,7 @@ import argparse
 import json
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -61,7 +61,11 @@ def leaves(kind: Any, prefix: str = "") -> dict[str, Leaf]:
 
 
 def parse(
-    kind: type[Config], argv: Sequence[str], usage: str, positional: str | None = None
+    kind: type[Config],
+    argv: Sequence[str],
+    usage: str,
+    positional: str | None = None,
+    owner: Callable[[Collection[str]], str] = lambda keys: "",
 ) -> Config | None:
     """Build the config that `argv` asks for, or None where --help or --print_config printed.
 
@@ -70,6 +74,7 @@ def parse(
         argv: what stands after the command's name.
         usage: one line that works, for --help and for "missing" errors.
         positional: key of the setting that may be given without its name.
+        owner: says, from the keys of a config file, whose it is if not this command's, or ''.
 
     Raises:
         InputError: unknown key, wrong value, missing setting or unreadable config file.
@@ -84,7 +89,7 @@ def parse(
         raise InputError(f"--print_config {wanted!r} takes no value: write --print_config alone")
     merged: dict[str, Given] = {}
     for file in files:
-        merged.update(read_file(file, known))
+        merged.update(read_file(file, known, owner))
     merged.update(given)
     missing = _missing(known, merged)
     if missing and wanted == "false":
@@ -162,7 +167,9 @@ def _stray(token: str, previous: str, given: dict[str, Given], known: dict[str, 
     return f"unexpected {token!r}: settings are written --name value; --help lists them"
 
 
-def read_file(path: str, known: dict[str, Leaf]) -> dict[str, Given]:
+def read_file(
+    path: str, known: dict[str, Leaf], owner: Callable[[Collection[str]], str] = lambda keys: ""
+) -> dict[str, Given]:
     """Read a YAML config file, nested or with dotted keys, as settings by dotted key.
 
     null for a setting without a default counts as not given.
@@ -171,7 +178,10 @@ def read_file(path: str, known: dict[str, Leaf]) -> dict[str, Given]:
         InputError: unreadable file, unknown key, or a number where a text belongs.
     """
     given: dict[str, Given] = {}
-    for key, value in flatten(read_yaml(path)).items():
+    found = flatten(read_yaml(path))
+    if not found.keys() <= known.keys() and (message := owner(found.keys())):
+        raise InputError(f"{path} {message}")
+    for key, value in found.items():
         if key in _groups(known):
             raise InputError(f"{path}: {key} must hold settings, not {value!r}")
         if key not in known:
