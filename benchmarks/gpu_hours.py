@@ -8,7 +8,8 @@ forward and backward take three times the forward's products, each two operation
 
 import argparse
 
-from fcmae.config.parsing import leaves, read_file
+from fcmae.config.fields import leaves
+from fcmae.config.parsing import read_file
 from finetune.config import FinetuneConfig
 from sparse.sizes import SIZES
 

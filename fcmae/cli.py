@@ -1,8 +1,8 @@
 """The command line: `fcmae COMMAND …`, the same as `python -m fcmae COMMAND …`.
 
-Only the chosen command's config and code are imported, so `fcmae --help` needs neither torch nor
-jsonargparse. A command's code is a function that takes its config object; it may return an exit
-code, and anything else counts as done.
+A new command is one file in `fcmae/commands/` and its line in the table below. Only the chosen
+command is imported, and its implementation only once the arguments are right: `fcmae --help` needs
+neither torch nor jsonargparse. A command may return an exit code; anything else counts as done.
 
 Exit codes: 0 done, 1 the run failed, 2 the command or config is wrong, 130 stopped by Ctrl-C,
 143 stopped by SIGTERM.
@@ -12,115 +12,29 @@ import os
 import select
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from sparse.errors import InputError, RunError
 
-
-@dataclass(frozen=True)
-class Command:
-    """Where a command's config and code live, as `module:name`, and what --help says of it."""
-
-    summary: str
-    usage: str
-    config: str
-    twin: str
-    positional: str | None = None
-
-
 COMMANDS = {
-    "pretrain": Command(
-        "learn from unlabeled images by reconstructing hidden patches",
-        "fcmae pretrain --data DIR --out RUN",
-        "fcmae.config.pretraining:PretrainConfig",
-        "fcmae.train.pretraining:pretrain",
-    ),
-    "convert": Command(
-        "turn a pretrained sparse model into a dense one that timm loads",
-        "fcmae convert RUN|CHECKPOINT --out DIR",
-        "fcmae.config.tools:ConvertConfig",
-        "fcmae.weights.export:convert",
-        "source",
-    ),
-    "finetune": Command(
-        "train on labelled images, from pretrained weights or from scratch",
-        "fcmae finetune --data DIR --weights DIR|RUN|none --out RUN",
-        "finetune.config:FinetuneConfig",
-        "finetune.train:finetune",
-    ),
-    "evaluate": Command(
-        "measure top-1, top-5 and each class on labelled images",
-        "fcmae evaluate RUN|WEIGHTS --data DIR",
-        "finetune.tool_config:EvaluateConfig",
-        "finetune.evaluate:evaluate",
-        "source",
-    ),
-    "predict": Command(
-        "write the best classes of each image to a CSV file",
-        "fcmae predict RUN|WEIGHTS --images DIR --out FILE.csv",
-        "finetune.tool_config:PredictConfig",
-        "finetune.predict:predict",
-        "source",
-    ),
-    "reconstruct": Command(
-        "draw original, masked and reconstructed images side by side",
-        "fcmae reconstruct RUN --images DIR --out FILE.png",
-        "fcmae.config.tools:ReconstructConfig",
-        "fcmae.inspect.reconstructing:reconstruct",
-        "run",
-    ),
-    "probe": Command(
-        "measure frozen features: nearest neighbours and a linear classifier",
-        "fcmae probe RUN|WEIGHTS --data DIR",
-        "fcmae.config.tools:ProbeConfig",
-        "fcmae.inspect.probing:probe",
-        "source",
-    ),
-    "embed": Command(
-        "write the features of images to a file",
-        "fcmae embed RUN|WEIGHTS --images DIR --out FILE.npz",
-        "fcmae.config.tools:EmbedConfig",
-        "fcmae.inspect.embedding:embed",
-        "source",
-    ),
-    "diversity": Command(
-        "measure whether the channels of a block have collapsed",
-        "fcmae diversity RUN|WEIGHTS --images DIR",
-        "fcmae.config.tools:DiversityConfig",
-        "fcmae.inspect.diversity:diversity",
-        "source",
-    ),
-    "report": Command(
-        "write a page on one or several runs: curves, pictures, settings",
-        "fcmae report RUN ...",
-        "fcmae.config.tools:ReportConfig",
-        "fcmae.inspect.reporting:report",
-        "runs",
-    ),
-    "samples": Command(
-        "write a small labelled set of images to try things on",
-        "fcmae samples DIR",
-        "fcmae.config.tools:SamplesConfig",
-        "fcmae.data.samples:samples",
-        "out",
-    ),
-    "doctor": Command(
-        "show versions, engines, whether they agree, and how fast each is",
-        "fcmae doctor",
-        "fcmae.config.tools:DoctorConfig",
-        "fcmae.inspect.diagnosis:doctor",
-    ),
-    "bench": Command(
-        "time the engines side by side: images/s, peak memory, ratios",
-        "fcmae bench",
-        "fcmae.config.tools:BenchConfig",
-        "fcmae.inspect.benchmark:bench",
-    ),
+    "pretrain": "learn from unlabeled images by reconstructing hidden patches",
+    "convert": "turn a pretrained sparse model into a dense one that timm loads",
+    "finetune": "train on labelled images, from pretrained weights or from scratch",
+    "evaluate": "measure top-1, top-5 and each class on labelled images",
+    "predict": "write the best classes of each image to a CSV file",
+    "reconstruct": "draw original, masked and reconstructed images side by side",
+    "probe": "measure frozen features: nearest neighbours and a linear classifier",
+    "embed": "write the features of images to a file",
+    "diversity": "measure whether the channels of a block have collapsed",
+    "report": "write a page on one or several runs: curves, figures, settings",
+    "samples": "write a small labelled set of images to try things on",
+    "doctor": "show versions, engines, whether they agree, and how fast each is",
+    "bench": "time the engines side by side: images/s, peak memory, ratios",
 }
-
+"""What --help says of each command. Its module in fcmae/commands/ holds the rest."""
 
 ENVIRONMENT = {
     # Large tensors in huge pages: fewer page faults.
@@ -170,17 +84,16 @@ def _dispatch(arguments: list[str]) -> int:
         near = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(COMMANDS)}"
         return _fail("fcmae", f"unknown command {name!r}; {hint}")
-    command, prog = COMMANDS[name], f"fcmae {name}"
+    prog = f"fcmae {name}"
     try:
         config = _parse(name, rest)
     except InputError as error:
-        # Every process of torchrun finds the same mistake: the first one tells.
+        # Every process of torchrun finds the same mistake: the first one reports it.
         return 2 if _rank() else _fail(prog, str(error))
     if config is None:
         return 0
     try:
-        _check_paths(config)
-        result = _load(command.twin)(config)
+        result = _run(name, config)
     except InputError as error:
         return _fail(prog, str(error))
     except RunError as error:
@@ -205,14 +118,14 @@ def _dispatch(arguments: list[str]) -> int:
 _SMALLER = "give a smaller --batch_size or --img_size"
 _LESS = {
     "pretrain": "--accumulate 2, or 4, 8 …, computes a batch in so many parts and learns the same; "
-    "--recompute true needs less too",
+    "--recompute true saves memory too",
     "finetune": "--accumulate 2, or 4, 8 …, computes a batch in so many parts",
 }
-"""What to do for want of memory, by command."""
+"""What to do when memory runs out, by command."""
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the machine had no more; torch, not imported here, says it so."""
+    """Tell whether a device or the machine ran out of memory, without importing torch."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -225,35 +138,32 @@ def _first_line(error: BaseException) -> str:
 
 
 def _parse(name: str, arguments: list[str]) -> Any:
-    from fcmae.config.parsing import leaves, parse  # imports jsonargparse
+    from fcmae.config.fields import leaves
+    from fcmae.config.parsing import parse  # imports jsonargparse
 
     def owner(keys: Collection[str]) -> str:
-        knowing = [
-            other
-            for other, command in COMMANDS.items()
-            if set(keys) <= leaves(_load(command.config)).keys()
-        ]
+        knowing = [other for other in COMMANDS if set(keys) <= leaves(_load(other).CONFIG).keys()]
         whose = f"is a config of `fcmae {knowing[0]}`, not of `fcmae {name}`" if knowing else ""
         return whose if len(knowing) == 1 else ""
 
-    command = COMMANDS[name]
-    return parse(_load(command.config), arguments, command.usage, command.positional, owner)
+    command = _load(name)
+    return parse(command.CONFIG, arguments, command.USAGE, owner)
 
 
-def _check_paths(config: Any) -> None:
-    from fcmae.config.values import check_paths
+def _run(name: str, config: Any) -> Any:
+    from fcmae.config.fields import check_paths
 
     check_paths(config)
+    return _load(name).run(config)
 
 
-def _load(path: str) -> Any:
-    module, name = path.split(":")
-    return getattr(import_module(module), name)
+def _load(name: str) -> ModuleType:
+    return import_module(f"fcmae.commands.{name}")
 
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
         [
             "usage: fcmae COMMAND ...",
@@ -290,10 +200,10 @@ def _rank() -> int:
 
 
 def _stdout_is_gone() -> bool:
-    """Tell whether the reader of stdout has left, and if so, silence the flush at exit."""
+    """Tell whether the reader of stdout has closed it, and if so, silence the flush at exit."""
     stdout = sys.stdout.fileno()
     poll = select.poll()
-    poll.register(stdout, 0)  # asks for nothing; errors are always told
+    poll.register(stdout, 0)  # asks for nothing; errors are always reported
     if not poll.poll(0):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)

@@ -16,14 +16,14 @@ from rich.table import Table
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from fcmae.atomic import out_file
-from fcmae.config.values import read_yaml
+from fcmae.commands.evaluate import EvaluateConfig
+from fcmae.config.files import read_yaml
 from fcmae.data.file_list import FileList
 from fcmae.data.labelled import TRAIN, VAL, Split, check_known, find_classes, labels_of
 from fcmae.inspect.prologue import Setting, batches, set_up
 from fcmae.train.run_folder import RunPaths
 from fcmae.weights.read import CONFIG_FILE, read_json
 from finetune.classifier import Classifier, load_classifier, weights_folder
-from finetune.tool_config import EvaluateConfig
 from sparse.errors import InputError
 
 TOP = 5

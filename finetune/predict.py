@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from fcmae.atomic import out_file
+from fcmae.commands.predict import PredictConfig
 from fcmae.data.file_list import FileList
 from fcmae.inspect.prologue import batches, images_of, set_up
 from finetune.classifier import load_classifier
-from finetune.tool_config import PredictConfig
 
 _log = logging.getLogger(__name__)
 

@@ -1,7 +1,6 @@
 """Configs: checks, the way to YAML and back, and the shipped files against the paper's numbers."""
 
-import re
-from dataclasses import MISSING, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,38 +8,23 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import finetune.config
-from fcmae.config.parsing import leaves, load_config, parse
+from fcmae.commands.bench import BenchConfig
+from fcmae.commands.evaluate import EvaluateConfig
+from fcmae.commands.predict import PredictConfig
+from fcmae.commands.probe import ProbeConfig
+from fcmae.commands.samples import SamplesConfig
+from fcmae.config.fields import leaves, runtime_keys
+from fcmae.config.files import read_yaml, save_yaml
+from fcmae.config.parsing import load_config, parse
 from fcmae.config.pretraining import (
-    RUNTIME_KEYS,
     AugmentConfig,
     DecoderConfig,
     EpochProbeConfig,
     OptimConfig,
     PretrainConfig,
 )
-from fcmae.config.tools import (
-    BenchConfig,
-    ConvertConfig,
-    DiversityConfig,
-    DoctorConfig,
-    EmbedConfig,
-    ProbeConfig,
-    ReconstructConfig,
-    ReportConfig,
-    SamplesConfig,
-)
-from fcmae.config.values import (
-    differences,
-    flatten,
-    from_dict,
-    height_width,
-    read_yaml,
-    save_yaml,
-    to_dict,
-)
+from fcmae.config.values import differences, flatten, from_dict, height_width, to_dict
 from finetune.config import FinetuneAugmentConfig, FinetuneConfig, FinetuneOptimConfig
-from finetune.tool_config import EvaluateConfig, PredictConfig
 from sparse.errors import InputError
 from sparse.sizes import SIZES, resolve_size
 
@@ -78,14 +62,12 @@ def test_shipped_config_loads_and_says_how_to_run_it(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "runtime"),
-    [
-        ("pretrain/small.yaml", PretrainConfig, RUNTIME_KEYS),
-        ("finetune/small.yaml", FinetuneConfig, finetune.config.RUNTIME_KEYS),
-    ],
+    ("name", "kind"),
+    [("pretrain/small.yaml", PretrainConfig), ("finetune/small.yaml", FinetuneConfig)],
 )
-def test_small_is_the_defaults_written_out(name: str, kind: Any, runtime: frozenset[str]) -> None:
+def test_small_is_the_defaults_written_out(name: str, kind: Any) -> None:
     assert load(name) == kind(data="photos", out="run")
+    runtime = runtime_keys(kind)
     decides = {key for key in leaves(kind) if key.split(".")[0] not in runtime | {"data"}}
     assert set(flatten(read_yaml(CONFIGS / name))) == decides
 
@@ -181,41 +163,23 @@ def test_differences_names_what_changes_results_and_nothing_else() -> None:
         resume="never", checkpoint_steps=5, checkpoint_minutes=1, keep_checkpoints=3, log_steps=1,
         picture_epochs=0, probe=EpochProbeConfig("x"), max_pixels=10, max_bad=0.5,
     )  # fmt: skip
-    assert differences(to_dict(runtime), to_dict(stored), RUNTIME_KEYS) == []
+    assert differences(to_dict(runtime), to_dict(stored), runtime_keys(PretrainConfig)) == []
     asked = PretrainConfig("other", "run", seed=1, optim=OptimConfig(base_lr=1e-3))
-    assert differences(to_dict(asked), to_dict(stored), RUNTIME_KEYS) == [
+    assert differences(to_dict(asked), to_dict(stored), runtime_keys(PretrainConfig)) == [
         ("data", "photos", "other"),
         ("optim.base_lr", 6e-3, 1e-3),
     ]
 
 
-@pytest.mark.parametrize("module", ["fcmae", "finetune"])
-def test_runtime_keys_are_keys(module: str) -> None:
-    kind, keys = (
-        (PretrainConfig, RUNTIME_KEYS)
-        if module == "fcmae"
-        else (FinetuneConfig, finetune.config.RUNTIME_KEYS)
-    )
-    assert keys <= {key.split(".")[0] for key in leaves(kind)}
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        PretrainConfig, ConvertConfig, ReconstructConfig, SamplesConfig, DoctorConfig, BenchConfig,
-        FinetuneConfig, EvaluateConfig, PredictConfig, ProbeConfig, EmbedConfig, DiversityConfig,
-        ReportConfig,
-    ],
-)  # fmt: skip
-def test_every_setting_has_help(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """jsonargparse shows a setting without a docstring as a bare '(type: …)'."""
-    assert parse(kind, ["--help"], "usage") is None
-    text = " ".join(capsys.readouterr().out.split())
-    for key, leaf in leaves(kind).items():
-        name = key.split(".")[-1].upper()
-        shown = rf"--{re.escape(key)} ({name}|\{{[\w,]+\}}|\[ITEM,\.\.\.\]) [A-Za-z]"
-        assert re.search(shown, text), f"{key} has no docstring"
-        assert leaf.default is MISSING or "default: " in text
+def test_what_may_change_on_resume() -> None:
+    shared = {
+        "out", "device", "precision", "compile", "workers", "resume", "checkpoint_steps",
+        "checkpoint_minutes", "keep_checkpoints", "log_steps", "max_pixels", "max_bad", "nonfinite",
+        "max_nonfinite",
+    }  # fmt: skip
+    own = {"engine", "recompute", "picture_epochs", "probe"}
+    assert runtime_keys(PretrainConfig) == shared | own
+    assert runtime_keys(FinetuneConfig) == shared | {"near_duplicates"}
 
 
 @pytest.mark.parametrize(
@@ -253,9 +217,12 @@ def test_every_setting_has_help(kind: Any, capsys: pytest.CaptureFixture[str]) -
         (lambda: AugmentConfig(crop_scale=[0.5, 0.2]), ["augment.crop_scale", "[0.2,1.0]"]),
         (lambda: AugmentConfig(crop_scale=[0.0, 1.0]), ["augment.crop_scale"]),
         (lambda: AugmentConfig(crop_ratio=[1.0]), ["augment.crop_ratio"]),
-        (lambda: AugmentConfig(std=[0.2, 0.0, 0.2]), ["augment.std", "positive"]),
+        (lambda: AugmentConfig(std=[0.2, 0.0, 0.2]), ["augment.std [0.2, 0.0, 0.2]", "above 0"]),
         (lambda: SamplesConfig("a", size=8), ["size 8", "at least 32", "128"]),
         (lambda: BenchConfig(rounds=0), ["rounds 0"]),
+        (lambda: ProbeConfig("a", "b", neighbours=[5, 0]), ["neighbours [5, 0]", "[5,20]"]),
+        (lambda: ProbeConfig("a", "b", neighbours=[]), ["neighbours []", "at least 1"]),
+        (lambda: ProbeConfig("a", "b", batch_size=0), ["batch_size 0", "at least 1", "64"]),
         (lambda: FinetuneOptimConfig(layer_decay=1.1), ["optim.layer_decay 1.1", "at most 1"]),
         (lambda: FinetuneAugmentConfig(mixup=-1), ["augment.mixup -1", "at least 0"]),
         (lambda: FinetuneConfig("a", "b", val_fraction=1.0), ["val_fraction 1.0", "below 1"]),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fcmae import FCMAE
 from fcmae.cli import main
-from fcmae.config.tools import DiversityConfig
+from fcmae.commands.diversity import DiversityConfig
 from fcmae.data.file_list import find_images
 from fcmae.data.holdout import HoldoutSet
 from fcmae.data.sample import normalise

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fcmae.cli import main
+from fcmae.commands.embed import EmbedConfig
 from fcmae.config.pretraining import AugmentConfig, DecoderConfig, PretrainConfig
-from fcmae.config.tools import EmbedConfig
 from fcmae.data.evaluation import EvalDataset
 from fcmae.data.file_list import FileList, find_images
 from fcmae.data.labelled import Split

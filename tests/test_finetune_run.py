@@ -21,6 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fcmae.commands.evaluate import EvaluateConfig
+from fcmae.commands.predict import PredictConfig
 from fcmae.data.evaluation import EvalDataset
 from fcmae.data.file_list import FileList
 from fcmae.data.labelled import Split, find_classes, labels_of
@@ -33,7 +35,6 @@ from finetune.model import find_model
 from finetune.predict import predict
 from finetune.task import Ema
 from finetune.tasks.classify import Classify
-from finetune.tool_config import EvaluateConfig, PredictConfig
 from finetune.train import Finetuning, finetune, resolve_val_epochs
 from sparse.errors import InputError
 from tests.conftest import write_classes

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fcmae.config.pretraining import RUNTIME_KEYS, PretrainConfig
+from fcmae.config.pretraining import PretrainConfig
 from fcmae.train.checkpoint import Checkpoint, damage, load_checkpoint, save_checkpoint
 from fcmae.train.resume import asked_settings, find_start
 from fcmae.weights.load import load_weights
@@ -63,7 +63,7 @@ def test_any_manifest_is_good_or_damage(checkpoint, content):
 
 def test_the_state_as_it_was_is_used(checkpoint):
     config = PretrainConfig("data", str(checkpoint.parent.parent))
-    assert find_start(config, "pretrain", RUNTIME_KEYS).state["step"] == 1
+    assert find_start(config, "pretrain").state["step"] == 1
 
 
 @QUICK
@@ -88,7 +88,7 @@ def test_any_state_is_used_or_refused(checkpoint, data):
     config = PretrainConfig("data", str(checkpoint.parent.parent))
     try:
         with suppress(InputError):
-            assert isinstance(find_start(config, "pretrain", RUNTIME_KEYS).state["step"], int)
+            assert isinstance(find_start(config, "pretrain").state["step"], int)
         with suppress(InputError):
             load_checkpoint(checkpoint)
     finally:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fcmae.cli import main
-from fcmae.config.tools import ProbeConfig
+from fcmae.commands.probe import ProbeConfig
 from fcmae.data.file_list import find_images
 from fcmae.data.labelled import Split
 from fcmae.inspect import probes as probing

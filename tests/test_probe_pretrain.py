@@ -10,8 +10,8 @@ import torch
 
 from fcmae import FCMAE
 from fcmae.cli import main
+from fcmae.commands.probe import ProbeConfig
 from fcmae.config.pretraining import EpochProbeConfig, PretrainConfig
-from fcmae.config.tools import ProbeConfig
 from fcmae.config.values import MAX_PIXELS
 from fcmae.data.evaluation import EvalDataset
 from fcmae.data.labelled import find_labelled

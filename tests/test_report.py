@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fcmae.config.tools import ReportConfig
+from fcmae.commands.report import ReportConfig
 from fcmae.inspect import figures
 from fcmae.inspect.reporting import render, report
 from fcmae.train.run_data import read_runs

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+from fcmae.config.files import to_yaml
 from fcmae.config.pretraining import DecoderConfig, PretrainConfig
-from fcmae.config.values import to_dict, to_yaml
+from fcmae.config.values import to_dict
 from fcmae.train import machine as resources
 from fcmae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from fcmae.train.pretraining import build_model, pretrain

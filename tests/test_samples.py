@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import fcmae.data.samples
-from fcmae.config.tools import SamplesConfig
+from fcmae.commands.samples import SamplesConfig
 from fcmae.data.samples import PHOTOGRAPHS, Box, cells, crop_boxes, photograph, samples, square
 from sparse.errors import InputError
 

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from fcmae import FCMAE
+from fcmae.commands.bench import BenchConfig
+from fcmae.commands.doctor import DoctorConfig
+from fcmae.commands.reconstruct import ReconstructConfig
 from fcmae.config.parsing import load_config
 from fcmae.config.pretraining import DecoderConfig, PretrainConfig
-from fcmae.config.tools import BenchConfig, DoctorConfig, ReconstructConfig
 from fcmae.data.statistics import Preprocessing
 from fcmae.inspect.benchmark import bench, visible_share
 from fcmae.inspect.diagnosis import doctor, parity

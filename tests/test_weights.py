@@ -18,7 +18,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor
 
 from fcmae.atomic import atomic_write
-from fcmae.config.tools import ConvertConfig
+from fcmae.commands.convert import ConvertConfig
 from fcmae.data.statistics import Preprocessing
 from fcmae.train.checkpoint import Checkpoint, save_checkpoint
 from fcmae.weights.export import convert, export_folder
@@ -296,7 +296,7 @@ def test_the_bytes_depend_on_the_weights_alone(tmp_path: Path) -> None:
     with safe_open(tmp_path / "a/model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
     script = (
-        "import sys; from fcmae.config.tools import ConvertConfig; "
+        "import sys; from fcmae.commands.convert import ConvertConfig; "
         "from fcmae.weights.export import convert; "
         "convert(ConvertConfig(sys.argv[1], sys.argv[2]))"
     )

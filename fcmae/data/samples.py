@@ -15,7 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from rich.progress import track
 
 from fcmae.atomic import atomic_write, check_out_folder
-from fcmae.config.tools import SamplesConfig
+from fcmae.commands.samples import SamplesConfig
 from fcmae.config.values import to_dict
 from fcmae.console import console
 from sparse.errors import InputError

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fcmae.config.tools import BenchConfig
+from fcmae.commands.bench import BenchConfig
 from fcmae.config.values import height_width
 from fcmae.inspect.timing import (
     BF16,

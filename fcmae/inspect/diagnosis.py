@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fcmae.config.tools import DoctorConfig
+from fcmae.commands.doctor import DoctorConfig
 from fcmae.inspect.timing import example, make_step, time_in_turns
 from sparse import SparseConvNeXtV2
 from sparse.engines import ENGINES, available_engines, get_engine

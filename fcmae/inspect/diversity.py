@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fcmae.atomic import out_file
-from fcmae.config.tools import DiversityConfig
+from fcmae.commands.diversity import DiversityConfig
 from fcmae.data.labelled import Split
 from fcmae.data.sources import split_holdout
 from fcmae.inspect import figures

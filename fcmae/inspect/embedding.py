@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fcmae.atomic import out_file
-from fcmae.config.tools import EmbedConfig
+from fcmae.commands.embed import EmbedConfig
 from fcmae.inspect.features import pooled
 from fcmae.inspect.prologue import batches, images_of, set_up
 from fcmae.weights.load import load_backbone

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fcmae.config.tools import ProbeConfig
+from fcmae.commands.probe import ProbeConfig
 from fcmae.data.duplicates import report_duplicates
 from fcmae.data.evaluation import report_skipped
 from fcmae.data.labelled import LabelledData, check_known, find_labelled

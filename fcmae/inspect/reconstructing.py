@@ -7,7 +7,7 @@ import logging
 from PIL import Image
 
 from fcmae.atomic import check_out_file, out_file
-from fcmae.config.tools import ReconstructConfig
+from fcmae.commands.reconstruct import ReconstructConfig
 from fcmae.console import show_logs
 from fcmae.data.evaluation import report_skipped
 from fcmae.data.file_list import find_images, refuse_to_replace

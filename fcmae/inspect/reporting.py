@@ -14,7 +14,7 @@ from PIL import Image
 
 from fcmae import __version__
 from fcmae.atomic import check_out_file, out_file
-from fcmae.config.tools import ReportConfig
+from fcmae.commands.report import ReportConfig
 from fcmae.console import show_logs
 from fcmae.inspect import figures
 from fcmae.train.run_data import RunData, read_runs

@@ -6,12 +6,13 @@ import json
 import logging
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 from fcmae.atomic import check_out_folder
-from fcmae.config.values import differences, flatten, read_yaml, to_dict
+from fcmae.config.fields import leaves, own_leaves, runtime_keys
+from fcmae.config.files import read_yaml
+from fcmae.config.values import differences, flatten, to_dict
 from fcmae.data.file_list import FileList
 from fcmae.data.sources import Source
 from fcmae.train.checkpoint import (
@@ -22,9 +23,6 @@ from fcmae.train.checkpoint import (
 )
 from fcmae.train.run_folder import RunPaths
 from sparse.errors import InputError
-
-_PATHS = {"data": (), "weights": ("none",), "init_from": (), "resume": ("auto", "never")}
-"""Settings that hold a path, and the words they take besides."""
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +63,7 @@ def find_start(config: Any, command: str) -> SavedCheckpoint | None:
         checkpoint = newest
     else:
         return None
-    _check_same_run(config, command, sys.modules[type(config).__module__].RUNTIME_KEYS, checkpoint)
+    _check_same_run(config, command, checkpoint)
     return checkpoint
 
 
@@ -110,9 +108,7 @@ def _check_unused(paths: RunPaths) -> None:
         )
 
 
-def _check_same_run(
-    config: Any, command: str, runtime_keys: frozenset[str], checkpoint: SavedCheckpoint
-) -> None:
+def _check_same_run(config: Any, command: str, checkpoint: SavedCheckpoint) -> None:
     was_command = checkpoint.state.get("command")
     if was_command != command:
         raise InputError(
@@ -121,8 +117,8 @@ def _check_same_run(
         )
     # A setting that is younger than the checkpoint had what is now its default.
     defaults = to_dict(type(config)(data=config.data, out=config.out))
-    stored = flatten(defaults) | flatten(_anywhere(checkpoint.state["asked"]))
-    changed = differences(asked_settings(config), stored, runtime_keys)
+    stored = flatten(defaults) | flatten(_anywhere(config, checkpoint.state["asked"]))
+    changed = differences(asked_settings(config), stored, runtime_keys(type(config)))
     if changed:
         key, was, now = changed[0]
         if key == "data":  # one folder is named as it was given, not as a list
@@ -138,28 +134,29 @@ def _check_same_run(
 def asked_settings(config: Any) -> dict[str, Any]:
     """The config as JSON, its paths absolute, so that it compares from any folder."""
     asked: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
-    return _anywhere(asked)
-
-
-_OWN = frozenset({*_PATHS, "out", "device", "workers", "probe.data", "near_duplicates"})
-"""Settings in which the processes of a run may differ, as on machines that mount a disk elsewhere;
-of the files behind the paths it is compared which they are."""
+    return _anywhere(config, asked)
 
 
 def facts(config: Any, step: int, *sources: Source) -> dict[str, Any]:
-    """What all processes of a run must have in common: settings, where they begin, and files."""
+    """What all processes of a run must have in common: settings, where they begin, and images.
+
+    They may differ in device, workers and paths, as on machines that mount a disk elsewhere; of the
+    images behind the paths it is compared which they are.
+    """
+    known = leaves(type(config))
+    own = {"out", "device", "workers", *(key for key in known if "path" in known[key].rules)}
     return {
-        **{key: value for key, value in flatten(to_dict(config)).items() if key not in _OWN},
+        **{key: value for key, value in flatten(to_dict(config)).items() if key not in own},
         "a first step after": step,
         **{f"files (list {n})": (len(s), s.fingerprint()) for n, s in enumerate(sources, 1)},
     }
 
 
-def _anywhere(asked: dict[str, Any]) -> dict[str, Any]:
+def _anywhere(config: Any, asked: dict[str, Any]) -> dict[str, Any]:
     placed: dict[str, Any] = {}
-    for key, words in _PATHS.items():
-        value = asked.get(key)
-        if isinstance(value, str) and value not in words:
+    for key, leaf in own_leaves(type(config)).items():
+        value = asked.get(key) if "path" in leaf.rules else None
+        if isinstance(value, str) and value not in leaf.rules.get("words", ()):
             placed[key] = _absolute(value)
         if isinstance(value, list):
             placed[key] = [_absolute(path) if isinstance(path, str) else path for path in value]

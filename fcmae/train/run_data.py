@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from fcmae.config.values import flatten, read_yaml
+from fcmae.config.files import read_yaml
+from fcmae.config.values import flatten
 from fcmae.train.checkpoint import STATE, list_checkpoints
 from fcmae.train.run_folder import RunPaths, read_lines
 from fcmae.weights.read import read_json

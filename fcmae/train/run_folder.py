@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from fcmae.config.values import save_yaml
+from fcmae.config.files import save_yaml
 from fcmae.train.checkpoint import SavedCheckpoint, forget_after
 from fcmae.train.trackers import Trackers
 from sparse.errors import InputError, RunError

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fcmae.atomic import atomic_write, check_out_file, check_out_folder
-from fcmae.config.tools import ConvertConfig
+from fcmae.commands.convert import ConvertConfig
 from fcmae.data.statistics import Preprocessing, default_preprocessing
 from fcmae.train.checkpoint import MANIFEST, STATE
 from fcmae.train.run_folder import RunPaths

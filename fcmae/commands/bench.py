@@ -1,0 +1,39 @@
+"""`fcmae bench`: how fast the engines are."""
+
+from dataclasses import dataclass
+
+from fcmae.config.fields import SIDES, DeviceConfig, setting
+from sparse.sizes import PATCH
+
+
+@dataclass
+class BenchConfig(DeviceConfig):
+    """Time the engines side by side on this machine: images/s, peak memory, ratios."""
+
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+    models: list[str] = setting(["atto"])
+    """Sizes to time, such as atto tiny or '[atto,tiny]'."""
+
+    batch_size: int = setting(16, at_least=1)
+    """Images per step."""
+
+    img_size: int | list[int] = setting(224, multiple=PATCH, example=SIDES)
+    """Side of the images in pixels, or '[HEIGHT,WIDTH]'. Multiples of 32."""
+
+    mask_ratio: float = 0.6
+    """Share of the patches that is hidden, between 0 and 1."""
+
+    rounds: int = setting(5, at_least=1)
+    """Timed steps of each engine, in turns; the median counts."""
+
+
+CONFIG = BenchConfig
+USAGE = "fcmae bench"
+
+
+def run(config: BenchConfig) -> object:
+    from fcmae.inspect.benchmark import bench
+
+    return bench(config)

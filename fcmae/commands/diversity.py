@@ -1,0 +1,40 @@
+"""`fcmae diversity`: whether features have collapsed."""
+
+from dataclasses import KW_ONLY, dataclass
+
+from fcmae.config.fields import IMAGES, WEIGHTS, ImageSizeConfig, LoaderConfig, setting
+
+
+@dataclass
+class DiversityConfig(ImageSizeConfig, LoaderConfig):
+    """Measure how different the channels of every block are: collapsed features are similar."""
+
+    source: str | list[str] = setting(path=WEIGHTS, positional=True)
+    """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V1 or V2; several as
+    A B or '[A,B]'."""
+
+    images: str = setting(path=IMAGES)
+    """Folder of images, flat or nested, or a text file of paths."""
+
+    out: str | None = None
+    """Plot to write, .png or .svg. null draws none."""
+
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+    count: int = setting(256, at_least=1)
+    """Images to measure on, chosen by a hash of their paths; the paper takes 1000."""
+
+    _: KW_ONLY
+
+    batch_size: int = 32
+
+
+CONFIG = DiversityConfig
+USAGE = "fcmae diversity RUN|WEIGHTS... --images DIR"
+
+
+def run(config: DiversityConfig) -> object:
+    from fcmae.inspect.diversity import diversity
+
+    return diversity(config)

@@ -1,0 +1,20 @@
+"""`fcmae doctor`: whether this machine computes correctly."""
+
+from dataclasses import dataclass
+
+from fcmae.config.fields import Config
+
+
+@dataclass
+class DoctorConfig(Config):
+    """Show versions and engines, check that the engines agree, and time each."""
+
+
+CONFIG = DoctorConfig
+USAGE = "fcmae doctor"
+
+
+def run(config: DoctorConfig) -> object:
+    from fcmae.inspect.diagnosis import doctor
+
+    return doctor(config)

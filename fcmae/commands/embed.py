@@ -1,0 +1,23 @@
+"""`fcmae embed`: features of images as arrays."""
+
+from dataclasses import dataclass
+
+from fcmae.config.fields import ImagesConfig, ImageSizeConfig, setting
+
+
+@dataclass
+class EmbedConfig(ImageSizeConfig, ImagesConfig):
+    """Write the features of images to a file of numpy arrays."""
+
+    out: str = setting()
+    """File to write, .npz: features (N, C) float32 and paths (N)."""
+
+
+CONFIG = EmbedConfig
+USAGE = "fcmae embed RUN|WEIGHTS --images DIR --out FILE.npz"
+
+
+def run(config: EmbedConfig) -> object:
+    from fcmae.inspect.embedding import embed
+
+    return embed(config)

@@ -1,0 +1,35 @@
+"""`fcmae reconstruct`: what a pretrained model makes of hidden patches."""
+
+from dataclasses import dataclass
+
+from fcmae.config.fields import DeviceConfig, setting
+
+
+@dataclass
+class ReconstructConfig(DeviceConfig):
+    """Draw original, masked, reconstructed and pasted images side by side."""
+
+    run: str = setting(path="the folder of a run", positional=True)
+    """Run folder of pretraining."""
+
+    images: str = setting(path="a folder of images, or one image")
+    """Folder of images, or one image."""
+
+    out: str = setting()
+    """Figure to write, such as reconstruction.png."""
+
+    count: int = setting(8, at_least=1)
+    """Images to draw, one per row; the first in the order of their paths."""
+
+    seed: int = setting(0, at_least=0)
+    """Decides which patches are hidden."""
+
+
+CONFIG = ReconstructConfig
+USAGE = "fcmae reconstruct RUN --images DIR --out FILE.png"
+
+
+def run(config: ReconstructConfig) -> object:
+    from fcmae.inspect.reconstructing import reconstruct
+
+    return reconstruct(config)

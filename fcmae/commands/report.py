@@ -1,0 +1,26 @@
+"""`fcmae report`: a page about runs."""
+
+from dataclasses import dataclass
+
+from fcmae.config.fields import Config, setting
+
+
+@dataclass
+class ReportConfig(Config):
+    """Write one static HTML page on a run, or on several side by side."""
+
+    runs: str | list[str] = setting(path="the folder of a run", positional=True)
+    """Run folder of pretraining or fine-tuning; several as A B or '[A,B]'."""
+
+    out: str | None = None
+    """Page to write, .html. null writes report.html into the first run."""
+
+
+CONFIG = ReportConfig
+USAGE = "fcmae report RUN..."
+
+
+def run(config: ReportConfig) -> object:
+    from fcmae.inspect.reporting import report
+
+    return report(config)
