@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,12 @@ from sparse.errors import RunError
 
 BEST = "best"
 """The file of a checkpoint that holds the best weights so far."""
+
+
+LOWER_RATE = 4
+"""Factor between a learning rate with which a model does not learn and the one to try next."""
+
+_log = logging.getLogger(__name__)
 
 
 class Ema:
@@ -88,6 +95,7 @@ class FinetuneTask:
         self.best: dict[str, Tensor] | None = None
         self.best_score: dict[str, Any] | None = None
         self._config, self._kind = config, kind
+        self._warned_at_chance = False
         self._frozen = config.freeze == "backbone"
         self._images, self._world = resolved.images, resolved.world
         self._autocast = autocast_dtype(resolved.precision)
@@ -121,6 +129,7 @@ class FinetuneTask:
             set_training(self.model, self._frozen)
         name = [*models][-1]
         self._keep_best(models[name], scores[name], epoch, step)
+        self._warn_at_chance([*scores.values()], epoch)
         return {
             f"{name}_{key}": value for name, score in scores.items() for key, value in score.items()
         }
@@ -177,6 +186,19 @@ class FinetuneTask:
         if not all(found.values()):
             raise RunError("none of the validation images can be read: see bad_images.jsonl")
         return found
+
+    def _warn_at_chance(self, scores: list[dict[str, float]], epoch: int) -> None:
+        """Warn once, from half of the epochs on, where the model has not begun to learn."""
+        if self._folder is None or self._warned_at_chance or 2 * epoch < self._epochs:
+            return
+        chance = self._kind.chance(scores)
+        if chance is not None:
+            self._warned_at_chance = True
+            _log.warning(
+                "after %d of %d epochs %s: the model has not learned; train it again in another "
+                "--out with --optim.base_lr %g",
+                epoch, self._epochs, chance, self._config.optim.base_lr / LOWER_RATE,
+            )  # fmt: skip
 
     def _keep_best(self, model: nn.Module, scores: dict[str, float], epoch: int, step: int) -> None:
         before, rank = self.best_score, self._kind.rank

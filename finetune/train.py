@@ -45,6 +45,10 @@ from sparse.encoder import check_compiler
 HEAD_SCALE = 0.001
 """What `head_init_scale: null` takes with pretrained weights (P Tables 9 to 11)."""
 
+LEAST_WARMUP = 100
+"""Steps of warm-up, unless it is asked for or half of the run is shorter. A steeper rise can take
+away what tells images apart: see docs/experiments.md, Short runs."""
+
 MEASUREMENTS = 30
 """On the validation images, with `val_epochs: auto`."""
 
@@ -69,6 +73,7 @@ class Finetuning:
 
     def __init__(self, config: FinetuneConfig, kind: LabelKind) -> None:
         self.config, self.kind = config, kind
+        self.least_warmup = LEAST_WARMUP if config.freeze == "none" else 0
         self.weight_copies = 1 + (config.ema_decay is not None)  # the best ones, and the average
         self._duplicates: list[Duplicate] | None = None
 

@@ -33,11 +33,11 @@ from finetune.config import FinetuneAugmentConfig, FinetuneConfig, FinetuneOptim
 from finetune.evaluate import evaluate, summarise
 from finetune.model import find_model
 from finetune.predict import predict
-from finetune.task import Ema
+from finetune.task import Ema, FinetuneTask
 from finetune.tasks.classify import Classify
 from finetune.train import Finetuning, finetune, resolve_val_epochs
 from sparse.errors import InputError
-from tests.conftest import write_classes
+from tests.conftest import write_classes, write_pictures
 
 STEPS = 6
 """Two epochs of three steps."""
@@ -266,6 +266,57 @@ def test_bad_settings_are_refused_before_anything_is_written(
         finetune(config(classes, tmp_path / "run", **changes))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("warmup_epochs", "learns"), [(None, True), (1.6, False)], ids=["default", "a tenth"]
+)
+def test_a_short_run_learns_by_default(
+    tmp_path: Path, warmup_epochs: float | None, learns: bool
+) -> None:
+    """16 steps from scratch over 24 images that only memory tells apart. With a tenth of warm-up
+    all features become one, and the loss ends at ln 3, that of even chances."""
+    for seed, name in enumerate("abc"):
+        for split, count in (("train", 8), ("val", 1)):
+            write_pictures(tmp_path / "data" / split / name, count, seed)
+    run = tmp_path / "run"
+    settings = FinetuneConfig(
+        str(tmp_path / "data"), str(run), img_size=32, epochs=16, val_epochs=16, workers=0,
+        optim=FinetuneOptimConfig(warmup_epochs=warmup_epochs), log_steps=1, device="cpu",
+        precision="fp32",
+    )  # fmt: skip
+    assert finetune(settings) == 0
+    losses = [line["loss"] for line in metrics(run) if "loss" in line]
+    last = sum(losses[-4:]) / 4
+    assert last < 0.8 if learns else last > 1.0
+
+
+@pytest.mark.parametrize(
+    ("tops", "warned"),
+    [([10, 40, 10], "after 2 of 3 epochs"), ([10, 60, 10], "after 3 of 3"), ([10, 60, 60], None)],
+)
+def test_a_model_at_chance_is_reported_once(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, tops: list[float], warned: str | None,
+) -> None:  # fmt: skip
+    """Of three classes of four images each, chance is 33.3 %, and 46.9 % a standard error above.
+    What the first epoch of three gives is too early to judge by."""
+    scores = iter(tops)
+
+    def measure(task: FinetuneTask, models: dict[str, Any], _: Any) -> dict[str, dict[str, float]]:
+        score = {"top1": next(scores), "top5": 100.0, "loss": 1.0}
+        return dict.fromkeys(models, score)
+
+    monkeypatch.setattr(FinetuneTask, "_measure", measure)
+    optim = FinetuneOptimConfig(base_lr=0.02)
+    assert finetune(config(classes, tmp_path / "run", epochs=3, optim=optim)) == 0
+    said = [record.getMessage() for record in caplog.records]
+    lines = [line for line in said if "always answering" in line]
+    assert len(lines) == (warned is not None)
+    for line in lines:
+        assert str(warned) in line
+        assert "33.3 %" in line
+        assert "--optim.base_lr 0.005" in line
 
 
 def test_averaged_weights_by_hand() -> None:

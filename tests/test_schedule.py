@@ -8,7 +8,7 @@ from torch import nn
 from fcmae import FCMAE
 from fcmae.train.clock import Clock
 from fcmae.train.optimizer import ema_decay, parameter_groups
-from fcmae.train.plan import cosine_with_warmup, warmup_steps
+from fcmae.train.plan import cosine_with_warmup, peak_share, warmup_steps
 from fcmae.train.pretraining import Pretraining
 
 
@@ -18,6 +18,17 @@ def test_warmup_is_a_tenth_at_most_unless_given():
     assert warmup_steps(None, 3, 3) == 0
     assert warmup_steps(2.5, 10, 1000) == 25
     assert warmup_steps(5, 10, 20) == 20
+
+
+@pytest.mark.parametrize(
+    ("total", "steps", "share"),
+    [(1, 0, 0.04), (16, 8, 0.32), (50, 25, 1), (190, 95, 1), (900, 100, 1), (1440, 144, 1)],
+)
+def test_a_short_run_warms_up_for_half_and_a_tiny_one_reaches_less(total, steps, share):
+    assert warmup_steps(None, 10, total, least=100) == steps
+    assert peak_share(None, total, least=100) == pytest.approx(share)
+    assert warmup_steps(0.5, 10, total, least=100) == min(5, total)
+    assert peak_share(0.5, total, least=100) == peak_share(None, total) == 1
 
 
 def test_cosine():

@@ -5,6 +5,7 @@ name, and their order is that of the classifier's outputs.
 """
 
 import logging
+import math
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -130,6 +131,23 @@ def labels_of(source: Source, names: Sequence[str]) -> Labels:
         return np.fromiter((positions[folder] for folder in folders), np.int64, len(source))
     except KeyError as error:
         raise InputError(f"{os.fsdecode(error.args[0])!r} is not among the classes") from None
+
+
+def majority_share(labels: Labels) -> float:
+    """Return the share of the most frequent class in percent: top-1 of always answering it."""
+    return float(100 * np.bincount(labels).max() / len(labels))
+
+
+def at_chance(top1: float, labels: Labels) -> bool:
+    """Return whether a top-1 in percent is what always answering the most frequent class gives.
+
+    Args:
+        top1: in percent.
+        labels: classes (N,) of the images that it was measured on. It counts as the same within one
+            standard error, that of a share of N images.
+    """
+    share = majority_share(labels) / 100
+    return top1 / 100 <= share + math.sqrt(share * (1 - share) / len(labels))
 
 
 def split_by_hash(source: Source, labels: Labels, fraction: float) -> tuple[Labels, Labels]:

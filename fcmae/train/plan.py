@@ -13,6 +13,8 @@ BASE_BATCH = 256
 
 WARMUP_SHARE = 0.1
 WARMUP_EPOCHS = 40
+STEEPEST = 4
+"""How much faster than over its least number of steps the rate may rise in a short run."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,28 @@ class Plan:
         return cosine_with_warmup(step, self.peak, self.warmup, self.total_steps)
 
 
-def make_plan(config: Any, images: int, epochs: int) -> Plan:
-    """The plan of a config of pretraining or fine-tuning for a number of training images."""
+def make_plan(config: Any, images: int, epochs: int, least_warmup: int = 0) -> Plan:
+    """The plan of a config of pretraining or fine-tuning.
+
+    Args:
+        config: of the run.
+        images: to train on.
+        epochs: passes over them.
+        least_warmup: see `warmup_steps`.
+    """
     per_epoch = steps_per_epoch(images, config.batch_size)
+    total, warmup_epochs = per_epoch * epochs, config.optim.warmup_epochs
     return Plan(
         per_epoch,
         epochs,
-        peak=config.optim.base_lr * config.batch_size / BASE_BATCH,
-        warmup=warmup_steps(config.optim.warmup_epochs, per_epoch, per_epoch * epochs),
+        peak=asked_rate(config) * peak_share(warmup_epochs, total, least_warmup),
+        warmup=warmup_steps(warmup_epochs, per_epoch, total, least_warmup),
     )
+
+
+def asked_rate(config: Any) -> float:
+    """The learning rate that a config asks for, at its batch size."""
+    return float(config.optim.base_lr * config.batch_size / BASE_BATCH)
 
 
 @dataclass(frozen=True)
@@ -73,11 +88,33 @@ class AutoEpochs:
         )
 
 
-def warmup_steps(epochs: float | None, steps_per_epoch: int, total_steps: int) -> int:
-    """Steps of linear warm-up: as asked, else the paper's 40 epochs but at most 10 % of the run."""
+def warmup_steps(
+    epochs: float | None, steps_per_epoch: int, total_steps: int, least: int = 0
+) -> int:
+    """Steps of linear warm-up: as asked, else the paper's 40 epochs but at most 10 % of the run.
+
+    Args:
+        epochs: as asked, or None.
+        steps_per_epoch: of the run.
+        total_steps: of the run.
+        least: steps that a warm-up nobody asked for takes at least, as far as half of the run
+            allows it.
+    """
     if epochs is not None:
         return min(round(epochs * steps_per_epoch), total_steps)
-    return min(WARMUP_EPOCHS * steps_per_epoch, int(WARMUP_SHARE * total_steps))
+    usual = min(WARMUP_EPOCHS * steps_per_epoch, int(WARMUP_SHARE * total_steps))
+    return max(usual, min(least, total_steps // 2))
+
+
+def peak_share(epochs: float | None, total_steps: int, least: int = 0) -> float:
+    """Share of the peak rate that the warm-up rises to; the arguments are those of `warmup_steps`.
+
+    1, except where half of the run is so short that the rate would rise more than `STEEPEST` times
+    as fast as over `least` steps.
+    """
+    if epochs is not None or not least:
+        return 1.0
+    return min(max(total_steps // 2, 1) * STEEPEST / least, 1.0)
 
 
 def cosine_with_warmup(step: int, peak: float, warmup: int, total: int) -> float:

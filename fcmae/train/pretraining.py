@@ -57,6 +57,7 @@ class Pretraining:
     command = "pretrain"
     auto_epochs = AutoEpochs(crops=1_200_000, fewest=100, most=800, multiple=10)
     """More crops than that of a small set bring little; see docs/recipes.md."""
+    least_warmup = 0
     weight_copies = 0
 
     def __init__(self, config: PretrainConfig) -> None:

@@ -32,7 +32,7 @@ from fcmae.train.machine import (
     resolve_precision,
     resolve_workers,
 )
-from fcmae.train.plan import AutoEpochs, Plan, make_plan
+from fcmae.train.plan import AutoEpochs, Plan, asked_rate, make_plan
 from fcmae.train.processes import World, join_world, resolve_device
 from fcmae.train.resume import facts, find_start
 from fcmae.train.run_folder import RunFolder, open_run
@@ -85,12 +85,14 @@ class Job(Protocol):
         command: the command that runs it, by which a run is recognised.
         config: what was asked.
         auto_epochs: what `epochs: auto` stands for.
+        least_warmup: steps of warm-up that the learning rate needs at least.
         weight_copies: how often a checkpoint holds the weights besides the model's own.
     """
 
     command: str
     config: Any
     auto_epochs: AutoEpochs
+    least_warmup: int
     weight_copies: int
 
     def check(self, device: torch.device) -> tuple[int, int]:
@@ -166,7 +168,8 @@ def train(job: Job) -> int:
         images = job.find_images(start)
         count = len(images.train)
         resolved = _resolve(job, img_size, images.train, start, world)
-        plan = make_plan(config, count, job.auto_epochs.resolve(config.epochs, count))
+        epochs = job.auto_epochs.resolve(config.epochs, count)
+        plan = make_plan(config, count, epochs, job.least_warmup)
         sampler = StepSampler(
             count, config.batch_size, config.seed, step, plan.total_steps, world.rank, world.size,
             config.accumulate,
@@ -261,6 +264,12 @@ def _announce(job: Job, resolved: Resolved, plan: Plan, count: int, size: int, s
     ]
     if resolved.precision == "fp32" and world.device.type == "cpu" and cpu_multiplies_bf16():
         lines.append("this CPU multiplies bfloat16: --precision bf16 is faster, see `fcmae bench`")
+    if plan.peak < asked_rate(config):
+        lines.append(
+            f"the learning rate peaks at {plan.peak:.3g} instead of {asked_rate(config):.3g}, "
+            f"since {plan.total_steps} steps are too few to warm up; --optim.warmup_epochs sets "
+            "the warm-up and keeps the rate"
+        )
     if config.epochs == "auto":
         lines.append(job.auto_epochs.explain(plan.epochs))
     if count < config.batch_size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -68,6 +69,10 @@ class LabelKind(Protocol):
 
     def rank(self, scores: dict[str, float]) -> tuple[float, ...]:
         """Return what orders scores, the best highest."""
+        ...
+
+    def chance(self, scores: Sequence[dict[str, float]]) -> str | None:
+        """Say so where the scores of all models are those of guessing, else return None."""
         ...
 
     def describe(self) -> dict[str, Any]:

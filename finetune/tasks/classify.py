@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,14 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from fcmae.data.labelled import LabelledData, Split, find_labelled, labels_of
+from fcmae.data.labelled import (
+    LabelledData,
+    Split,
+    at_chance,
+    find_labelled,
+    labels_of,
+    majority_share,
+)
 from fcmae.train.checkpoint import SavedCheckpoint
 from fcmae.train.resume import stored_files
 from finetune.augment import seeded
@@ -120,6 +128,16 @@ class Classify:
         """The higher top-1, then the lower loss, of which NaN is the worst."""
         loss = scores["loss"]
         return scores["top1"], -loss if math.isfinite(loss) else -math.inf
+
+    def chance(self, scores: Sequence[dict[str, float]]) -> str | None:
+        labels, top1 = self.data.val.labels, max(score["top1"] for score in scores)
+        assert labels is not None
+        if not at_chance(top1, labels):
+            return None
+        return (
+            f"top-1 on the validation images is {top1:.1f} %, and always answering the most "
+            f"frequent class gives {majority_share(labels):.1f} %"
+        )
 
     def describe(self) -> dict[str, Any]:
         return {"label_names": list(self.data.names)}
