@@ -18,6 +18,11 @@ class FinetuneOptimConfig(OptimBase):
 
     betas: list[float] = setting([0.9, 0.999])
 
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up. null takes 10 % of all steps, at most 40 epochs, but at least 100
+    steps, or half of a run of fewer than 200. A run of N steps, fewer than 50, reaches N / 50 of
+    the learning rate. freeze backbone takes 10 % at any length."""
+
     layer_decay: float = setting(1.0, above=0, at_most=1)
     """Factor on the learning rate from each layer to the one before it, which preserves the early
     layers; 1 treats all equally. Weights trained on a million images prefer less, such as 0.9."""
