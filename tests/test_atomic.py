@@ -29,7 +29,11 @@ ENDINGS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_place_that_cannot_be_written_is_found_before_any_work(command, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("data: x\n")  # enough of a run for a page
-    given = [word.format(run=tmp_path) for word in COMMANDS[command]]
+    (tmp_path / "x").mkdir()
+    given = [
+        str(tmp_path / "x") if word == "x" else word.format(run=tmp_path)
+        for word in COMMANDS[command]
+    ]
     out = str(tmp_path / "config.yaml" / "new" / f"it{ENDINGS.get(command, '')}")
     assert main([command, *given, "--out", out]) == 2
     line = capsys.readouterr().err.splitlines()[-1]

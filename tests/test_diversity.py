@@ -268,7 +268,7 @@ def test_wrong_input_is_refused(
         (["--out", "plot.jpg"], "out 'plot.jpg' must be a file ending in .png or .svg"),
         (["--count", "0"], "count 0 must be at least 1"),
         (["--img_size", "100"], "img_size 100 must be a multiple of 32"),
-        (["--images", "nowhere"], "nowhere' can't be read"),
+        (["--images", "nowhere"], "images 'nowhere' does not exist: give a folder"),
     ):
         assert main([*command, *change]) == 2
         error = capsys.readouterr().err.splitlines()[-1]

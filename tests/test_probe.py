@@ -294,12 +294,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("one", ["--val_fraction", "0.5"], "has no folders: expected one a class"),
         ("novel", ["--val_fraction", "0.5"], "0.5 leaves nothing to validate on"),
         ("novel", ["--val_fraction", "1"], "val_fraction 1"),
-        ("nowhere", [], "nowhere' is not a folder"),
-        ("more", ["--neighbours", "[0]"], "neighbours [0] must be numbers from 1"),
-        ("more", ["--neighbours", "[]"], "neighbours [] must be numbers from 1"),
+        ("nowhere", [], "nowhere' does not exist: give a folder"),
+        ("more", ["--neighbours", "[0]"], "neighbours [0] must be at least 1, such as [5,20]"),
+        ("more", ["--neighbours", "[]"], "neighbours [] must be at least 1, such as [5,20]"),
         ("more", ["--img_size", "100"], "img_size 100 must be a multiple of 32"),
         ("more", ["--batch_size", "0"], "batch_size 0 must be at least 1"),
-        ("more", ["--source", "nowhere"], "nowhere: no such file or folder"),
+        ("more", ["--source", "nowhere"], "source 'nowhere' does not exist: give a run"),
     ],
 )
 def test_wrong_input_is_told_in_one_line(

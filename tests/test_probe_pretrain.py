@@ -120,7 +120,7 @@ def test_features_are_taken_with_nothing_dropped(classes: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--probe.data", "nowhere"], "'nowhere' is not a folder"),
+        (["--probe.data", "nowhere"], "probe.data 'nowhere' does not exist"),
         (["--probe.data", "{pictures}"], "has no folder 'train'"),
         (["--probe.data", "{classes}", "--probe.val_fraction", "0.2"], "leave val_fraction at 0"),
         (["--probe.data", "{classes}", "--probe.epochs", "0"], "probe.epochs 0 must be at least 1"),

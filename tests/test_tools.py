@@ -13,7 +13,7 @@ from fcmae import FCMAE
 from fcmae.commands.bench import BenchConfig
 from fcmae.commands.doctor import DoctorConfig
 from fcmae.commands.reconstruct import ReconstructConfig
-from fcmae.config.parsing import load_config
+from fcmae.config.parsing import parse
 from fcmae.config.pretraining import DecoderConfig, PretrainConfig
 from fcmae.data.statistics import Preprocessing
 from fcmae.inspect.benchmark import bench, visible_share
@@ -174,7 +174,7 @@ def test_every_config_makes_its_model(path, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     with torch.device("meta"):
         if path.parent.name == "pretrain":
-            config = load_config(PretrainConfig, tmp_path / "c.yaml")
+            config = parse(PretrainConfig, ["--config", str(tmp_path / "c.yaml")], "")
             size = resolve_size(config.model, config.depths, config.dims)
             model = FCMAE.from_size(
                 config.model, config.depths, config.dims, in_chans=config.in_chans, engine="patch",
@@ -182,7 +182,7 @@ def test_every_config_makes_its_model(path, tmp_path):
             )  # fmt: skip
             assert model.encoder.dims == size.dims
         else:
-            tuned = load_config(FinetuneConfig, tmp_path / "c.yaml")
+            tuned = parse(FinetuneConfig, ["--config", str(tmp_path / "c.yaml")], "")
             size = resolve_size(tuned.model or "atto")
             net = timm.create_model(f"convnextv2_{size.name}", drop_path_rate=tuned.drop_path)
             assert net.num_features == size.dims[-1]

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, is_dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
@@ -88,23 +87,6 @@ def parse(
         return config
     print(to_yaml({k: v for k, v in asked(config).items() if k not in missing}), end="")
     return None
-
-
-def load_config(kind: type[Kind], path: str | Path) -> Kind:
-    """Read a whole config, such as a run's config.yaml.
-
-    Raises:
-        InputError: unreadable file, unknown key, wrong value or missing setting.
-    """
-    known = leaves(kind)
-    given = read_file(str(path), known)
-    if missing := _missing(known, given):
-        raise InputError(f"{path}: {' and '.join(missing)} missing")
-    values = _convert(kind, given)
-    try:
-        return from_dict(kind, values)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def _missing(known: dict[str, Leaf], given: dict[str, Given]) -> list[str]:
