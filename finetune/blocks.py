@@ -26,7 +26,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class FusedBlock(ConvNeXtBlock):
-    """A ConvNeXt V2 block (arXiv 2301.00808, figure 5): see `sparse.block.grn_mlp`."""
+    """A ConvNeXt V2 block (arXiv 2301.00808, figure 5): see `sparse.ops.grn_mlp.grn_mlp`."""
 
     def forward(self, x: Tensor) -> Tensor:
         mlp = self.mlp

@@ -18,12 +18,11 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from fcmae.atomic import out_file
 from fcmae.commands.evaluate import EvaluateConfig
 from fcmae.config.files import read_yaml
-from fcmae.data.file_list import FileList
+from fcmae.data.file_list import FileList, refuse_to_replace
 from fcmae.data.labelled import TRAIN, VAL, Split, check_known, find_classes, labels_of
 from fcmae.inspect.prologue import Setting, batches, set_up
 from fcmae.train.run_folder import RunPaths
-from fcmae.weights.read import CONFIG_FILE, read_json
-from finetune.classifier import Classifier, load_classifier, weights_folder
+from finetune.classifier import Classifier, load_classifier
 from sparse.errors import InputError
 
 TOP = 5
@@ -53,18 +52,21 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
         InputError: the weights, the data or `out` is wrong.
         RunError: no image could be read, or `out` could not be written.
     """
-    kept = _kept_split(config)
-    setting = set_up(
-        config, load_classifier, lambda classifier: kept or find_split(config, classifier),
+    found = set_up(
+        config, load_classifier, lambda classifier: find_split(config, classifier),
         ".png", ".csv", multiple=1,
     )  # fmt: skip
-    classifier, split = setting.model, setting.images
+    split, kept = found.images
+    setting = Setting(found.model, split, found.out, found.device)
+    classifier = setting.model
+    if setting.out is not None:
+        refuse_to_replace(setting.out, split.source)
     confusion, top5 = measure(setting, config)
     result = summarise(confusion, top5, classifier.names)
     result |= {
         "unreadable": len(split.source) - result["n"],
         "split": split.prefix.rstrip("/") or ".",
-        "kept_back": kept is not None,
+        "kept_back": kept,
         "weights": str(classifier.folder),
     }
     if show and config.json:
@@ -76,8 +78,12 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
     return result
 
 
-def find_split(config: EvaluateConfig, classifier: Classifier) -> Split:
-    """Find the images to measure on: data/SPLIT/CLASS, or data/CLASS.
+def find_split(config: EvaluateConfig, classifier: Classifier) -> tuple[Split, bool]:
+    """Find the images to measure on: data/SPLIT/CLASS, or data/CLASS; and tell whether they are
+    those that a run kept back of one folder.
+
+    A run that divided this data by `val_fraction`, or what it exported, is measured on the images
+    that it kept back then, whatever came to the folder or left it since.
 
     Raises:
         InputError: nothing there, or classes that the model does not know.
@@ -85,34 +91,22 @@ def find_split(config: EvaluateConfig, classifier: Classifier) -> Split:
     root = _root(config)
     folder, prefix = root / config.split, f"{config.split}/"
     if not folder.is_dir():
+        kept = _kept_back(Path(config.source)) if config.split == VAL else None
+        trained = None if kept is None else Path(kept.roots[0])
+        if kept is not None and trained is not None:
+            for inside, prefix in ((root / TRAIN, f"{TRAIN}/"), (root, "")):
+                if inside.is_dir() and trained.is_dir() and inside.samefile(trained):
+                    _log.info("measuring on the %d images that the run kept back", len(kept))
+                    return Split(kept, prefix, labels_of(kept, classifier.names)), True
+            _log.warning(
+                "all of %s is measured: the run kept back images of %s, which is another folder",
+                root, trained,
+            )  # fmt: skip
         _log.info("%s has no folder %r: its folders are treated as classes", root, config.split)
         folder, prefix = root, ""
     files, names = find_classes(folder)
     check_known(folder, names, classifier.names, "the model")
-    return Split(files, prefix, labels_of(files, classifier.names))
-
-
-def _kept_split(config: EvaluateConfig) -> Split | None:
-    """The images that a run kept back of one folder, where this is that folder.
-
-    A run that divided its data by `val_fraction`, or what it exported, is measured on the images
-    that it kept back then, whatever came to the folder or left it since.
-    """
-    root = _root(config)
-    stored = _kept_back(Path(config.source)) if config.split == VAL else None
-    if stored is None or (root / config.split).is_dir():
-        return None
-    kept, names = stored
-    trained = Path(kept.roots[0])
-    for inside, prefix in ((root / TRAIN, f"{TRAIN}/"), (root, "")):
-        if inside.is_dir() and trained.is_dir() and inside.samefile(trained):
-            _log.info("measuring on the %d images that the run kept back", len(kept))
-            return Split(kept, prefix, labels_of(kept, names))
-    _log.warning(
-        "all of %s is measured: the run kept back images of %s, which is another folder",
-        root, trained,
-    )  # fmt: skip
-    return None
+    return Split(files, prefix, labels_of(files, classifier.names)), False
 
 
 def _root(config: EvaluateConfig) -> Path:
@@ -124,17 +118,16 @@ def _root(config: EvaluateConfig) -> Path:
     return root
 
 
-def _kept_back(source: Path) -> tuple[FileList, tuple[str, ...]] | None:
-    """The images that a run divided off its training data by `val_fraction`, and the classes;
-    None of others."""
+def _kept_back(source: Path) -> FileList | None:
+    """The images that a run divided off its training data by `val_fraction`; None of others.
+
+    Raises:
+        InputError: the run did, and its list of them is missing.
+    """
     folder = source.parent if source.is_file() else source
-    for root in (folder, folder.parent):
-        run = RunPaths(root)
-        if run.config.is_file() and run.images("val").is_file():
-            if not read_yaml(run.config).get("val_fraction"):
-                return None
-            names = read_json(weights_folder(str(source)) / CONFIG_FILE)["label_names"]
-            return FileList.load(run.images("val")), tuple(names)
+    for run in (RunPaths(folder), RunPaths(folder.parent)):
+        if run.config.is_file() and read_yaml(run.config).get("val_fraction"):
+            return FileList.load(run.images("val"))
     return None
 
 

@@ -41,7 +41,7 @@ def predict(config: PredictConfig) -> Path:
     ):
         rows = csv.writer(file)
         rows.writerow(_columns(top))
-        for batch, images in batches(setting, config):
+        for batch, images in batches(setting, config, report_all=True):
             best = setting.model.model(images).cpu().softmax(1).topk(top)
             for index, values, places in zip(
                 batch.indices.tolist(), best.values.tolist(), best.indices.tolist(), strict=True

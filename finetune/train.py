@@ -120,6 +120,11 @@ class Finetuning:
         self._model = model
         return model
 
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        optim = self.config.optim
+        depths = None if optim.layer_decay == 1 else layer_depths(model, optim.layer_group)
+        return make_optimizer(model, optim, depths)
+
     def prepare(self, resolved: Resolved) -> None:
         config = self.config
         if config.near_duplicates is not None:
@@ -128,17 +133,19 @@ class Finetuning:
             )
 
     def make_task(
-        self, model: nn.Module, resolved: Resolved, plan: Plan, folder: RunFolder | None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        resolved: Resolved,
+        plan: Plan,
+        folder: RunFolder | None,
     ) -> FinetuneTask:
         config, world, val = self.config, resolved.world, self.kind.data.val
-        depths = None
-        if config.optim.layer_decay != 1:
-            depths = layer_depths(model, config.optim.layer_group)
         dataset = EvalDataset(val, self._images(resolved), config.max_pixels)
         batches = batches_of(len(dataset), resolved.part, world.rank, world.size)
         validation = make_loader(dataset, batches, resolved.workers, world.device.type == "cuda")
         self._task = FinetuneTask(
-            config, self.kind, model, make_optimizer(model, config.optim, depths), resolved,
+            config, self.kind, model, optimizer, resolved,
             plan.epochs, resolve_val_epochs(config, plan.epochs), validation,
             self._timm_config(resolved), folder,
         )  # fmt: skip
@@ -199,7 +206,7 @@ class Finetuning:
             self._args,
             int(model.num_features),
             self._images(resolved),
-            self.kind.describe()["label_names"],
+            self.kind.describe().get("label_names", ()),
             classifier[0] if len(classifier) == 1 else list(classifier),
             model.pretrained_cfg.get("first_conv"),
         )

@@ -36,7 +36,7 @@ def test_what_is_saved_comes_back(tmp_path):
     back = load_checkpoint(path)
     assert torch.equal(back.tensors("model")["a"], torch.ones(3))
     assert back.tensors("optimizer")["a/step"].shape == ()
-    assert back.state == {"format": 1, "step": 12, **example().state}
+    assert back.state == {"format": 2, "step": 12, **example().state}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["step-00000012"]
 
 

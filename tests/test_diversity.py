@@ -275,3 +275,10 @@ def test_wrong_input_is_refused(
         assert message in error
     with pytest.raises(InputError, match="nowhere: no such file"):
         diversity(config([sources[0], "nowhere"], pictures))
+
+
+def test_no_image_of_the_folder_is_drawn_over(sources: list[str], pictures: Path) -> None:
+    """Also one that is not among those measured on."""
+    for image in pictures.iterdir():
+        with pytest.raises(InputError, match="is one of the images"):
+            diversity(config(sources[0], pictures, count=1, out=str(image)))

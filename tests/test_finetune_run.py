@@ -427,8 +427,9 @@ def test_a_run_that_divided_its_data_is_measured_on_what_it_kept_back(
 
 
 def test_what_was_kept_back_stays_kept_back(
-    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """From another folder, of what was exported, and after pictures came and went."""
     data, out = tmp_path / "flat", tmp_path / "run"
     shutil.copytree(classes / "train", data)
@@ -444,8 +445,10 @@ def test_what_was_kept_back_stays_kept_back(
         shutil.copy(data / "class 1" / "0.png", data / "class 1" / f"new {number}.png")
     after = evaluate(EvaluateConfig("run", "flat", workers=0), show=False)
     assert (after["n"], after["unreadable"]) == (5, 1)
+    capsys.readouterr()
     other = evaluate(EvaluateConfig("run", str(classes / "val"), workers=0), show=False)
     assert other["n"] == 12
+    assert "warning: all of" in capsys.readouterr().err
     assert "the run kept back images of" in caplog.text
 
 
@@ -655,3 +658,28 @@ def test_no_compiler_is_said(
     with pytest.raises(InputError, match="needs a C\\+\\+ compiler"):
         finetune(config(classes, tmp_path / "run", compile=True))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_layer_decay_that_a_model_cannot_have_writes_nothing(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: Any, layer_group: str) -> dict[str, int]:
+        raise InputError("timm does not say what the layers are")
+
+    monkeypatch.setattr("finetune.train.layer_depths", refuse)
+    given = config(classes, tmp_path / "run", optim=FinetuneOptimConfig(layer_decay=0.5))
+    with pytest.raises(InputError, match="does not say what the layers are"):
+        finetune(given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_predict_names_every_image_that_cannot_be_read(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = write_pictures(tmp_path / "images", 2)
+    for number in range(30):
+        (images / f"bad {number}.png").write_bytes(b"none")
+    out = tmp_path / "labels.csv"
+    predict(PredictConfig(str(run), str(images), str(out), batch_size=7, workers=0))
+    said = capsys.readouterr().err
+    assert all(f"bad {number}.png" in said for number in range(30))

@@ -19,7 +19,7 @@ from fcmae.data.file_list import FileList, find_images
 from fcmae.data.holdout import HoldoutSet
 from fcmae.data.loader import PretrainDataset, lost_workers, make_loader
 from fcmae.data.order import StepSampler, epoch_order, steps_per_epoch
-from fcmae.data.sample import Batch, collate, normalise
+from fcmae.data.sample import Batch, Sample, collate, normalise
 from fcmae.data.statistics import measure_mean_std, warn_if_far_off
 from sparse.errors import InputError, RunError
 
@@ -126,7 +126,7 @@ def test_a_sample_of_a_folder_that_went_away_has_no_image(tmp_path: Path) -> Non
     assert sample.image is None
     assert (sample.bad[0][0], len(sample.bad)) == ("0.jpg", 21)
     batch = collate([sample, sample])
-    assert (len(batch), batch.missing, batch.bad) == (0, 2, 2 * sample.bad)
+    assert (len(batch), batch.missing, batch.bad) == (0, sample.bad, 2 * sample.bad)
 
 
 def stream(files: FileList, workers: int, start: int = 0) -> list[Batch]:
@@ -327,3 +327,13 @@ def test_pictures_of_another_kind_say_what_to_do(tmp_path):
         np.save(tmp_path / name / "a.npy", np.zeros(shape, np.float32))
         sample = PretrainDataset(find_images(str(tmp_path / name)), (64, 64))[0, 0]
         assert sample.bad[0][1].endswith(f"is {cure}")
+
+
+def test_the_first_sample_without_an_image_says_what_was_tried():
+    """Not an image of another sample of the batch, which was replaced."""
+    replaced = Sample(np.zeros((1, 2, 2), np.uint8), 3, bad=[("a.jpg", "cut short")])
+    missing = Sample(None, 4, bad=[("b.jpg", "empty"), ("c.jpg", "empty")])
+    batch = collate([replaced, missing])
+    assert (len(batch), batch.missing) == (1, missing.bad)
+    assert batch.bad == [*replaced.bad, *missing.bad]
+    assert collate([replaced]).missing == []

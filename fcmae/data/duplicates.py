@@ -4,7 +4,7 @@ Each image is known by a perceptual hash: shrunk to 64×64 grey pixels, the sign
 lowest frequencies of its cosine transform but the constant one. On 3,400 photographs, copies mostly
 differed in up to 20 of the 255 bits (resized, blurred, recompressed, brightened), other images in
 50 and more. Not found are mirrored copies, clear crops and those with blown-out light; small things
-on a plain ground, icons and scans are taken for each other.
+on a plain ground, icons and scans are mistaken for each other.
 """
 
 from __future__ import annotations

@@ -54,12 +54,12 @@ class EvalDataset(Dataset[Sample]):
         return Sample(image, index, target=target, geometry=Geometry(opened.size, box))
 
 
-def report_skipped(bad: Sequence[tuple[str, str]]) -> None:
-    """Log the (name, reason) of images that can't be read, the first `SHOWN` of them."""
-    for name, reason in bad[:SHOWN]:
+def report_skipped(bad: Sequence[tuple[str, str]], most: int = SHOWN) -> None:
+    """Log the (name, reason) of images that can't be read, the first `most` of them."""
+    for name, reason in bad[:most]:
         _log.warning("skipped, since it can't be read: %s: %s", name, reason)
-    if len(bad) > SHOWN:
-        _log.warning("and %d more", len(bad) - SHOWN)
+    if len(bad) > most:
+        _log.warning("and %d more", len(bad) - most)
 
 
 def batches_of(n: int, batch_size: int, rank: int = 0, size: int = 1) -> list[list[int]]:

@@ -57,7 +57,7 @@ class Batch:
         sites: the encoder's index tables of `masks`, where they are made ahead.
         geometry: how each crop was cut.
         bad: (name, reason) of images that could not be read.
-        missing: samples that have no image.
+        missing: of the first sample that has no image, what could not be read; none where all have.
     """
 
     images: Tensor
@@ -68,7 +68,7 @@ class Batch:
     sites: Any = None
     geometry: list[Geometry | None] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
-    missing: int = 0
+    missing: list[tuple[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -95,7 +95,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         _joined([sample.target for sample in good]),
         geometry=[sample.geometry for sample in good],
         bad=[bad for sample in samples for bad in sample.bad],
-        missing=len(samples) - len(good),
+        missing=next((sample.bad for sample in samples if sample.image is None), []),
     )
 
 

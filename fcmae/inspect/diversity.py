@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -57,13 +57,15 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
         RunError: no image could be read, or `out` could not be written.
     """
     sources = [config.source] if isinstance(config.source, str) else config.source
+    find = images_of(config)
     settings = {
-        source: set_up(
-            replace(config, source=source), load_backbone, _chosen(config), ".png", ".svg"
-        )
+        source: set_up(replace(config, source=source), load_backbone, find, ".png", ".svg")
         for source in sources
     }
-    result = {source: _measured(setting, config) for source, setting in settings.items()}
+    result = {
+        source: _measured(setting._replace(images=_chosen(setting.images, config.count)), config)
+        for source, setting in settings.items()
+    }
     if show and config.json:
         print(json.dumps(result))
     elif show:
@@ -80,17 +82,11 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
     return result
 
 
-def _chosen(config: DiversityConfig) -> Callable[[object], Split]:
-    """The images to measure on, at most `count`, chosen by a hash."""
-
-    def find(model: object) -> Split:
-        split = images_of(config)(model)
-        if len(split.source) <= config.count:
-            return split
-        chosen = split_holdout(split.source, config.count, minimum=0)[1]
-        return split._replace(source=split.source.select(chosen))
-
-    return find
+def _chosen(split: Split, count: int) -> Split:
+    """At most `count` of the images, chosen by a hash."""
+    if len(split.source) <= count:
+        return split
+    return split._replace(source=split.source.select(split_holdout(split.source, count, 0)[1]))
 
 
 def _measured(setting: Setting[Backbone, Split], config: DiversityConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -76,16 +77,30 @@ def set_up(
 
 
 def images_of(config: Any) -> Callable[[object], Split]:
-    """How to find the images of `config.images`, whatever the model."""
-    return lambda _: Split(find_images(config.images, setting="images"), "", None)
+    """How to find the images of `config.images`, whatever the model: once."""
+
+    @cache
+    def find() -> Split:
+        return Split(find_images(config.images, setting="images"))
+
+    return lambda _: find()
 
 
 def batches(
-    setting: Setting[Any, Split], config: Any, shown: str | None = None
+    setting: Setting[Any, Split],
+    config: Any,
+    shown: str | None = None,
+    report_all: bool = False,
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Yield the batches of a command that have images, and these normalised on the device.
 
-    Images that can't be read are reported at the end.
+    Images that can't be read are reported.
+
+    Args:
+        setting: the command's.
+        config: has `batch_size` and `workers`.
+        shown: what stands beside a progress bar, on terminals; None shows none.
+        report_all: every unreadable image is reported, as it is met; else the first 20 at the end.
 
     Raises:
         RunError: no image could be read, or a process that reads them died.
@@ -98,10 +113,13 @@ def batches(
         split, setting.model.images, setting.device, config.batch_size, workers, shown=shown
     ):
         bad += batch.bad
+        if report_all:
+            report_skipped(batch.bad, len(batch.bad))
         if len(batch):
             count += len(batch)
             yield batch, images
-    report_skipped(bad)
+    if not report_all:
+        report_skipped(bad)
     if not count:
         raise RunError(f"none of the {len(split.source)} images can be read{_example(bad)}")
 

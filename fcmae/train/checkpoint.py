@@ -27,7 +27,7 @@ from sparse.errors import InputError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-FORMAT = 1
+FORMAT = 2
 _STATE = {"step": int, "epoch_end_due": bool, "threads": int, "asked": dict, "settings": dict}
 """What every state holds, whatever the command."""
 

@@ -31,7 +31,7 @@ from fcmae.train.checkpoint import (
 )
 from fcmae.train.clock import Clock
 from fcmae.train.machine import autocast_dtype, versions
-from fcmae.train.optimizer import check_gate, gradient_norm
+from fcmae.train.optimizer import gradient_norm
 from fcmae.train.plan import Plan
 from fcmae.train.processes import OnHost, World
 from fcmae.train.resume import asked_settings
@@ -76,7 +76,6 @@ class Loop:
         self.epoch_end_due = False
         self._save_failures, self._bad_seen = 0, set[str]()
         self._unchecked: Update | None = None
-        check_gate(task.optimizer)
         self._statistics = RunningStatistics(task.model if config.nonfinite == "skip" else None)
         self.forward: nn.Module = task.model
         if world.size > 1:
@@ -164,7 +163,7 @@ class Loop:
         for part in range(config.accumulate):
             batch = next(batches)
             if batch.missing:
-                self._give_up(batch.bad)
+                self._give_up(batch.missing, bad + batch.bad)
             last = part == config.accumulate - 1
             with self._sync_gradients(last), self._autocast():
                 loss = self.task.loss(self.forward, batch) / config.accumulate
@@ -259,20 +258,24 @@ class Loop:
     def _stop_wanted(self, signals: Signals) -> bool:
         return self.world.agree([signals.received])[0] != 0
 
-    def _give_up(self, bad: list[tuple[str, str]]) -> None:
+    def _give_up(self, tried: list[tuple[str, str]], bad: list[tuple[str, str]]) -> None:
         """Record what could not be read, and stop.
 
+        Args:
+            tried: (name, reason) of an image and of its replacements.
+            bad: of all that could not be read in this step.
+
         Raises:
-            RunError: always: neither an image nor any of its replacements could be read.
+            RunError: always.
         """
         if self.folder is not None:
             self.folder.record_bad(bad)
-        name, reason = bad[0]
-        others = len({other for other, _ in bad}) - 1
+        name, reason = tried[0]
+        others = len({other for other, _ in tried}) - 1
         more = f", nor can {others} others tried in its place" if others else ""
         raise RunError(
             f"image {name!r} can't be read ({reason}){more}: check that the images are still there "
-            "and of this kind; bad_images.jsonl lists them"
+            "and of this kind"
         )
 
     def _record_bad(self, new: list[tuple[str, str]]) -> None:

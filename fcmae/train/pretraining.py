@@ -33,7 +33,7 @@ from fcmae.weights.export import export_folder
 from fcmae.weights.load import init_encoder
 from sparse import SparseConvNeXtV2
 from sparse.encoder import init_fan_in
-from sparse.engines import get_engine
+from sparse.engines import resolve_engine
 from sparse.errors import InputError
 from sparse.layouts import infer_architecture
 from sparse.sizes import resolve_size
@@ -68,7 +68,8 @@ class Pretraining:
         img_size = height_width(config.img_size)
         check_mask_ratio(config.mask_ratio, grid_of(img_size))
         resolve_size(config.model, config.depths, config.dims)
-        get_engine(config.engine, device.type, compiled=config.compile)
+        self._engine, why = resolve_engine(config.engine, device.type, compiled=config.compile)
+        self._why_engine = f" ({why})" if why else ""
         return img_size
 
     def find_images(self, start: SavedCheckpoint | None) -> Images:
@@ -105,17 +106,23 @@ class Pretraining:
         config = replace(self.config, init_from=None) if resolved.start else self.config
         self._preprocessing = resolved.images
         self._model = build_model(config).to(resolved.world.device)
-        self._engine = self._model.encoder.engine_on(resolved.world.device).name
         return self._model
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return make_optimizer(model, self.config.optim)
 
     def prepare(self, resolved: Resolved) -> None:
         pass
 
     def make_task(
-        self, model: nn.Module, resolved: Resolved, plan: Plan, folder: RunFolder | None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        resolved: Resolved,
+        plan: Plan,
+        folder: RunFolder | None,
     ) -> PretrainTask:
         watchers = make_watchers(self.config, resolved, self._held, self._labelled, folder)
-        optimizer = make_optimizer(model, self.config.optim)
         return PretrainTask(
             self._model, optimizer, resolved.images, watchers, self._count, plan.epochs
         )
@@ -133,7 +140,7 @@ class Pretraining:
         h, w = grid_of(resolved.images.img_size)
         millions = sum(p.numel() for p in encoder.parameters()) / 1e6
         lines = [
-            f"encoder {name}: {millions:.3g} M weights, engine {self._engine}",
+            f"encoder {name}: {millions:.3g} M weights, engine {self._engine}{self._why_engine}",
             f"{keep_count(h * w, config.mask_ratio)} of {h * w} patches are visible, the others "
             "are reconstructed",
         ]

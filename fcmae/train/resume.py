@@ -73,7 +73,7 @@ def _named(config: Any, saved: list[Path]) -> SavedCheckpoint:
     named = Path(config.resume)
     since = newest_checkpoint(RunPaths(Path(config.out)).checkpoints)
     if since is not None and since.state["asked"].get("resume") == asked_settings(config)["resume"]:
-        _log.info("going on with what came of %s, not from there again", named)
+        _log.info("resuming from the newest checkpoint that continued %s", named)
         return since
     if not named.is_dir():
         there = f" or one of {', '.join(map(str, saved))}" if saved else " or a checkpoint's path"

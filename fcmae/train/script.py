@@ -119,12 +119,25 @@ class Job(Protocol):
         """Return the model with its initial weights, on the device: a function of the seed."""
         ...
 
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimizer of what is trained.
+
+        Raises:
+            InputError: the config can't be met for this model.
+        """
+        ...
+
     def prepare(self, resolved: Resolved) -> None:
         """Do what takes all processes together before anything is written."""
         ...
 
     def make_task(
-        self, model: nn.Module, resolved: Resolved, plan: Plan, folder: RunFolder | None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        resolved: Resolved,
+        plan: Plan,
+        folder: RunFolder | None,
     ) -> Task:
         """Return what the loop trains; `folder` is None on processes other than the main one."""
         ...
@@ -178,14 +191,15 @@ def train(job: Job) -> int:
         size = checkpoint_bytes(model, job.weight_copies)
         if step < plan.total_steps:
             check_disk(config, size)
-        job.prepare(resolved)
-        # Nobody writes before everybody has checked.
+        optimizer = job.make_optimizer(model)
+        # Nobody writes, or waits for the others, before everybody has checked.
         world.check_same(facts(config, step, *images.lists.values(), *images.others))
+        job.prepare(resolved)
         with open_run(config, job.command, start, world.is_main) as folder:
             if folder is not None:
                 for part, files in images.lists.items():
                     files.save(folder.paths.images(part))
-            task = job.make_task(model, resolved, plan, folder)
+            task = job.make_task(model, optimizer, resolved, plan, folder)
             settings = _settings(job, resolved, plan)
             loop = Loop(task, plan, config, settings, images.train.name, world, folder)
             if start is not None:

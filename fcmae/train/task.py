@@ -1,4 +1,4 @@
-"""What the training loop trains: the interface, and reconstruction as such a task."""
+"""What the training loop trains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Task(Protocol):
 
     Attributes:
         model: the weights, saved as `model`.
-        optimizer: AdamW; each group's rate is the schedule's times its `lr_scale`, if any.
+        optimizer: AdamW; each group's rate is the schedule's times its `lr_scale`.
         files: number of files indexed, of which too many may turn out unreadable.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,8 +70,10 @@ class TensorBoardTracker:
         self._writer.flush()
 
     def finish(self) -> None:
-        threading.excepthook = self._hook
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._hook
 
 
 TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {
@@ -128,7 +131,8 @@ class Trackers:
                     use(tracker)
             except Exception as error:  # noqa: BLE001  # trackers raise what disks and networks do
                 _log.warning("%s records no more until the run is resumed: %s", name, error)
-                del self._active[name]
+                with suppress(Exception):
+                    self._active.pop(name).finish()
 
 
 def _without_tensorboard(otherwise: Callable[[Any], object]) -> Callable[[Any], object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,8 +13,6 @@ from sparse.engines.dense import DenseEngine
 from sparse.engines.minkowski import INSTALL, MinkowskiEngine, why_unavailable
 from sparse.engines.patch import PatchEngine
 from sparse.errors import InputError
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,13 +80,13 @@ def check_engine_name(name: str) -> None:
     _check_runs(name, ENGINES[name].missing())
 
 
-def get_engine(
+def resolve_engine(
     name: str = "auto",
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
-) -> Engine:
-    """Return an engine by name.
+) -> tuple[str, str]:
+    """Return the name of the engine that runs, and why: one clause, empty where it was named.
 
     Args:
         name: a key of `ENGINES`, or `auto`: the first of them that can run so. All give the same
@@ -105,12 +102,23 @@ def get_engine(
     obstacles = {key: ENGINES[key].obstacle(device, dtype, compiled) for key in ENGINES}
     if name != "auto":
         _check_runs(name, obstacles[name])
-        return ENGINES[name].make()
+        return name, ""
     candidates = [key for key, entry in ENGINES.items() if entry.automatic]
     chosen = next(key for key in candidates if obstacles[key] is None)
-    passed = [f"not {key}: {obstacles[key]}" for key in candidates[: candidates.index(chosen)]]
-    _log.info("engine auto is %s on %s%s", chosen, device, "".join(f" ({why})" for why in passed))
-    return ENGINES[chosen].make()
+    passed = [
+        f"{key} can't run: {obstacles[key]}" for key in candidates[: candidates.index(chosen)]
+    ]
+    return chosen, "; ".join(["chosen by auto", *passed])
+
+
+def get_engine(
+    name: str = "auto",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+) -> Engine:
+    """Return an engine; arguments and errors are those of `resolve_engine`."""
+    return ENGINES[resolve_engine(name, device, dtype, compiled)[0]].make()
 
 
 def _check_runs(name: str, obstacle: str | None) -> None:
