@@ -14,27 +14,26 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import timm
 import torch
 from rich.console import Console
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from fcmae.data.labelled import LabelledData, Split
+from fcmae.data.file_list import FileList
 from fcmae.data.sample import Batch, normalise
 from fcmae.data.statistics import Preprocessing, imagenet_mean_std
 from fcmae.train.loop import Loop
 from fcmae.train.optimizer import make_optimizer
 from fcmae.train.plan import make_plan
-from fcmae.train.processes import World
-from fcmae.train.script import Resolved
 from fcmae.train.signals import Signals
+from fcmae.train.task import Images, Resolved
 from finetune.blocks import speed_up
 from finetune.config import FinetuneConfig, FinetuneOptimConfig
 from finetune.optim import layer_depths
-from finetune.task import FinetuneTask
 from finetune.tasks.classify import Classify
+from finetune.train import Finetuning, make_ema
 
 CLASSES = 10
 EPOCHS = 30
@@ -64,16 +63,15 @@ def plain_step(model: nn.Module, config: FinetuneConfig) -> Callable[[Tensor, Te
 
 def make_loop(model: nn.Module, config: FinetuneConfig, steps: int) -> Loop:
     """Our loop, without a run folder and with nothing to validate on."""
-    world = World(0, 1, CPU)
-    nothing: DataLoader[tuple[Tensor, ...]] = DataLoader(TensorDataset(torch.empty(0)))
-    kind = Classify(config)
-    kind.data = LabelledData(Split(range(1)), Split(range(0)), ())  # type: ignore[arg-type]
+    task = Finetuning(config, Classify(config))
+    task.images = Images(FileList([], *np.empty((3, 0), np.uint8)), {})
     images = Preprocessing((0, 0), tuple(MEAN), tuple(STD))
-    resolved = Resolved(images, "fp32", 0, None, world, config.batch_size)
-    optimizer = make_optimizer(model, config.optim, layer_depths(model, "single"))
-    task = FinetuneTask(config, kind, model, optimizer, resolved, 1, 1, nothing, {}, None)
-    plan = make_plan(config, steps * config.batch_size, EPOCHS)
-    return Loop(task, plan, config, {"precision": "fp32"}, str, world, None)
+    task.resolved = Resolved(images, make_plan(config, steps * config.batch_size, EPOCHS))
+    task.model = model
+    task.optimizer = make_optimizer(model, config.optim, layer_depths(model, "single"))
+    task.ema = make_ema(model, config.ema_decay or 0.0)
+    model.train()
+    return Loop(task)
 
 
 def main() -> int:

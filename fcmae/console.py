@@ -22,6 +22,9 @@ Item = TypeVar("Item")
 
 console = Console(stderr=True)
 
+PACKAGES = ("fcmae", "sparse", "finetune")
+"""Whose log messages a user sees."""
+
 
 class _ConsoleHandler(logging.Handler):
     """Log messages as plain lines, above the progress line where there is one."""
@@ -35,7 +38,7 @@ def show_logs() -> None:
     """Send the packages' log messages to the terminal, once; of processes but the main one of
     torchrun, only warnings."""
     level = logging.WARNING if os.environ.get("RANK", "0") != "0" else logging.INFO
-    for name in ("fcmae", "sparse", "finetune"):
+    for name in PACKAGES:
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         if not any(isinstance(handler, _ConsoleHandler) for handler in logger.handlers):

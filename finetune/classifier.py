@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fcmae.data.statistics import Preprocessing, default_preprocessing
 from fcmae.train.checkpoint import first_difference
-from fcmae.train.run_folder import RunPaths
+from fcmae.train.run_paths import RunPaths
 from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, read_json, read_state
 from finetune.blocks import speed_up
 from finetune.model import Start, build_model, timm_name

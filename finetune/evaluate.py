@@ -21,7 +21,7 @@ from fcmae.config.files import read_yaml
 from fcmae.data.file_list import FileList, refuse_to_replace
 from fcmae.data.labelled import TRAIN, VAL, Split, check_known, find_classes, labels_of
 from fcmae.inspect.prologue import Setting, batches, set_up
-from fcmae.train.run_folder import RunPaths
+from fcmae.train.run_paths import RunPaths
 from finetune.classifier import Classifier, load_classifier
 from sparse.errors import InputError
 

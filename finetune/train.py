@@ -1,28 +1,30 @@
-"""Fine-tuning as a job for the training script: from labelled images to a trained model."""
-
-from __future__ import annotations
+"""Fine-tuning as a task for the training script: from labelled images to a trained model."""
 
 import logging
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
 
 from fcmae import rng
 from fcmae.config.values import height_width
 from fcmae.data.duplicates import Duplicate, report_duplicates, write_duplicates
 from fcmae.data.evaluation import EvalDataset, batches_of
 from fcmae.data.loader import make_loader
-from fcmae.data.statistics import MeanStd, Preprocessing, imagenet_mean_std
-from fcmae.train.checkpoint import SavedCheckpoint
-from fcmae.train.optimizer import make_optimizer
-from fcmae.train.plan import AutoEpochs, Plan
+from fcmae.data.sample import Batch, normalise
+from fcmae.data.statistics import MeanStd, imagenet_mean_std
+from fcmae.train.checkpoint import SavedCheckpoint, load_model_tensors
+from fcmae.train.plan import AutoEpochs
 from fcmae.train.run_folder import RunFolder
-from fcmae.train.script import Images, Resolved, train
-from fcmae.weights.export import timm_config
+from fcmae.train.script import train
+from fcmae.train.task import Images, Interrupted, Task
+from fcmae.weights.export import timm_config, write_timm_folder
 from finetune.augment import TrainDataset, recolouring
 from finetune.blocks import speed_up
 from finetune.config import FinetuneConfig
@@ -35,12 +37,14 @@ from finetune.model import (
     freeze_backbone,
     init_convnext,
     scale_classifier,
+    set_training,
 )
 from finetune.optim import layer_depths
-from finetune.task import FinetuneTask
 from finetune.tasks import TASKS
 from finetune.tasks.base import LabelKind
+from sparse.devices import to_device
 from sparse.encoder import check_compiler
+from sparse.errors import RunError
 
 HEAD_SCALE = 0.001
 """What `head_init_scale: null` takes with pretrained weights (P Tables 9 to 11)."""
@@ -52,6 +56,12 @@ away what tells images apart: see docs/experiments.md, Short runs."""
 MEASUREMENTS = 30
 """On the validation images, with `val_epochs: auto`."""
 
+LOWER_RATE = 4
+"""Factor between a learning rate with which a model does not learn and the one to try next."""
+
+BEST = "best"
+"""The file of a checkpoint that holds the best weights so far."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -60,8 +70,8 @@ def finetune(config: FinetuneConfig) -> int:
     return train(Finetuning(config, TASKS["classify"](config)))
 
 
-class Finetuning:
-    """See `fcmae.train.script.Job`.
+class Finetuning(Task):
+    """A timm model on labelled images.
 
     Args:
         config: what was asked.
@@ -71,11 +81,17 @@ class Finetuning:
     command = "finetune"
     auto_epochs = AutoEpochs(crops=60_000, fewest=20, most=200)
 
+    config: FinetuneConfig
+
     def __init__(self, config: FinetuneConfig, kind: LabelKind) -> None:
-        self.config, self.kind = config, kind
+        super().__init__(config)
+        self.kind = kind
         self.least_warmup = LEAST_WARMUP if config.freeze == "none" else 0
         self.weight_copies = 1 + (config.ema_decay is not None)  # the best ones, and the average
+        self.best: dict[str, Tensor] | None = None
+        self.best_score: dict[str, Any] | None = None
         self._duplicates: list[Duplicate] | None = None
+        self._warned_at_chance = False
 
     def check(self, device: torch.device) -> tuple[int, int]:
         img_size = height_width(self.config.img_size, multiple=1)
@@ -101,8 +117,8 @@ class Finetuning:
             return {"weights": imagenet_mean_std(self.config.in_chans)}
         return {"weights": (list(images.mean), list(images.std))}
 
-    def build_model(self, resolved: Resolved) -> nn.Module:
-        config = self.config
+    def build_model(self) -> nn.Module:
+        config, resolved = self.config, self.resolved
         self.kind.check(resolved.part)
         torch.manual_seed(rng.seed_for(config.seed, rng.FINETUNE, 0, 0))
         model, self._args = build_model(
@@ -117,53 +133,48 @@ class Finetuning:
         model = model.to(resolved.world.device)
         speed_up(model, config.compile)
         check_part(model, resolved.part)
-        self._model = model
         return model
 
-    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+    def layer_depths(self) -> Mapping[str, int] | None:
         optim = self.config.optim
-        depths = None if optim.layer_decay == 1 else layer_depths(model, optim.layer_group)
-        return make_optimizer(model, optim, depths)
+        return None if optim.layer_decay == 1 else layer_depths(self.model, optim.layer_group)
 
-    def prepare(self, resolved: Resolved) -> None:
-        config = self.config
-        if config.near_duplicates is not None:
+    def prepare(self) -> None:
+        folder = self.config.near_duplicates
+        if folder is not None:
             self._duplicates = report_duplicates(
-                config.near_duplicates, self.kind.data, config.workers, resolved.world
+                folder, self.kind.data, self.config.workers, self.resolved.world
             )
 
-    def make_task(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        resolved: Resolved,
-        plan: Plan,
-        folder: RunFolder | None,
-    ) -> FinetuneTask:
-        config, world, val = self.config, resolved.world, self.kind.data.val
-        dataset = EvalDataset(val, self._images(resolved), config.max_pixels)
+    def begin(self) -> None:
+        config, resolved, world = self.config, self.resolved, self.resolved.world
+        augment = config.augment
+        images = replace(
+            resolved.images, crop_pct=augment.crop_pct, interpolation=augment.interpolation
+        )
+        dataset = EvalDataset(self.kind.data.val, images, config.max_pixels)
         batches = batches_of(len(dataset), resolved.part, world.rank, world.size)
-        validation = make_loader(dataset, batches, resolved.workers, world.device.type == "cuda")
-        self._task = FinetuneTask(
-            config, self.kind, model, optimizer, resolved,
-            plan.epochs, resolve_val_epochs(config, plan.epochs), validation,
-            self._timm_config(resolved), folder,
+        pin = world.device.type == "cuda"
+        self._validation = make_loader(dataset, batches, resolved.workers, pin)
+        model: Any = self.model
+        classifier = classifier_names(model)
+        self._timm_config = timm_config(
+            self._origin.name, self._args, int(model.num_features), images,
+            self.kind.describe().get("label_names", ()),
+            classifier[0] if len(classifier) == 1 else list(classifier),
+            model.pretrained_cfg.get("first_conv"),
         )  # fmt: skip
+        self.ema = None if config.ema_decay is None else make_ema(model, config.ema_decay)
+        set_training(model, config.freeze == "backbone")
         if config.compile:
             model.compile()  # in place: the average was copied before, and stays as it is
-        if folder is not None and self._duplicates is not None:
-            write_duplicates(self._duplicates, folder.paths.near_duplicates)
-        if folder is not None and resolved.start is None:
-            self._task.write_best(folder.paths.best)  # removes what a run that never saved wrote
-        return self._task
+        if self.folder is not None and self._duplicates is not None:
+            write_duplicates(self._duplicates, self.folder.paths.near_duplicates)
+        if self.folder is not None and resolved.start is None:
+            self._write_best(self.folder.paths.best)  # removes what a run that never saved wrote
 
-    def settings(self) -> dict[str, Any]:
-        return {
-            "model": self._origin.name, "model_args": self._args, **self.kind.describe()
-        }  # fmt: skip
-
-    def announcement(self, resolved: Resolved, plan: Plan) -> list[str]:
-        config, origin, parameters = self.config, self._origin, list(self._model.parameters())
+    def announcement(self) -> list[str]:
+        config, origin, parameters = self.config, self._origin, list(self.model.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
         share = f", of which the head is trained ({trained:.3g} M)"
         lines = [
@@ -174,7 +185,7 @@ class Finetuning:
         recoloured = config.augment.color_jitter or config.augment.randaugment
         if recoloured and config.in_chans not in (1, 3):
             lines.append("randaugment and color_jitter need 1 or 3 channels and are not used")
-        if origin.images is not None and origin.images.img_size != resolved.images.img_size:
+        if origin.images and origin.images.img_size != self.resolved.images.img_size:
             height, width = origin.images.img_size
             lines.append(
                 f"the weights saw images of {height}×{width}: --img_size '[{height},{width}]' "
@@ -182,41 +193,153 @@ class Finetuning:
             )
         return lines
 
-    def dataset(self, resolved: Resolved) -> TrainDataset:
-        config = self.config
+    def settings(self) -> dict[str, Any]:
+        model = {"model": self._origin.name, "model_args": self._args}
+        return super().settings() | model | self.kind.describe()
+
+    def dataset(self) -> TrainDataset:
+        config, train_split = self.config, self.kind.data.train
         return TrainDataset(
-            self.kind.data.train, resolved.images, config.augment, config.seed, config.max_pixels
+            train_split, self.resolved.images, config.augment, config.seed, config.max_pixels
         )
 
+    def restore(self, checkpoint: SavedCheckpoint) -> None:
+        if self.ema is not None:
+            load_model_tensors(self.ema.module, checkpoint.tensors("ema"))
+        self.best = checkpoint.tensors(BEST) or None
+        self.best_score = checkpoint.state["best"]
+        if self.folder is not None:
+            self._write_best(self.folder.paths.best)
+
+    def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
+        return self.kind.loss(forward, *self._on_device(batch))
+
+    def after_step(self, step: int) -> None:
+        if self.ema is not None:
+            self.ema.update(self.model, step + EMA_AHEAD)
+
+    def end_epoch(self, epoch: int, step: int, stop: Callable[[], bool]) -> dict[str, float]:
+        """Measure the model and its average, and keep the best weights of all epochs so far.
+
+        What counts are the scores of the averaged weights where there are any.
+        """
+        epochs = self.resolved.plan.epochs
+        if epoch % resolve_val_epochs(self.config, epochs) and epoch != epochs:
+            return {}
+        models = {"val": self.model}
+        if self.ema is not None:
+            models["ema"] = self.ema.module
+        self.resolved.world.share(b for model in models.values() for b in model.buffers())
+        self.model.eval()
+        try:
+            with torch.compiler.set_stance("force_eager"):  # batches differ in size here
+                scores = self._measure(models, stop)
+        finally:
+            set_training(self.model, self.config.freeze == "backbone")
+        name = [*models][-1]
+        self._keep_best(models[name], scores[name], epoch, step)
+        self._warn_at_chance([*scores.values()], epoch)
+        return {
+            f"{name}_{key}": value for name, score in scores.items() for key, value in score.items()
+        }
+
+    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The average, and the best weights: a run that resumes from here forgets later ones."""
+        ema = {} if self.ema is None else {"ema": self.ema.module.state_dict()}
+        best = {} if self.best is None else {BEST: self.best}
+        return ema | best
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"best": self.best_score}
+
     def export(self, folder: RunFolder) -> None:
-        self._task.write_best(folder.paths.exported)
-        best = self._task.best_score
+        self._write_best(folder.paths.exported)
+        best = self.best_score
         if best is not None:
             _log.info(
                 "best after epoch %d: %s; the model for timm is in %s", best["epoch"],
                 self.kind.summary(best), folder.paths.exported,
             )  # fmt: skip
 
-    def _timm_config(self, resolved: Resolved) -> dict[str, Any]:
-        """The config.json of the model that the run exports."""
-        model: Any = self._model
-        classifier = classifier_names(model)
-        return timm_config(
-            self._origin.name,
-            self._args,
-            int(model.num_features),
-            self._images(resolved),
-            self.kind.describe().get("label_names", ()),
-            classifier[0] if len(classifier) == 1 else list(classifier),
-            model.pretrained_cfg.get("first_conv"),
-        )
+    @torch.no_grad()
+    def _measure(
+        self, models: dict[str, nn.Module], stop: Callable[[], bool]
+    ) -> dict[str, dict[str, float]]:
+        """Score each model over all processes.
 
-    def _images(self, resolved: Resolved) -> Preprocessing:
-        """How images are prepared for evaluation."""
-        augment = self.config.augment
-        return replace(
-            resolved.images, crop_pct=augment.crop_pct, interpolation=augment.interpolation
-        )
+        Raises:
+            Interrupted: the run has to stop.
+            RunError: too many images, or all, can't be read.
+        """
+        scores = {name: self.kind.scores(self.resolved.world.device) for name in models}
+        bad: list[tuple[str, str]] = []
+        for batch in self._validation:
+            if stop():
+                raise Interrupted
+            bad += batch.bad
+            if len(batch):
+                images, targets = self._on_device(batch)
+                for name, model in models.items():
+                    with self.resolved.autocast():
+                        outputs = model(images)
+                    scores[name].update(outputs, targets)
+        self.record_bad(bad)
+        found = {name: score.compute() for name, score in scores.items()}
+        if not all(found.values()):
+            raise RunError("none of the validation images can be read: see bad_images.jsonl")
+        return found
+
+    def _warn_at_chance(self, scores: list[dict[str, float]], epoch: int) -> None:
+        """Warn once, from half of the epochs on, where the model has not begun to learn."""
+        epochs = self.resolved.plan.epochs
+        if self.folder is None or self._warned_at_chance or 2 * epoch < epochs:
+            return
+        chance = self.kind.chance(scores)
+        if chance is not None:
+            self._warned_at_chance = True
+            _log.warning(
+                "after %d of %d epochs %s: the model has not learned; train it again in another "
+                "--out with --optim.base_lr %g",
+                epoch, epochs, chance, self.config.optim.base_lr / LOWER_RATE,
+            )  # fmt: skip
+
+    def _keep_best(self, model: nn.Module, scores: dict[str, float], epoch: int, step: int) -> None:
+        before, rank = self.best_score, self.kind.rank
+        if before and rank(scores) <= rank(before):
+            return
+        self.best_score = {"epoch": epoch, "step": step, **scores}
+        if self.folder is not None:
+            state = model.state_dict().items()
+            self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state}
+            self._write_best(self.folder.paths.best)
+
+    def _write_best(self, out: Path) -> None:
+        """Write the best weights as a timm folder, or remove what is there if there are none."""
+        if self.best is None:
+            shutil.rmtree(out, ignore_errors=True)
+        else:
+            write_timm_folder(self.best, self._timm_config, out)
+
+    def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        how, device = self.resolved.images, self.resolved.world.device
+        images = normalise(batch.images, how.mean, how.std, device)
+        assert batch.targets is not None
+        targets = to_device(batch.targets, device)
+        return images.contiguous(memory_format=torch.channels_last), targets
+
+
+EMA_AHEAD = 2
+"""Added to the completed steps t, timm's decay below is min(most, (1 + t) / (10 + t))."""
+
+
+def make_ema(model: nn.Module, most: float) -> ModelEmaV3:
+    """A running average of a model's weights and running statistics, in `module`.
+
+    Args:
+        model: on its device.
+        most: the largest decay.
+    """
+    return ModelEmaV3(model, most, use_warmup=True, warmup_gamma=9, warmup_power=1)
 
 
 def head_scale(config: FinetuneConfig) -> float:

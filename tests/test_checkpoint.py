@@ -1,13 +1,13 @@
 """Checkpoints: whole or not there, verified, pruned only behind a good one."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from fcmae.train.checkpoint import (
-    Checkpoint,
     _describe,
     damage,
     list_checkpoints,
@@ -23,41 +23,48 @@ from fcmae.train.optimizer import check_gate
 from sparse.errors import InputError
 
 
-def example(value: float = 1.0) -> Checkpoint:
-    return Checkpoint(
+def example(value: float = 1.0) -> tuple[dict[str, Any], dict[str, Any]]:
+    return (
         {"model": {"a": torch.full((3,), value)}, "optimizer": {"a/step": torch.tensor(value)}},
-        {"epoch": 1, "epoch_end_due": False, "threads": 1, "asked": {}, "settings": {}},
+        {
+            "epoch": 1,
+            "epoch_end_due": False,
+            "threads": 1,
+            "asked": {},
+            "settings": {},
+            "images": {},
+        },
     )
 
 
 def test_what_is_saved_comes_back(tmp_path):
-    path = save_checkpoint(tmp_path, 12, example(), keep=2)
+    path = save_checkpoint(tmp_path, 12, *example(), keep=2)
     assert path.name == "step-00000012"
     back = load_checkpoint(path)
     assert torch.equal(back.tensors("model")["a"], torch.ones(3))
     assert back.tensors("optimizer")["a/step"].shape == ()
-    assert back.state == {"format": 2, "step": 12, **example().state}
+    assert back.state == {"format": 2, "step": 12, **example()[1]}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["step-00000012"]
 
 
 def test_the_newest_two_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
-        save_checkpoint(tmp_path, step, example(step), keep=2)
+        save_checkpoint(tmp_path, step, *example(step), keep=2)
     assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["4", "3"]
 
 
 def test_a_damaged_one_does_not_count_as_kept(tmp_path):
     for step in (1, 2):
-        save_checkpoint(tmp_path, step, example(step), keep=2)
+        save_checkpoint(tmp_path, step, *example(step), keep=2)
     (tmp_path / "step-00000002" / "state.json").write_text("{")
-    save_checkpoint(tmp_path, 3, example(3), keep=2)
+    save_checkpoint(tmp_path, 3, *example(3), keep=2)
     assert newest_good(tmp_path) == tmp_path / "step-00000003"
     assert damage(tmp_path / "step-00000001") is None
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_every_flipped_byte_is_noticed(tmp_path, name):
-    path = save_checkpoint(tmp_path, 1, example(), keep=2)
+    path = save_checkpoint(tmp_path, 1, *example(), keep=2)
     whole = (path / name).read_bytes()
     for position in range(0, len(whole), 7):
         broken = bytearray(whole)
@@ -71,7 +78,7 @@ def test_every_flipped_byte_is_noticed(tmp_path, name):
 
 
 def test_a_broken_manifest_is_damage(tmp_path):
-    path = save_checkpoint(tmp_path, 1, example(), keep=2)
+    path = save_checkpoint(tmp_path, 1, *example(), keep=2)
     for text in ("", "[]", '{"files": {}}', '{"files": {"model.safetensors": 3}}', "\x00"):
         (path / "manifest.json").write_text(text)
         assert damage(path) is not None
@@ -84,8 +91,8 @@ def test_a_broken_manifest_is_damage(tmp_path):
 
 
 def test_automatic_choice_passes_over_damage_and_says_so(tmp_path, caplog):
-    save_checkpoint(tmp_path, 1, example(), keep=3)
-    newest = save_checkpoint(tmp_path, 2, example(), keep=3)
+    save_checkpoint(tmp_path, 1, *example(), keep=3)
+    newest = save_checkpoint(tmp_path, 2, *example(), keep=3)
     (newest / "model.safetensors").write_bytes(b"short")
     assert newest_good(tmp_path) == tmp_path / "step-00000001"
     assert "step-00000002 is damaged and was passed over" in caplog.text
@@ -96,29 +103,29 @@ def test_automatic_choice_passes_over_damage_and_says_so(tmp_path, caplog):
 
 
 def test_a_failing_save_leaves_the_previous_one_and_no_half(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, 1, example(), keep=2)
+    save_checkpoint(tmp_path, 1, *example(), keep=2)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fcmae.train.checkpoint.sync", full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, 2, example(), keep=2)
+        save_checkpoint(tmp_path, 2, *example(), keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert damage(tmp_path / "step-00000001") is None
 
 
 def test_a_damaged_one_of_the_same_step_is_replaced(tmp_path):
-    path = save_checkpoint(tmp_path, 1, example(1), keep=2)
+    path = save_checkpoint(tmp_path, 1, *example(1), keep=2)
     (path / "model.safetensors").write_bytes(b"")
-    save_checkpoint(tmp_path, 1, example(2), keep=2)
+    save_checkpoint(tmp_path, 1, *example(2), keep=2)
     assert load_checkpoint(path).tensors("model")["a"][0] == 2
 
 
 def test_what_a_crash_left_is_cleared(tmp_path):
     (tmp_path / ".partial-step-00000001-9").mkdir()
     (tmp_path / ".discarded-step-00000001-9").mkdir()
-    save_checkpoint(tmp_path, 2, example(), keep=2)
+    save_checkpoint(tmp_path, 2, *example(), keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
@@ -155,7 +162,7 @@ def test_another_architecture_names_both_sides():
 
 def test_a_resume_verifies_each_file_once_and_holds_no_tensors(tmp_path, monkeypatch):
     for step in (1, 2):
-        path = save_checkpoint(tmp_path, step, example(step), keep=2)
+        path = save_checkpoint(tmp_path, step, *example(step), keep=2)
     read = []
     monkeypatch.setattr(
         "fcmae.train.checkpoint._describe",

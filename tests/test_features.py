@@ -25,10 +25,10 @@ from fcmae.data.statistics import Preprocessing, default_preprocessing
 from fcmae.inspect.embedding import embed
 from fcmae.inspect.features import extract, pooled
 from fcmae.train.checkpoint import list_checkpoints
+from fcmae.train.plan import Plan
 from fcmae.train.pretraining import pretrain
 from fcmae.train.processes import World
-from fcmae.train.script import Resolved
-from fcmae.train.task import Interrupted
+from fcmae.train.task import Interrupted, Resolved
 from fcmae.weights.export import timm_variant
 from fcmae.weights.load import Backbone, load_backbone, random_backbone
 from finetune.config import FinetuneConfig
@@ -259,9 +259,8 @@ def resolved(
     img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], **changes: Any
 ) -> Resolved:
     """What a run on this CPU resolves, with no workers."""
-    settings: dict[str, Any] = {"precision": "fp32", "part": 7, "world": World(0, 1, CPU)}
     images = Preprocessing(img_size, tuple(mean), tuple(std))
-    return Resolved(images, workers=0, start=None, **settings | changes)
+    return Resolved(images, Plan(1, 1, 0.1, 0), **{"part": 7, **changes})
 
 
 def failing(message: str) -> Any:

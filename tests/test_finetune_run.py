@@ -33,9 +33,8 @@ from finetune.config import FinetuneAugmentConfig, FinetuneConfig, FinetuneOptim
 from finetune.evaluate import evaluate, summarise
 from finetune.model import find_model
 from finetune.predict import predict
-from finetune.task import Ema, FinetuneTask
 from finetune.tasks.classify import Classify
-from finetune.train import Finetuning, finetune, resolve_val_epochs
+from finetune.train import EMA_AHEAD, Finetuning, finetune, make_ema, resolve_val_epochs
 from sparse.errors import InputError
 from tests.conftest import write_classes, write_pictures
 
@@ -134,14 +133,13 @@ def test_a_run_that_was_killed_is_the_run_never_stopped(
     script = (
         "import os, signal\n"
         "from pathlib import Path\n"
-        "from finetune.task import FinetuneTask\n"
-        "from finetune.train import finetune\n"
+        "from finetune.train import Finetuning, finetune\n"
         "from tests.test_finetune_run import config\n"
-        "update = FinetuneTask.after_step\n"
+        "update = Finetuning.after_step\n"
         "def after_step(self, step):\n"
         "    update(self, step)\n"
         "    if step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "FinetuneTask.after_step = after_step\n"
+        "Finetuning.after_step = after_step\n"
         f"finetune(config(Path({str(classes)!r}), Path({str(out)!r}), checkpoint_steps=2))\n"
     )
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -303,11 +301,11 @@ def test_a_model_at_chance_is_reported_once(
     What the first epoch of three gives is too early to judge by."""
     scores = iter(tops)
 
-    def measure(task: FinetuneTask, models: dict[str, Any], _: Any) -> dict[str, dict[str, float]]:
+    def measure(task: Finetuning, models: dict[str, Any], _: Any) -> dict[str, dict[str, float]]:
         score = {"top1": next(scores), "top5": 100.0, "loss": 1.0}
         return dict.fromkeys(models, score)
 
-    monkeypatch.setattr(FinetuneTask, "_measure", measure)
+    monkeypatch.setattr(Finetuning, "_measure", measure)
     optim = FinetuneOptimConfig(base_lr=0.02)
     assert finetune(config(classes, tmp_path / "run", epochs=3, optim=optim)) == 0
     said = [record.getMessage() for record in caplog.records]
@@ -323,16 +321,16 @@ def test_averaged_weights_by_hand() -> None:
     """Decay is 2/11 after the first update, 3/12 after the second, and 0.25 at most here."""
     model = torch.nn.BatchNorm1d(1)
     assert model.num_batches_tracked is not None
-    ema = Ema(model, 0.25)
+    ema = make_ema(model, 0.25)
     with torch.no_grad():
         model.weight.fill_(12.0)
         model.num_batches_tracked.fill_(7)
-    ema.update(1)
-    assert ema.model.state_dict()["weight"].item() == pytest.approx(1 * 2 / 11 + 12 * 9 / 11)
-    assert ema.model.state_dict()["num_batches_tracked"].item() == 7
-    before = ema.model.state_dict()["weight"].item()
-    ema.update(50)
-    assert ema.model.state_dict()["weight"].item() == pytest.approx(before * 0.25 + 12 * 0.75)
+    ema.update(model, 1 + EMA_AHEAD)
+    assert ema.module.state_dict()["weight"].item() == pytest.approx(1 * 2 / 11 + 12 * 9 / 11)
+    assert ema.module.state_dict()["num_batches_tracked"].item() == 7
+    before = ema.module.state_dict()["weight"].item()
+    ema.update(model, 50 + EMA_AHEAD)
+    assert ema.module.state_dict()["weight"].item() == pytest.approx(before * 0.25 + 12 * 0.75)
 
 
 def by_hand(run: Path, folder: Path) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fcmae.config.pretraining import PretrainConfig
-from fcmae.train.checkpoint import Checkpoint, damage, load_checkpoint, save_checkpoint
+from fcmae.train.checkpoint import damage, load_checkpoint, save_checkpoint
 from fcmae.train.resume import asked_settings, find_start
 from fcmae.weights.load import load_weights
 from sparse import SparseConvNeXtV2
@@ -36,14 +36,12 @@ def checkpoint(tmp_path):
     config = PretrainConfig("data", str(tmp_path / "run"))
     state = {
         "command": "pretrain", "epoch": 0, "epoch_end_due": False, "asked": asked_settings(config),
-        "settings": {"mean": [0.0], "std": [1.0]}, "processes": 1, "threads": 1, "versions": {},
+        "settings": {"mean": [0.0], "std": [1.0]}, "processes": 1, "threads": 1, "images": {},
     }  # fmt: skip
     model = {"weight": torch.zeros(3)}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
-    return save_checkpoint(
-        tmp_path / "run" / "checkpoints", 1, Checkpoint({"model": model}, state), keep=2
-    )
+    return save_checkpoint(tmp_path / "run" / "checkpoints", 1, {"model": model}, state, keep=2)
 
 
 @QUICK

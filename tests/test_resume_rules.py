@@ -14,7 +14,7 @@ from fcmae.config.files import to_yaml
 from fcmae.config.pretraining import DecoderConfig, PretrainConfig
 from fcmae.config.values import to_dict
 from fcmae.train import machine as resources
-from fcmae.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from fcmae.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from fcmae.train.pretraining import build_model, pretrain
 from fcmae.train.run_folder import _cut_metrics
 from sparse.errors import InputError, RunError
@@ -130,7 +130,8 @@ def test_a_setting_younger_than_the_run_had_its_default(copy, pictures):
     save_checkpoint(
         copy / "checkpoints",
         STEPS,
-        Checkpoint({name: old.tensors(name) for name in ("model", "optimizer")}, old.state),
+        {name: old.tensors(name) for name in ("model", "optimizer")},
+        old.state,
         keep=2,
     )
     assert pretrain(config(pictures, copy)) == 0

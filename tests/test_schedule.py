@@ -7,7 +7,7 @@ from torch import nn
 
 from fcmae import FCMAE
 from fcmae.train.clock import Clock
-from fcmae.train.optimizer import ema_decay, parameter_groups
+from fcmae.train.optimizer import parameter_groups
 from fcmae.train.plan import cosine_with_warmup, peak_share, warmup_steps
 from fcmae.train.pretraining import Pretraining
 
@@ -60,12 +60,6 @@ def test_frozen_parameters_are_skipped():
     layer.weight.requires_grad_(False)
     (group,) = parameter_groups(layer, 0.1)
     assert group["params"] == [layer.bias]
-
-
-def test_ema_starts_short():
-    assert ema_decay(0, 0.999) == 0.1
-    assert ema_decay(90, 0.999) == 0.91
-    assert ema_decay(10**6, 0.999) == 0.999
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fcmae.train.run_paths import RunPaths
 from fcmae.train.trackers import TRACKERS, TensorBoardTracker, Trackers
 
 
@@ -38,7 +39,7 @@ def test_steps_reach_a_tracker_that_cannot_overwrite_once_they_are_covered(
     live, careful = Recorder(True), Recorder(False)
     monkeypatch.setitem(TRACKERS, "live", lambda *_: live)
     monkeypatch.setitem(TRACKERS, "careful", lambda *_: careful)
-    trackers = Trackers(tmp_path, 1, ("live", "careful"))
+    trackers = Trackers(RunPaths(tmp_path), 1, ("live", "careful"))
     trackers.log({"loss": 1.0}, 1)
     trackers.image("grid", np.zeros((2, 2, 3), np.uint8), 1)
     assert (live.calls, careful.calls) == ([(1, {"loss": 1.0}), (1, "grid")], [])
@@ -56,7 +57,7 @@ def test_a_tracker_that_fails_is_finished_and_the_others_go_on(
     broken, sound = Recorder(True, fails=True), Recorder(True)
     monkeypatch.setitem(TRACKERS, "broken", lambda *_: broken)
     monkeypatch.setitem(TRACKERS, "sound", lambda *_: sound)
-    trackers = Trackers(tmp_path, 1, ("broken", "sound"))
+    trackers = Trackers(RunPaths(tmp_path), 1, ("broken", "sound"))
     for step in (1, 2):
         trackers.log({"loss": 1.0}, step)
     assert caplog.text.count("broken records no more until the run is resumed: no space left") == 1
@@ -69,7 +70,7 @@ def test_tensorboard_leaves_the_hook_of_threads_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     before = threading.excepthook
-    trackers = Trackers(tmp_path, 1)
+    trackers = Trackers(RunPaths(tmp_path), 1)
     assert threading.excepthook is not before
     if fails:
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fcmae.atomic import atomic_write
 from fcmae.commands.convert import ConvertConfig
 from fcmae.data.statistics import Preprocessing
-from fcmae.train.checkpoint import Checkpoint, save_checkpoint
+from fcmae.train.checkpoint import save_checkpoint
 from fcmae.weights.export import convert, export_folder
 from fcmae.weights.load import adapt_in_chans, find_weights, load_weights
 from fcmae.weights.preprocessing import read_preprocessing
@@ -45,8 +45,9 @@ def random_encoder(architecture: Architecture = SMALL, seed: int = 0) -> State:
 
 def write_checkpoint(run: Path, step: int, state: State, settings: dict[str, Any]) -> Path:
     model = {f"encoder.{name}": tensor for name, tensor in state.items()}
-    checkpoint = Checkpoint({"model": model}, {"settings": settings})
-    return save_checkpoint(run / "checkpoints", step, checkpoint, keep=9)
+    return save_checkpoint(
+        run / "checkpoints", step, {"model": model}, {"settings": settings}, keep=9
+    )
 
 
 def assert_same(found: State, expected: State) -> None:

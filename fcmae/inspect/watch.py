@@ -19,7 +19,7 @@ from fcmae.inspect.probes import NothingToRead, labelled_features, measure
 from fcmae.inspect.reconstructions import grid, reconstruct_batch
 from fcmae.model.fcmae import FCMAE
 from fcmae.train.run_folder import RunFolder
-from fcmae.train.script import Resolved
+from fcmae.train.task import Resolved
 from fcmae.weights.load import Backbone
 
 _log = logging.getLogger(__name__)

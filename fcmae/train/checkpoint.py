@@ -5,14 +5,12 @@ other file with its size and SHA-256. Tensors go by parameter names, so that an 
 fits whatever engine, device or number of processes continues the run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,23 +26,17 @@ from sparse.errors import InputError
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 2
-_STATE = {"step": int, "epoch_end_due": bool, "threads": int, "asked": dict, "settings": dict}
+_STATE = {
+    "step": int,
+    "epoch_end_due": bool,
+    "threads": int,
+    "asked": dict,
+    "settings": dict,
+    "images": dict,
+}
 """What every state holds, whatever the command."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class Checkpoint:
-    """What a checkpoint is made of, to be saved.
-
-    Attributes:
-        tensors: by file: `model`, `optimizer` and, where there is one, `ema`; then by name.
-        state: JSON: the position, settings and versions.
-    """
-
-    tensors: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -74,33 +66,40 @@ class SavedCheckpoint:
             raise InputError(f"checkpoint {self.path} can't be read: {error}") from error
 
 
-def step_folder(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
-
-
-def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
     """Write `folder/step-…`, verify it, then delete all but the newest `keep` good ones.
 
     A failure leaves the earlier checkpoints as they were and no half-written folder.
 
+    Args:
+        folder: of all checkpoints of the run.
+        step: completed steps.
+        tensors: by file: `model`, `optimizer` and, where there is one, `ema`; then by name.
+        state: JSON: the position, settings and versions.
+        keep: how many good checkpoints stay.
+
     Raises:
         OSError: the disk is full, read-only or gone.
     """
-    target = step_folder(folder, step)
+    target = folder / f"step-{step:08d}"
     partial = folder / f".partial-{target.name}-{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
         partial.mkdir()
-        for name, tensors in checkpoint.tensors.items():
+        for name, values in tensors.items():
             file = partial / f"{name}.safetensors"
             try:
-                save_file(
-                    {key: value.detach().contiguous() for key, value in tensors.items()}, file
-                )
+                save_file({key: value.detach().contiguous() for key, value in values.items()}, file)
             except SafetensorError as error:  # safetensors wraps the operating system's errors
                 raise OSError(f"{file}: {error}") from error
-        state = {"format": FORMAT, "step": step, **checkpoint.state}
-        (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        described = {"format": FORMAT, "step": step, **state}
+        (partial / STATE).write_text(json.dumps(described, indent=1), encoding="utf-8")
         files = sorted(partial.iterdir())
         manifest = {file.name: _describe(file) for file in files}
         (partial / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1), encoding="utf-8")
@@ -169,7 +168,7 @@ def newest_checkpoint(folder: Path) -> SavedCheckpoint | None:
         InputError: it verifies, but is of another format.
     """
     newest = newest_good(folder)
-    return None if newest is None else _open(newest)
+    return _open(newest) if newest else None
 
 
 def _open(path: Path) -> SavedCheckpoint:
@@ -195,7 +194,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_good(folder: Path) -> Path | None:
-    """The newest checkpoint that verifies; says which newer ones were passed over, and why."""
+    """The newest checkpoint that verifies; logs which newer ones were passed over, and why."""
     for path in list_checkpoints(folder):
         reason = damage(path)
         if reason is None:
@@ -205,23 +204,22 @@ def newest_good(folder: Path) -> Path | None:
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Delete checkpoints of later steps: they are of what a run that goes back leaves behind."""
+    """Delete checkpoints of later steps: a run that goes back computes those steps again."""
     for path in list_checkpoints(folder):
         if int(path.name[5:]) > step:
             _discard(path)
 
 
-def prune(folder: Path, keep: int, good: Iterable[Path] = ()) -> None:
+def prune(folder: Path, keep: int, good: Collection[Path] = ()) -> None:
     """Delete all but the newest `keep` checkpoints that verify; `good` are known to.
 
     Also clears what an interrupted save or delete left behind.
     """
-    trusted = set(good)
     kept = 0
     for path in list_checkpoints(folder):
         if kept >= keep:
             _discard(path)
-        elif path in trusted or damage(path) is None:
+        elif path in good or damage(path) is None:
             kept += 1
     for leftover in [*folder.glob(".partial-*"), *folder.glob(".discarded-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
@@ -294,12 +292,10 @@ def load_optimizer_tensors(
 
 
 def _describe(file: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
     with file.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256") if hasattr(hashlib, "file_digest") else None
-        if digest is None:  # Python 3.10
-            digest = hashlib.sha256()
-            while block := handle.read(1 << 20):
-                digest.update(block)
+        while block := handle.read(1 << 20):
+            digest.update(block)
     return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
 
 

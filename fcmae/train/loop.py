@@ -1,15 +1,13 @@
-"""The training loop that pretraining and fine-tuning share: a run that can stop and go on anywhere.
+"""The training loop of every kind of training: a run that can stop and resume anywhere.
 
 The step is computed on all processes; everything that only one of them may decide (time to save, a
 signal) is agreed on after each step, so that all save and stop together.
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,7 +19,6 @@ from fcmae import rng
 from fcmae.console import StepProgress
 from fcmae.data.loader import lost_workers
 from fcmae.train.checkpoint import (
-    Checkpoint,
     SavedCheckpoint,
     load_model_tensors,
     load_optimizer_tensors,
@@ -30,12 +27,10 @@ from fcmae.train.checkpoint import (
     save_checkpoint,
 )
 from fcmae.train.clock import Clock
-from fcmae.train.machine import autocast_dtype, versions
+from fcmae.train.machine import versions
 from fcmae.train.optimizer import gradient_norm
-from fcmae.train.plan import Plan
-from fcmae.train.processes import OnHost, World
+from fcmae.train.processes import OnHost
 from fcmae.train.resume import asked_settings
-from fcmae.train.run_folder import RunFolder, check_bad_share, check_skips
 from fcmae.train.signals import Signals
 from fcmae.train.task import Interrupted, Task
 from fcmae.train.update import RunningStatistics, Update
@@ -47,43 +42,31 @@ _log = logging.getLogger(__name__)
 
 
 class Loop:
-    """Trains a task from where it is to the end of the plan.
+    """Trains a task from where it is to the end of its plan.
 
     Args:
-        task: what is trained.
-        plan: its steps and learning rates.
-        config: as asked, recorded in each checkpoint.
-        settings: the same with every `auto` resolved, and what was measured from the data.
-        name_of: from the position of a training image to its name.
-        world: the processes.
-        folder: where the main process records; None on the others.
+        task: with everything set that the script sets.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        plan: Plan,
-        config: Any,
-        settings: dict[str, Any],
-        name_of: Callable[[int], str],
-        world: World,
-        folder: RunFolder | None,
-    ) -> None:
-        self.task, self.plan, self.world, self.folder = task, plan, world, folder
-        self.config, self.settings, self._name_of = config, settings, name_of
-        self._dtype = autocast_dtype(settings["precision"])
+    def __init__(self, task: Task) -> None:
+        self.task, self.config, self.folder = task, task.config, task.folder
+        self.plan, self.world = task.resolved.plan, task.resolved.world
         self.step = self.skipped = 0
         self.epoch_end_due = False
         self._save_failures, self._bad_seen = 0, set[str]()
         self._unchecked: Update | None = None
-        self._statistics = RunningStatistics(task.model if config.nonfinite == "skip" else None)
+        lists = task.images.lists.items()
+        self._fingerprints = {part: files.fingerprint() for part, files in lists}
+        skips = self.config.nonfinite == "skip"
+        self._statistics = RunningStatistics(task.model if skips else None)
         self.forward: nn.Module = task.model
-        if world.size > 1:
-            ids = [world.device.index] if world.device.type == "cuda" else None
+        if self.world.size > 1:
+            device = self.world.device
+            ids = [device.index] if device.type == "cuda" else None
             self.forward = DistributedDataParallel(task.model, device_ids=ids)
 
     def restore(self, checkpoint: SavedCheckpoint) -> None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Raises:
             InputError: it is of another model.
@@ -92,14 +75,13 @@ class Loop:
         names = names_of(self.task.model)
         load_optimizer_tensors(self.task.optimizer, names, checkpoint.tensors("optimizer"))
         self.task.restore(checkpoint)
-        self.step = checkpoint.state["step"]
-        self.epoch_end_due = checkpoint.state["epoch_end_due"]
-        self.skipped = checkpoint.state.get("skipped", 0)
-        threads = checkpoint.state["threads"]
-        if threads != torch.get_num_threads() and self.world.device.type == "cpu":
+        state = checkpoint.state
+        self.step, self.epoch_end_due = state["step"], state["epoch_end_due"]
+        self.skipped = state.get("skipped", 0)
+        if state["threads"] != torch.get_num_threads() and self.world.device.type == "cpu":
             _log.warning(
-                "this run was on %d threads and goes on with %d: its numbers will differ in the "
-                "last bits from those of a run never stopped", threads, torch.get_num_threads(),
+                "this run used %d threads and resumes with %d: its numbers will differ in the last "
+                "bits from those of a run never stopped", state["threads"], torch.get_num_threads(),
             )  # fmt: skip
 
     def run(self, batches: Iterator[Any], signals: Signals) -> int:
@@ -119,7 +101,7 @@ class Loop:
         """
         plan, config = self.plan, self.config
         progress = StepProgress(plan.total_steps, self.step, plan.epochs, self.folder is None)
-        with signals.ctrl_c(), progress, lost_workers("; it goes on from the last checkpoint"):
+        with signals.ctrl_c(), progress, lost_workers("; it resumes from the last checkpoint"):
             clock = Clock()
             while self.step < plan.total_steps or self.epoch_end_due:
                 bad: list[tuple[str, str]] = []
@@ -132,7 +114,7 @@ class Loop:
                 due = clock.save_due(config.checkpoint_minutes)
                 stop, save, found = self.world.agree([signals.received, int(due), len(bad)])
                 if found:
-                    self._record_bad(bad)
+                    self._bad_seen |= self.task.record_bad(bad)
                 by_step = config.checkpoint_steps and self.step % config.checkpoint_steps == 0
                 finished = self.step == plan.total_steps and not self.epoch_end_due
                 if save or by_step or stop or finished:
@@ -140,9 +122,7 @@ class Loop:
                     self.save(must=bool(stop) or finished)
                     clock.saved(began, config.checkpoint_steps if by_step else None)
                 if stop and not finished:
-                    _log.info(
-                        "stopped after step %d; the same command goes on from there", self.step
-                    )
+                    _log.info("stopped after step %d; the same command resumes there", self.step)
                     return 130 if stop == signal.SIGINT else 143
         return 0
 
@@ -164,10 +144,9 @@ class Loop:
             batch = next(batches)
             if batch.missing:
                 self._give_up(batch.missing, bad + batch.bad)
-            last = part == config.accumulate - 1
-            with self._sync_gradients(last), self._autocast():
-                loss = self.task.loss(self.forward, batch) / config.accumulate
-            with self._sync_gradients(last):
+            with self._gradients_shared(part == config.accumulate - 1):
+                with self.task.resolved.autocast():
+                    loss = self.task.loss(self.forward, batch) / config.accumulate
                 loss.backward()
             total += loss.detach()
             read.append(batch.indices)
@@ -190,19 +169,20 @@ class Loop:
         progress.advance(self.step)
         due = self.step % config.log_steps == 0 or self.step in (1, self.plan.total_steps)
         if due and self._check_finite():
-            self._log(progress, clock, float(loss), rate, float(norm))
+            speed = clock.images_per_second()
+            epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
+            shown = {"loss": float(loss), "lr": rate, "images_per_s": speed}
+            left = clock.seconds_a_step() * (self.plan.total_steps - self.step)
+            progress.report(self.step, epoch, shown, left)
+            if self.folder is not None:
+                self.folder.log(self.step, {"epoch": epoch, **shown, "grad_norm": float(norm)})
         return [entry for entry in bad if entry[0] not in self._bad_seen]
 
-    def _sync_gradients(self, last: bool) -> AbstractContextManager[None]:
+    def _gradients_shared(self, last: bool) -> AbstractContextManager[None]:
         """Let gradients travel between processes only with the last part of a batch."""
         if last or not isinstance(self.forward, DistributedDataParallel):
             return nullcontext()
         return self.forward.no_sync()
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self._dtype is None:
-            return nullcontext()
-        return torch.autocast(self.world.device.type, self._dtype)
 
     def _check_finite(self) -> bool:
         """Look at the newest update that was not looked at yet: was its loss or gradient finite?
@@ -217,8 +197,8 @@ class Loop:
         broken, loss, norm = values.read()
         if not broken:
             return True
-        self.skipped += 1
-        names = [self._name_of(index) for indices in read for index in indices.tolist()]
+        config, self.skipped = self.config, self.skipped + 1
+        names = [self.task.images.train.name(index) for part in read for index in part.tolist()]
         everywhere = [name for names in self.world.gather(names) for name in names]
         if self.folder is not None:
             self.folder.record_nonfinite(step, loss, norm, everywhere)
@@ -226,20 +206,17 @@ class Loop:
             f"the loss or its gradient is not finite at step {step} (loss {loss:g}, gradient norm "
             f"{norm:g}); the update was not applied"
         )
-        check_skips(what, self.skipped, self.config.nonfinite, self.config.max_nonfinite)
-        _log.warning("%s: %d of at most %d", what, self.skipped, self.config.max_nonfinite)
-        return False
-
-    def _log(
-        self, progress: StepProgress, clock: Clock, loss: float, rate: float, norm: float
-    ) -> None:
-        speed = clock.images_per_second()
-        epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
-        shown = {"loss": loss, "lr": rate, "images_per_s": speed}
-        left = clock.seconds_a_step() * (self.plan.total_steps - self.step)
-        progress.report(self.step, epoch, shown, left)
-        if self.folder is not None:
-            self.folder.log(self.step, {"epoch": epoch, **shown, "grad_norm": norm})
+        if config.nonfinite == "skip" and self.skipped <= config.max_nonfinite:
+            _log.warning("%s: %d of at most %d", what, self.skipped, config.max_nonfinite)
+            return False
+        fix = "resume with --nonfinite skip, which skips such updates"
+        if config.nonfinite == "skip":
+            fix = f"--max_nonfinite {config.max_nonfinite} were skipped already"
+        raise RunError(
+            f"{what} and the last checkpoint is good; nonfinite.jsonl lists its images: {fix}, or "
+            "repeat in a new --out with a lower --optim.base_lr, with --optim.clip_grad 1.0 or "
+            "with --precision fp32"
+        )
 
     def _end_epoch(self, signals: Signals) -> None:
         self._check_finite()
@@ -278,12 +255,6 @@ class Loop:
             "and of this kind"
         )
 
-    def _record_bad(self, new: list[tuple[str, str]]) -> None:
-        everywhere = [entry for entries in self.world.gather(new) for entry in entries]
-        self._bad_seen.update(path for path, _ in everywhere)
-        distinct = self.folder.record_bad(everywhere) if self.folder is not None else 0
-        check_bad_share(self.world.agree([distinct])[0], self.task.files, self.config.max_bad)
-
     def save(self, must: bool = False) -> None:
         """Save a checkpoint from the main process; the others wait for its word.
 
@@ -295,10 +266,8 @@ class Loop:
         if self.folder is not None:
             try:
                 self.folder.sync()
-                save_checkpoint(
-                    self.folder.paths.checkpoints, self.step, self._checkpoint(),
-                    self.config.keep_checkpoints,
-                )  # fmt: skip
+                target, keep = self.folder.paths.checkpoints, self.config.keep_checkpoints
+                save_checkpoint(target, self.step, self._tensors(), self._state(), keep)
                 self.folder.trackers.covered()
                 self._save_failures = 0
             except OSError as error:
@@ -309,25 +278,27 @@ class Loop:
         if failed >= MOST_SAVE_FAILURES or (failed and must):
             raise RunError(
                 f"could not save at step {self.step}: free space on the disk of "
-                f"{self.config.out!r} and give the same command again to go on"
+                f"{self.config.out!r} and give the same command again to resume"
             )
 
-    def _checkpoint(self) -> Checkpoint:
-        tensors = {
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {
             "model": self.task.model.state_dict(),
             "optimizer": optimizer_tensors(self.task.optimizer, names_of(self.task.model)),
             **self.task.extra_tensors(),
         }
-        state = {
-            "command": self.folder.command if self.folder else None,
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "command": self.task.command,
             "epoch": self.step // self.plan.steps_per_epoch,
             "epoch_end_due": self.epoch_end_due,
             "skipped": self.skipped,
             "asked": asked_settings(self.config),
-            "settings": self.settings,
+            "settings": self.task.settings(),
+            "images": self._fingerprints,
             "processes": self.world.size,
             "threads": torch.get_num_threads(),
             "versions": versions(),
             **self.task.extra_state(),
         }
-        return Checkpoint(tensors, state)

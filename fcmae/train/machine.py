@@ -1,7 +1,5 @@
 """What a run takes of the machine: arithmetic, worker processes and disk space."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil
@@ -14,7 +12,7 @@ from torch import nn
 
 from fcmae import __version__
 from fcmae.train.checkpoint import list_checkpoints
-from fcmae.train.run_folder import RunPaths
+from fcmae.train.run_paths import RunPaths
 from sparse.errors import InputError
 
 MOST_WORKERS = 8
@@ -33,10 +31,6 @@ def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has instructions for bfloat16 products (AVX512-BF16 or AMX)."""
     found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    return torch.bfloat16 if precision == "bf16" else None
 
 
 def resolve_workers(workers: str | int, device: torch.device) -> int:

@@ -1,6 +1,4 @@
-"""The optimizer: its parameter groups, the non-finite gate, and averaged weights' decay."""
-
-from __future__ import annotations
+"""The optimizer: its parameter groups, and the gate for updates that are not finite."""
 
 import math
 from collections.abc import Mapping
@@ -83,8 +81,3 @@ def gradient_norm(model: nn.Module, clip: float | None) -> Tensor:
     if clip is not None and math.isfinite(clip):
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     return norm
-
-
-def ema_decay(step: int, most: float) -> float:
-    """Decay of averaged weights after `step` updates: short memory at first, `most` in the end."""
-    return min(most, (1 + step) / (10 + step))

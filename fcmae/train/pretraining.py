@@ -1,10 +1,8 @@
 """Pretraining as a job for the training script: from unlabeled images to an encoder."""
 
-from __future__ import annotations
-
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,16 +17,15 @@ from fcmae.data.labelled import LabelledData, find_labelled
 from fcmae.data.loader import PretrainDataset
 from fcmae.data.sample import Batch, normalise
 from fcmae.data.sources import FEWEST_TO_HOLD_OUT, Source, split_holdout
-from fcmae.data.statistics import MeanStd, Preprocessing
-from fcmae.inspect.watch import Watcher, make_watchers
+from fcmae.inspect.watch import make_watchers
 from fcmae.model.fcmae import FCMAE
 from fcmae.model.mask import check_mask_ratio, grid_of, keep_count
 from fcmae.train.checkpoint import SavedCheckpoint
-from fcmae.train.optimizer import make_optimizer
-from fcmae.train.plan import AutoEpochs, Plan
+from fcmae.train.plan import AutoEpochs
 from fcmae.train.resume import stored_files
 from fcmae.train.run_folder import RunFolder
-from fcmae.train.script import Images, Resolved, train
+from fcmae.train.script import train
+from fcmae.train.task import Images, Task
 from fcmae.weights.export import export_folder
 from fcmae.weights.load import init_encoder
 from sparse import SparseConvNeXtV2
@@ -51,25 +48,24 @@ def pretrain(config: PretrainConfig) -> int:
     return train(Pretraining(config))
 
 
-class Pretraining:
-    """See `fcmae.train.script.Job`."""
+class Pretraining(Task):
+    """FCMAE on unlabeled images."""
 
     command = "pretrain"
     auto_epochs = AutoEpochs(crops=1_200_000, fewest=100, most=800, multiple=10)
     """More crops than that of a small set bring little; see docs/recipes.md."""
-    least_warmup = 0
-    weight_copies = 0
 
-    def __init__(self, config: PretrainConfig) -> None:
-        self.config = config
+    config: PretrainConfig
+    model: FCMAE
 
     def check(self, device: torch.device) -> tuple[int, int]:
         config = self.config
         img_size = height_width(config.img_size)
         check_mask_ratio(config.mask_ratio, grid_of(img_size))
         resolve_size(config.model, config.depths, config.dims)
-        self._engine, why = resolve_engine(config.engine, device.type, compiled=config.compile)
-        self._why_engine = f" ({why})" if why else ""
+        self._engine, self._why = resolve_engine(
+            config.engine, device.type, compiled=config.compile
+        )
         return img_size
 
     def find_images(self, start: SavedCheckpoint | None) -> Images:
@@ -87,8 +83,7 @@ class Pretraining:
             "found %d images in %.1f s: %d to train on, %d held out", len(files),
             time.perf_counter() - began, len(train_places), len(held_places),
         )  # fmt: skip
-        self._count = len(files)
-        self._train, self._held = files.select(train_places), files.select(held_places)
+        self._held = files.select(held_places)
         self._labelled: LabelledData | None = None
         probed: list[Source] = []
         if config.probe.data is not None:
@@ -96,55 +91,31 @@ class Pretraining:
                 config.probe.data, config.probe.val_fraction, exclude=config.out
             )
             probed = [self._labelled.train.source, self._labelled.val.source]
-        return Images(self._train, {ALL_IMAGES: files}, probed)
+        return Images(files.select(train_places), {ALL_IMAGES: files}, probed)
 
-    def named_mean_std(self) -> Mapping[str, MeanStd]:
-        return {}
+    def build_model(self) -> FCMAE:
+        # A resumed run no longer needs its initial weights.
+        config = replace(self.config, init_from=None) if self.resolved.start else self.config
+        return build_model(config).to(self.resolved.world.device)
 
-    def build_model(self, resolved: Resolved) -> FCMAE:
-        # A run that resumes no longer needs what it started from.
-        config = replace(self.config, init_from=None) if resolved.start else self.config
-        self._preprocessing = resolved.images
-        self._model = build_model(config).to(resolved.world.device)
-        return self._model
-
-    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return make_optimizer(model, self.config.optim)
-
-    def prepare(self, resolved: Resolved) -> None:
-        pass
-
-    def make_task(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        resolved: Resolved,
-        plan: Plan,
-        folder: RunFolder | None,
-    ) -> PretrainTask:
-        watchers = make_watchers(self.config, resolved, self._held, self._labelled, folder)
-        return PretrainTask(
-            self._model, optimizer, resolved.images, watchers, self._count, plan.epochs
+    def begin(self) -> None:
+        self._watchers = make_watchers(
+            self.config, self.resolved, self._held, self._labelled, self.folder
         )
 
-    def settings(self) -> dict[str, Any]:
-        encoder = self._model.encoder
-        return {
-            "depths": list(encoder.depths), "dims": list(encoder.dims), "engine": self._engine
-        }  # fmt: skip
-
-    def announcement(self, resolved: Resolved, plan: Plan) -> list[str]:
-        config, encoder = self.config, self._model.encoder
+    def announcement(self) -> list[str]:
+        config, encoder = self.config, self.model.encoder
         named = config.depths is None and config.dims is None
         name = config.model if named else f"of depths {encoder.depths} and dims {encoder.dims}"
-        h, w = grid_of(resolved.images.img_size)
+        why = f" ({self._why})" if self._why else ""
+        h, w = grid_of(self.resolved.images.img_size)
         millions = sum(p.numel() for p in encoder.parameters()) / 1e6
         lines = [
-            f"encoder {name}: {millions:.3g} M weights, engine {self._engine}{self._why_engine}",
+            f"encoder {name}: {millions:.3g} M weights, engine {self._engine}{why}",
             f"{keep_count(h * w, config.mask_ratio)} of {h * w} patches are visible, the others "
             "are reconstructed",
         ]
-        few = len(self._train) < FEW_IMAGES and resolved.start is None
+        few = len(self.images.train) < FEW_IMAGES and self.resolved.start is None
         if few and named and config.init_from is None and config.in_chans == 3:
             lines.append(
                 f"under {FEW_IMAGES:,} images, an official release is most likely the better "
@@ -159,68 +130,35 @@ class Pretraining:
             )
         return lines
 
-    def dataset(self, resolved: Resolved) -> PretrainDataset:
+    def settings(self) -> dict[str, Any]:
+        encoder = self.model.encoder
+        own = {"depths": [*encoder.depths], "dims": [*encoder.dims], "engine": self._engine}
+        return super().settings() | own
+
+    def dataset(self) -> PretrainDataset:
         config, augment = self.config, self.config.augment
         return PretrainDataset(
-            self._train, resolved.images.img_size, config.in_chans, config.mask_ratio,
+            self.images.train, self.resolved.images.img_size, config.in_chans, config.mask_ratio,
             augment.crop_scale, augment.crop_ratio, augment.hflip, augment.vflip, config.seed,
             config.max_pixels, augment.fast_decode,
         )  # fmt: skip
 
-    def export(self, folder: RunFolder) -> None:
-        encoder = self._model.encoder
-        state = {name: tensor.detach().cpu() for name, tensor in encoder.state_dict().items()}
-        export_folder(state, infer_architecture(state), folder.paths.exported, self._preprocessing)
-        _log.info("the model for timm is in %s", folder.paths.exported)
-
-
-class PretrainTask:
-    """FCMAE as something that `Loop` can train; see `fcmae.train.task.Task`.
-
-    Args:
-        model: on its device.
-        optimizer: of its parameters.
-        images: how images are normalised.
-        watchers: what looks at the model between epochs.
-        files: number of images indexed; `max_bad` is the share that may prove unreadable.
-        epochs: of the whole run.
-    """
-
-    def __init__(
-        self,
-        model: FCMAE,
-        optimizer: torch.optim.Optimizer,
-        images: Preprocessing,
-        watchers: Sequence[Watcher],
-        files: int,
-        epochs: int,
-    ) -> None:
-        self.model, self.optimizer, self.files = model, optimizer, files
-        self._images, self._watchers, self._epochs = images, watchers, epochs
-
     def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
-        device = next(self.model.parameters()).device
-        images = normalise(batch.images, self._images.mean, self._images.std, device)
-        return forward(images, batch.masks).loss
-
-    def after_step(self, step: int) -> None:
-        pass
+        how, device = self.resolved.images, self.resolved.world.device
+        return forward(normalise(batch.images, how.mean, how.std, device), batch.masks).loss
 
     def end_epoch(self, epoch: int, step: int, stop: Callable[[], bool]) -> dict[str, float]:
         metrics: dict[str, float] = {}
         for watcher in self._watchers:
-            if watcher.epochs and (epoch % watcher.epochs == 0 or epoch == self._epochs):
+            last = epoch == self.resolved.plan.epochs
+            if watcher.epochs and (epoch % watcher.epochs == 0 or last):
                 metrics |= watcher(self.model, step, stop)
         return metrics
 
-    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {}
-
-    def extra_state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, checkpoint: SavedCheckpoint) -> None:
-        pass
+    def export(self, folder: RunFolder) -> None:
+        out, state = folder.paths.exported, self.model.encoder.state_dict()
+        export_folder(state, infer_architecture(state), out, self.resolved.images)
+        _log.info("the model for timm is in %s", out)
 
 
 def build_model(config: PretrainConfig) -> FCMAE:

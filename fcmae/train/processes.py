@@ -33,9 +33,9 @@ class World:
         control: group for messages between hosts' CPUs; None in a run of one process.
     """
 
-    rank: int
-    size: int
-    device: torch.device
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
     control: Any = None
 
     @property
@@ -92,7 +92,7 @@ class World:
             dist.barrier(group=self.control)
 
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = World()
 """The world of a run of one process on the CPU."""
 
 
@@ -158,7 +158,7 @@ def join_world(device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
-        yield World(0, 1, device)
+        yield World(device=device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     rank = int(os.environ["RANK"])

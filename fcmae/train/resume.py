@@ -21,7 +21,7 @@ from fcmae.train.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
-from fcmae.train.run_folder import RunPaths
+from fcmae.train.run_paths import RunPaths
 from sparse.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -174,8 +174,14 @@ def stored_files(found: FileList | None, start: SavedCheckpoint, part: str) -> F
 
     Of those `found` now, if any are known, the ones that came later are ignored with a notice;
     vanished ones will count as unreadable.
+
+    Raises:
+        InputError: the list is missing, damaged, or of another run.
     """
-    stored = FileList.load(RunPaths(start.path.parent.parent).images(part))
+    path = RunPaths(start.path.parent.parent).images(part)
+    stored = FileList.load(path)
+    if stored.fingerprint() != start.state["images"].get(part):
+        raise InputError(f"file list {str(path)!r} is not of this run: restore it or start anew")
     if found is not None and len(found) > len(stored):
         _log.info("%d files more than when the run began are ignored", len(found) - len(stored))
     return stored

@@ -12,7 +12,8 @@ from PIL import Image
 from fcmae.config.files import read_yaml
 from fcmae.config.values import flatten
 from fcmae.train.checkpoint import STATE, list_checkpoints
-from fcmae.train.run_folder import RunPaths, read_lines
+from fcmae.train.run_folder import read_lines
+from fcmae.train.run_paths import RunPaths
 from fcmae.weights.read import read_json
 from sparse.errors import InputError
 

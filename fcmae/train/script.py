@@ -1,27 +1,18 @@
 """The one script that training of every kind runs, from a config to an exported model.
 
-What differs between pretraining and fine-tuning is a `Job`: which images there are, the model, the
-task that the loop trains, and what is exported at the end.
+What differs between the kinds is a `Task`: which images there are, the model, the loss, what is
+measured between epochs, and what is exported at the end.
 """
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from contextlib import closing, nullcontext
 
 import torch
-from torch import nn
-from torch.utils.data import Dataset
 
-from fcmae.config.values import to_dict
 from fcmae.console import show_logs
-from fcmae.data.file_list import FileList
 from fcmae.data.loader import make_loader
 from fcmae.data.order import StepSampler, check_parts
-from fcmae.data.sources import Source
-from fcmae.data.statistics import MeanStd, Preprocessing, resolve_mean_std, warn_if_far_off
+from fcmae.data.statistics import Preprocessing, resolve_mean_std, warn_if_far_off
 from fcmae.train.checkpoint import SavedCheckpoint
 from fcmae.train.loop import Loop
 from fcmae.train.machine import (
@@ -32,134 +23,18 @@ from fcmae.train.machine import (
     resolve_precision,
     resolve_workers,
 )
-from fcmae.train.plan import AutoEpochs, Plan, asked_rate, make_plan
+from fcmae.train.optimizer import make_optimizer
+from fcmae.train.plan import asked_rate, make_plan
 from fcmae.train.processes import World, join_world, resolve_device
 from fcmae.train.resume import facts, find_start
-from fcmae.train.run_folder import RunFolder, open_run
+from fcmae.train.run_folder import RunFolder
 from fcmae.train.signals import Signals
-from fcmae.train.task import Task
+from fcmae.train.task import Resolved, Task
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Images:
-    """The images of a run.
-
-    Attributes:
-        train: what is trained on.
-        lists: every list of images that the run keeps in its folder, by its part.
-        others: further images that all processes must have in common.
-    """
-
-    train: Source
-    lists: Mapping[str, FileList]
-    others: Sequence[Source] = ()
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """What a config leaves open, decided from the data, the weights and the machine.
-
-    Attributes:
-        images: how images become numbers.
-        precision: `fp32` or `bf16`.
-        workers: processes that read images.
-        start: the checkpoint that the run resumes from, if any.
-        world: the processes.
-        part: images of one process in one part of a step.
-    """
-
-    images: Preprocessing
-    precision: str
-    workers: int
-    start: SavedCheckpoint | None
-    world: World
-    part: int
-
-
-class Job(Protocol):
-    """A kind of training. Its methods are called in the order in which they stand here.
-
-    Attributes:
-        command: the command that runs it, by which a run is recognised.
-        config: what was asked.
-        auto_epochs: what `epochs: auto` stands for.
-        least_warmup: steps of warm-up that the learning rate needs at least.
-        weight_copies: how often a checkpoint holds the weights besides the model's own.
-    """
-
-    command: str
-    config: Any
-    auto_epochs: AutoEpochs
-    least_warmup: int
-    weight_copies: int
-
-    def check(self, device: torch.device) -> tuple[int, int]:
-        """Return (height, width) of the images, after checking what needs no data.
-
-        Raises:
-            InputError: the config can't be run on this device.
-        """
-        ...
-
-    def find_images(self, start: SavedCheckpoint | None) -> Images:
-        """Find the images; those of the stored lists where a run resumes.
-
-        Raises:
-            InputError: there are none, or they do not suit the config.
-        """
-        ...
-
-    def named_mean_std(self) -> Mapping[str, MeanStd]:
-        """What `augment.mean` and `std` may name besides `imagenet` and `data`."""
-        ...
-
-    def build_model(self, resolved: Resolved) -> nn.Module:
-        """Return the model with its initial weights, on the device: a function of the seed."""
-        ...
-
-    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return the optimizer of what is trained.
-
-        Raises:
-            InputError: the config can't be met for this model.
-        """
-        ...
-
-    def prepare(self, resolved: Resolved) -> None:
-        """Do what takes all processes together before anything is written."""
-        ...
-
-    def make_task(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        resolved: Resolved,
-        plan: Plan,
-        folder: RunFolder | None,
-    ) -> Task:
-        """Return what the loop trains; `folder` is None on processes other than the main one."""
-        ...
-
-    def settings(self) -> dict[str, Any]:
-        """What checkpoints record besides the config and what the script resolves."""
-        ...
-
-    def announcement(self, resolved: Resolved, plan: Plan) -> list[str]:
-        """Lines for the log that say what will be done; the first names the model."""
-        ...
-
-    def dataset(self, resolved: Resolved) -> Dataset[Any]:
-        """Training samples by (epoch, index)."""
-        ...
-
-    def export(self, folder: RunFolder) -> None:
-        """Write the finished model to `folder.paths.exported`."""
-        ...
-
-
-def train(job: Job) -> int:
+def train(task: Task) -> int:
     """Train, or resume the run in `config.out`.
 
     Returns:
@@ -171,102 +46,84 @@ def train(job: Job) -> int:
         RunError: the run could not continue; the last checkpoint is good.
     """
     show_logs()
-    config = job.config
+    config = task.config
     device = resolve_device(config.device)
-    img_size = job.check(device)
+    img_size = task.check(device)
     with join_world(device) as world, Signals() as signals:
         check_parts(config.batch_size, world.size, config.accumulate)
-        start = find_start(config, job.command)
+        start = find_start(config, task.command)
         step = start.state["step"] if start else 0
-        images = job.find_images(start)
-        count = len(images.train)
-        resolved = _resolve(job, img_size, images.train, start, world)
-        epochs = job.auto_epochs.resolve(config.epochs, count)
-        plan = make_plan(config, count, epochs, job.least_warmup)
+        images = task.images = task.find_images(start)
+        resolved = task.resolved = _resolve(task, img_size, start, world)
+        plan = resolved.plan
         sampler = StepSampler(
-            count, config.batch_size, config.seed, step, plan.total_steps, world.rank, world.size,
-            config.accumulate,
+            len(images.train), config.batch_size, config.seed, step, plan.total_steps,
+            world.rank, world.size, config.accumulate,
         )  # fmt: skip
-        model = job.build_model(resolved)
-        size = checkpoint_bytes(model, job.weight_copies)
+        task.model = task.build_model()
+        size = checkpoint_bytes(task.model, task.weight_copies)
         if step < plan.total_steps:
             check_disk(config, size)
-        optimizer = job.make_optimizer(model)
+        task.optimizer = make_optimizer(task.model, config.optim, task.layer_depths())
         # Nobody writes, or waits for the others, before everybody has checked.
         world.check_same(facts(config, step, *images.lists.values(), *images.others))
-        job.prepare(resolved)
-        with open_run(config, job.command, start, world.is_main) as folder:
+        task.prepare()
+        opened = RunFolder(config, task.command, start) if world.is_main else None
+        with closing(opened) if opened else nullcontext() as folder:
+            task.folder = folder
             if folder is not None:
                 for part, files in images.lists.items():
                     files.save(folder.paths.images(part))
-            task = job.make_task(model, optimizer, resolved, plan, folder)
-            settings = _settings(job, resolved, plan)
-            loop = Loop(task, plan, config, settings, images.train.name, world, folder)
+            task.begin()
+            loop = Loop(task)
             if start is not None:
                 loop.restore(start)
             if world.is_main:
-                _announce(job, resolved, plan, count, size, loop.step)
-            batches = make_loader(
-                job.dataset(resolved), sampler, resolved.workers, device.type == "cuda"
-            )
+                _announce(task, size, loop.step)
+            batches = make_loader(task.dataset(), sampler, resolved.workers, device.type == "cuda")
             code = loop.run(iter(batches), signals)
             if code == 0 and folder is not None:
-                job.export(folder)
+                task.export(folder)
             return code
 
 
 def _resolve(
-    job: Job,
-    img_size: tuple[int, int],
-    train_images: Source,
-    start: SavedCheckpoint | None,
-    world: World,
+    task: Task, img_size: tuple[int, int], start: SavedCheckpoint | None, world: World
 ) -> Resolved:
-    config = job.config
+    config, train_images = task.config, task.images.train
     if start is None:
-        mean, std = resolve_mean_std(config, img_size, train_images, job.named_mean_std())
+        mean, std = resolve_mean_std(config, img_size, train_images, task.named_mean_std())
         if world.is_main:
             warn_if_far_off(config, img_size, train_images, mean, std)
     else:
         mean, std = start.state["settings"]["mean"], start.state["settings"]["std"]
+    epochs = task.auto_epochs.resolve(config.epochs, len(train_images))
     return Resolved(
-        Preprocessing(img_size, tuple(mean), tuple(std)),
-        resolve_precision(config.precision, world.device),
-        resolve_workers(config.workers, world.device),
-        start,
-        world,
-        config.batch_size // (config.accumulate * world.size),
+        images=Preprocessing(img_size, tuple(mean), tuple(std)),
+        plan=make_plan(config, len(train_images), epochs, task.least_warmup),
+        precision=resolve_precision(config.precision, world.device),
+        workers=resolve_workers(config.workers, world.device),
+        part=config.batch_size // (config.accumulate * world.size),
+        start=start,
+        world=world,
     )
 
 
-def _settings(job: Job, resolved: Resolved, plan: Plan) -> dict[str, Any]:
-    """The config with everything resolved, as checkpoints record it."""
-    return {
-        **to_dict(job.config),
-        "epochs": plan.epochs,
-        "img_size": list(resolved.images.img_size),
-        "mean": list(resolved.images.mean),
-        "std": list(resolved.images.std),
-        "precision": resolved.precision,
-        "workers": resolved.workers,
-        **job.settings(),
-    }
-
-
-def _announce(job: Job, resolved: Resolved, plan: Plan, count: int, size: int, step: int) -> None:
+def _announce(task: Task, size: int, step: int) -> None:
     """Log what the run will do.
 
     Args:
-        count: training images.
+        task: ready to be trained.
         size: bytes of a checkpoint.
         step: steps that are done.
     """
+    config, resolved, count = task.config, task.resolved, len(task.images.train)
+    plan, world = resolved.plan, resolved.world
     if step == plan.total_steps:
         _log.info("the run is finished: nothing is left to do")
         return
-    config, world = job.config, resolved.world
     height, width = resolved.images.img_size
-    model, *others = job.announcement(resolved, plan)
+    model, *others = task.announcement()
     lines = [
         f"{model}, on {world.device}, {resolved.precision}, {torch.get_num_threads()} threads, "
         f"{resolved.workers} workers, {world.size} process{'es' if world.size > 1 else ''}",
@@ -285,7 +142,7 @@ def _announce(job: Job, resolved: Resolved, plan: Plan, count: int, size: int, s
             "the warm-up and keeps the rate"
         )
     if config.epochs == "auto":
-        lines.append(job.auto_epochs.explain(plan.epochs))
+        lines.append(task.auto_epochs.explain(plan.epochs))
     if count < config.batch_size:
         _log.warning(
             "%d images are fewer than batch_size %d: each step sees some of them more than once",

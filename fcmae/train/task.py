@@ -1,59 +1,208 @@
-"""What the training loop trains."""
+"""What a kind of training is to the script and the loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from fcmae.config.values import to_dict
+from fcmae.data.file_list import FileList
+from fcmae.data.sources import Source
+from fcmae.data.statistics import MeanStd, Preprocessing
 from fcmae.train.checkpoint import SavedCheckpoint
-
-
-class Task(Protocol):
-    """What the loop trains.
-
-    Attributes:
-        model: the weights, saved as `model`.
-        optimizer: AdamW; each group's rate is the schedule's times its `lr_scale`.
-        files: number of files indexed, of which too many may turn out unreadable.
-    """
-
-    optimizer: torch.optim.Optimizer
-    files: int
-
-    @property
-    def model(self) -> nn.Module: ...
-
-    def loss(self, forward: nn.Module, batch: Any) -> Tensor:
-        """Mean loss of one part of a batch; `forward` is the model, maybe wrapped for processes."""
-        ...
-
-    def after_step(self, step: int) -> None:
-        """Called after each update, with the number of completed steps."""
-        ...
-
-    def end_epoch(self, epoch: int, step: int, stop: Callable[[], bool]) -> dict[str, float]:
-        """Evaluate after epoch `epoch` (from 1) and return what to log.
-
-        May raise `Interrupted` when `stop()` turns true: the epoch's end is then repeated when the
-        run goes on.
-        """
-        ...
-
-    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Further tensors to save, by file."""
-        ...
-
-    def extra_state(self) -> dict[str, Any]:
-        """Further JSON to save."""
-        ...
-
-    def restore(self, checkpoint: SavedCheckpoint) -> None:
-        """Take back what `extra_tensors` and `extra_state` gave."""
-        ...
+from fcmae.train.plan import AutoEpochs, Plan
+from fcmae.train.processes import ALONE, World
+from fcmae.train.run_folder import RunFolder
+from sparse.errors import RunError
 
 
 class Interrupted(Exception):
     """An evaluation was cut short because the run has to stop."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run.
+
+    Attributes:
+        train: what is trained on.
+        lists: every list of images that the run keeps in its folder, by its part.
+        others: further images that all processes must have in common.
+    """
+
+    train: Source
+    lists: Mapping[str, FileList]
+    others: Sequence[Source] = ()
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a config leaves open, decided from the data, the weights and the machine.
+
+    Attributes:
+        images: how images become numbers.
+        plan: the steps and their learning rates.
+        precision: `fp32` or `bf16`.
+        workers: processes that read images.
+        part: images of one process in one part of a step.
+        start: the checkpoint that the run resumes from, if any.
+        world: the processes.
+    """
+
+    images: Preprocessing
+    plan: Plan
+    precision: str = "fp32"
+    workers: int = 0
+    part: int = 1
+    start: SavedCheckpoint | None = None
+    world: World = ALONE
+
+    def autocast(self) -> torch.autocast:
+        """The arithmetic of forward passes: that of `precision`, with weights in float32."""
+        bf16 = self.precision == "bf16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16)
+
+
+class Task(ABC):
+    """A kind of training. Its methods are called in the order in which they stand here.
+
+    Args:
+        config: what was asked.
+
+    Attributes:
+        command: the command that runs it, by which a run is recognised.
+        auto_epochs: what `epochs: auto` stands for.
+        least_warmup: steps of warm-up that the learning rate needs at least.
+        weight_copies: how often a checkpoint holds the weights besides the model's own.
+        images, resolved, model, optimizer, folder: set by the script, in this order, as soon as
+            they are known. `folder` is None on processes other than the main one.
+    """
+
+    command: ClassVar[str]
+    auto_epochs: ClassVar[AutoEpochs]
+    least_warmup = 0
+    weight_copies = 0
+
+    images: Images
+    resolved: Resolved
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    folder: RunFolder | None = None
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def check(self, device: torch.device) -> tuple[int, int]:
+        """Return (height, width) of the images, after checking what needs no data.
+
+        Raises:
+            InputError: the config can't be run on this device.
+        """
+
+    @abstractmethod
+    def find_images(self, start: SavedCheckpoint | None) -> Images:
+        """Find the images; those of the stored lists where a run resumes.
+
+        Raises:
+            InputError: there are none, or they do not suit the config.
+        """
+
+    def named_mean_std(self) -> Mapping[str, MeanStd]:
+        """What `augment.mean` and `std` may name besides `imagenet` and `data`."""
+        return {}
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """Return the model with its initial weights, on the device: a function of the seed."""
+
+    def layer_depths(self) -> Mapping[str, int] | None:
+        """How many layers before the head each parameter is, for layer-wise learning rates.
+
+        Raises:
+            InputError: the config can't be met for this model.
+        """
+        return None
+
+    def prepare(self) -> None:
+        """Do what takes all processes together before anything is written."""
+
+    def begin(self) -> None:
+        """The folder is open and the loop is next."""
+
+    @abstractmethod
+    def announcement(self) -> list[str]:
+        """Lines for the log that say what will be done; the first names the model."""
+
+    def settings(self) -> dict[str, Any]:
+        """The config with everything resolved, as checkpoints record it."""
+        resolved = self.resolved
+        return {
+            **to_dict(self.config),
+            "epochs": resolved.plan.epochs,
+            "img_size": list(resolved.images.img_size),
+            "mean": list(resolved.images.mean),
+            "std": list(resolved.images.std),
+            "precision": resolved.precision,
+            "workers": resolved.workers,
+        }
+
+    @abstractmethod
+    def dataset(self) -> Dataset[Any]:
+        """Training samples by (epoch, index)."""
+
+    def restore(self, checkpoint: SavedCheckpoint) -> None:
+        """Take back what `extra_tensors` and `extra_state` gave."""
+
+    @abstractmethod
+    def loss(self, forward: nn.Module, batch: Any) -> Tensor:
+        """Mean loss of one part of a batch; `forward` is the model, maybe wrapped for processes."""
+
+    def after_step(self, step: int) -> None:
+        """Called after each update, with the number of completed steps."""
+
+    @abstractmethod
+    def end_epoch(self, epoch: int, step: int, stop: Callable[[], bool]) -> dict[str, float]:
+        """Evaluate after epoch `epoch` (from 1) and return what to log.
+
+        Raises:
+            Interrupted: `stop()` turned true; a run that resumes repeats the epoch's end.
+        """
+
+    def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Further tensors to save, by file."""
+        return {}
+
+    def extra_state(self) -> dict[str, Any]:
+        """Further JSON to save."""
+        return {}
+
+    @abstractmethod
+    def export(self, folder: RunFolder) -> None:
+        """Write the finished model to `folder.paths.exported`."""
+
+    def record_bad(self, bad: Sequence[tuple[str, str]]) -> set[str]:
+        """Record the unreadable images of all processes, and return their names.
+
+        Args:
+            bad: (name, reason) of this process's.
+
+        Raises:
+            RunError: more than the share `max_bad` of all images could not be read.
+        """
+        world, most = self.resolved.world, self.config.max_bad
+        everywhere = [entry for entries in world.gather(list(bad)) for entry in entries]
+        distinct = 0 if self.folder is None else self.folder.record_bad(everywhere)
+        distinct, total = world.agree([distinct])[0], sum(map(len, self.images.lists.values()))
+        if distinct > most * total:
+            raise RunError(
+                f"{distinct} of {total} images could not be read, more than max_bad = {most:.0%}: "
+                "see bad_images.jsonl in the run folder, fix the data or raise --max_bad"
+            )
+        return {name for name, _ in everywhere}

@@ -1,15 +1,14 @@
 """Where a run's metrics and figures go besides its own files: TensorBoard, and others like it."""
 
-from __future__ import annotations
-
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from fcmae.train.run_paths import RunPaths
 
 _log = logging.getLogger(__name__)
 
@@ -45,16 +44,16 @@ class TensorBoardTracker:
     """Event files for TensorBoard.
 
     Args:
-        folder: where they are.
+        paths: of the run.
         first_step: what earlier writers recorded from this step on is hidden.
     """
 
     overwrites = True
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, paths: RunPaths, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second to import
 
-        self._writer: Any = SummaryWriter(folder, purge_step=first_step)
+        self._writer: Any = SummaryWriter(paths.tensorboard, purge_step=first_step)
         # Its own thread prints a traceback when the disk is full; `Trackers` logs what happened.
         self._hook = threading.excepthook
         threading.excepthook = _without_tensorboard(self._hook)
@@ -76,25 +75,23 @@ class TensorBoardTracker:
             threading.excepthook = self._hook
 
 
-TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {
-    "tensorboard": lambda run, step: TensorBoardTracker(run / "tb", step)
-}
-"""Each tracker by name: built from the run folder and the first step that it records."""
+TRACKERS: dict[str, Callable[[RunPaths, int], Tracker]] = {"tensorboard": TensorBoardTracker}
+"""Each tracker by name: built from the run's paths and the first step that it records."""
 
 
 class Trackers:
     """All trackers of a run; one that fails is dropped with a warning and never ends the run.
 
     Args:
-        run: the run folder.
+        paths: of the run.
         first_step: the first step that they record.
         names: keys of `TRACKERS`.
     """
 
     def __init__(
-        self, run: Path, first_step: int, names: tuple[str, ...] = ("tensorboard",)
+        self, paths: RunPaths, first_step: int, names: Sequence[str] = ("tensorboard",)
     ) -> None:
-        self._active = {name: TRACKERS[name](run, first_step) for name in names}
+        self._active = {name: TRACKERS[name](paths, first_step) for name in names}
         self._uncovered: list[Callable[[Tracker], None]] = []
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

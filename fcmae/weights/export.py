@@ -14,7 +14,7 @@ from fcmae.atomic import atomic_write, check_out_file, check_out_folder
 from fcmae.commands.convert import ConvertConfig
 from fcmae.data.statistics import Preprocessing, default_preprocessing
 from fcmae.train.checkpoint import MANIFEST, STATE
-from fcmae.train.run_folder import RunPaths
+from fcmae.train.run_paths import RunPaths
 from fcmae.weights.load import find_weights, load_weights
 from fcmae.weights.preprocessing import read_preprocessing
 from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, read_json

@@ -22,7 +22,7 @@ from fcmae.train.checkpoint import (
     newest_checkpoint,
     newest_good,
 )
-from fcmae.train.run_folder import RunPaths
+from fcmae.train.run_paths import RunPaths
 from fcmae.weights.preprocessing import read_preprocessing
 from fcmae.weights.read import WEIGHTS_FILE, read_state
 from sparse import SparseConvNeXtV2

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from fcmae.train.checkpoint import (
-    Checkpoint,
     damage,
     list_checkpoints,
     load_checkpoint,
@@ -43,14 +42,14 @@ ROOM = 24
 @cache
 def two_checkpoints() -> Path:
     folder = home() / "checkpoints"
-    state = {"epoch_end_due": False, "threads": 1, "asked": {}, "settings": {}}
+    state = {"epoch_end_due": False, "threads": 1, "asked": {}, "settings": {}, "images": {}}
     for step in (1, 2):
         generator = torch.Generator().manual_seed(step)
         tensors = {
             "model": {"weight": torch.randn(40, 40, generator=generator)},
             "optimizer": {"weight/exp_avg": torch.randn(40, 40, generator=generator)},
         }
-        save_checkpoint(folder, step, Checkpoint(tensors, state), keep=2)
+        save_checkpoint(folder, step, tensors, state, keep=2)
     return folder
 
 

@@ -1,0 +1,38 @@
+"""Where things are in a run folder: the only module that knows."""
+
+from pathlib import Path
+
+
+class RunPaths:
+    """Where things are in a run folder.
+
+    Attributes:
+        root: the folder itself.
+        config: what was asked, for `--config`.
+        metrics: a JSON object for each logged step.
+        log: the log messages.
+        tensorboard: event files.
+        checkpoints: a folder for each checkpoint.
+        exported: the model for timm, written when the run ends.
+        best: the best weights of fine-tuning so far, as a timm folder.
+        bad_images: each image that could not be read, and why.
+        nonfinite: each batch whose loss or gradient was not finite, with its images.
+        near_duplicates: images that are nearly those of the validation set.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.yaml"
+        self.metrics = root / "metrics.jsonl"
+        self.log = root / "train.log"
+        self.tensorboard = root / "tb"
+        self.checkpoints = root / "checkpoints"
+        self.exported = root / "exported"
+        self.best = root / "best"
+        self.bad_images = root / "bad_images.jsonl"
+        self.nonfinite = root / "nonfinite.jsonl"
+        self.near_duplicates = root / "near_duplicates.jsonl"
+
+    def images(self, part: str) -> Path:
+        """The list of the images of one part of the run: `all`, `train` or `val`."""
+        return self.root / f"images-{part}.npz"
