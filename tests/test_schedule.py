@@ -8,7 +8,7 @@ from torch import nn
 from fcmae import FCMAE
 from fcmae.train.clock import Clock
 from fcmae.train.optimizer import parameter_groups
-from fcmae.train.plan import cosine_with_warmup, peak_share, warmup_steps
+from fcmae.train.plan import Plan, peak_share, warmup_steps
 from fcmae.train.pretraining import Pretraining
 
 
@@ -32,12 +32,12 @@ def test_a_short_run_warms_up_for_half_and_a_tiny_one_reaches_less(total, steps,
 
 
 def test_cosine():
-    rates = [cosine_with_warmup(step, 2.0, 4, 12) for step in range(12)]
+    rates = [Plan(12, 1, 2.0, 4).learning_rate(step) for step in range(12)]
     assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     assert rates[4] == 2.0
     assert rates[8] == pytest.approx(1.0)
     assert 0 < rates[-1] < 0.1
-    assert cosine_with_warmup(0, 1.0, 0, 1) == 1.0
+    assert Plan(1, 1, 1.0, 0).learning_rate(0) == 1.0
 
 
 def test_no_weight_decay_on_biases_norms_grn_and_mask_token():

@@ -52,8 +52,11 @@ def checkpoint_bytes(model: nn.Module, copies: int = 0) -> int:
     return sum(size * (1 + copies + 2 * trained) for size, trained in sizes)
 
 
-def check_disk(config: Any, size: int) -> None:
+def check_disk(config: Any, size: int) -> str:
     """Refuse a run whose checkpoints, of `size` bytes each, do not fit on the disk of `config.out`.
+
+    Returns:
+        What they need and what is free, in words.
 
     Raises:
         InputError: there is less free than what `keep_checkpoints` and one being written need
@@ -61,29 +64,19 @@ def check_disk(config: Any, size: int) -> None:
     """
     there = len(list_checkpoints(RunPaths(Path(config.out)).checkpoints))
     need = size * (max(config.keep_checkpoints - there, 0) + 1)
-    free = free_bytes(Path(config.out))
+    folder = Path(config.out).absolute()
+    disk = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(disk).free
     if need > free:
         raise InputError(
             f"out {config.out!r} has {free / 1e9:.2f} GB free, but its checkpoints, one being "
             f"written beside {config.keep_checkpoints}, need {need / 1e9:.2f} GB more: free some "
             "or give another --out"
         )
-
-
-def disk_line(config: Any, size: int) -> str:
-    """Say what the checkpoints need and what is free."""
     return (
         f"checkpoints in {config.out}: {size / 1e6:.0f} MB each, up to "
-        f"{size * (config.keep_checkpoints + 1) / 1e6:.0f} MB together; "
-        f"{free_bytes(Path(config.out)) / 1e9:.1f} GB free"
+        f"{size * (config.keep_checkpoints + 1) / 1e6:.0f} MB together; {free / 1e9:.1f} GB free"
     )
-
-
-def free_bytes(path: Path) -> int:
-    """Free space on the disk that holds `path`, or will."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
 
 
 def versions() -> dict[str, str]:

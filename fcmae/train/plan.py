@@ -1,7 +1,5 @@
 """How many steps a run has, and its learning rate at each."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +29,11 @@ class Plan:
         return self.steps_per_epoch * self.epochs
 
     def learning_rate(self, step: int) -> float:
-        return cosine_with_warmup(step, self.peak, self.warmup, self.total_steps)
+        """Learning rate of a step, from 0."""
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(self.total_steps - self.warmup, 1)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_plan(config: Any, images: int, epochs: int, least_warmup: int = 0) -> Plan:
@@ -115,11 +117,3 @@ def peak_share(epochs: float | None, total_steps: int, least: int = 0) -> float:
     if epochs is not None or not least:
         return 1.0
     return min(max(total_steps // 2, 1) * STEEPEST / least, 1.0)
-
-
-def cosine_with_warmup(step: int, peak: float, warmup: int, total: int) -> float:
-    """Learning rate of a step, from 0: a linear rise to `peak`, then a half cosine to zero."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(total - warmup, 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,7 +1,5 @@
 """Where a run begins: at the start, or at a checkpoint of the same run."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -38,49 +36,42 @@ def find_start(config: Any, command: str) -> SavedCheckpoint | None:
         InputError: the folder holds something else, a run with other settings, or a checkpoint
             named by the user is damaged.
     """
-    out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out {config.out!r} is a file: give a folder that is new or holds a run")
-    check_out_folder(config.out)
-    paths = RunPaths(out)
+    paths = RunPaths(check_out_folder(config.out))
     saved = list_checkpoints(paths.checkpoints)
-    if out.is_dir() and not saved:
+    if paths.root.is_dir() and not saved:
         _check_unused(paths)
     if config.resume == "never" and saved:
         raise InputError(
-            f"out {config.out!r} already holds a run: use --resume auto to go on with it, or "
-            "give another --out"
+            f"out {config.out!r} already holds a run: use --resume auto to resume it, or give "
+            "another --out"
         )
+    newest = newest_checkpoint(paths.checkpoints)
     if config.resume not in ("auto", "never"):
-        checkpoint = _named(config, saved)
-    elif saved:
-        newest = newest_checkpoint(paths.checkpoints)
-        if newest is None:
-            raise InputError(
-                f"all {len(saved)} checkpoints in {config.out!r} are damaged: give another "
-                "--out to start anew"
-            )
-        checkpoint = newest
-    else:
-        return None
-    _check_same_run(config, command, checkpoint)
-    return checkpoint
+        newest = _named(config, saved, newest)
+    elif saved and newest is None:
+        raise InputError(
+            f"all {len(saved)} checkpoints in {config.out!r} are damaged: give another --out to "
+            "start anew"
+        )
+    if newest is not None:
+        _check_same_run(config, command, newest)
+    return newest
 
 
-def _named(config: Any, saved: list[Path]) -> SavedCheckpoint:
-    """The checkpoint that `resume` names, or the newest that came of going on from it: the same
-    command given again goes on, and does not begin there once more."""
+def _named(config: Any, saved: list[Path], newest: SavedCheckpoint | None) -> SavedCheckpoint:
+    """The checkpoint that `resume` names, or the newest that continued it: the same command given
+    again resumes, and does not begin there once more."""
     named = Path(config.resume)
-    since = newest_checkpoint(RunPaths(Path(config.out)).checkpoints)
-    if since is not None and since.state["asked"].get("resume") == asked_settings(config)["resume"]:
+    asked = asked_settings(config)["resume"]
+    if newest is not None and newest.state["asked"].get("resume") == asked:
         _log.info("resuming from the newest checkpoint that continued %s", named)
-        return since
+        return newest
     if not named.is_dir():
         there = f" or one of {', '.join(map(str, saved))}" if saved else " or a checkpoint's path"
-        raise InputError(f"resume {config.resume!r} is no checkpoint: give auto, never{there}")
+        raise InputError(f"resume {config.resume!r} is not a checkpoint: give auto, never{there}")
     if saved and named.resolve().parent != saved[0].parent.resolve():
         raise InputError(
-            f"out {config.out!r} already holds another run: give a new --out to go on from {named}"
+            f"out {config.out!r} already holds another run: give a new --out to continue {named}"
         )
     return load_checkpoint(named)
 
@@ -117,7 +108,7 @@ def _check_same_run(config: Any, command: str, checkpoint: SavedCheckpoint) -> N
         )
     # A setting that is younger than the checkpoint had what is now its default.
     defaults = to_dict(type(config)(data=config.data, out=config.out))
-    stored = flatten(defaults) | flatten(_anywhere(config, checkpoint.state["asked"]))
+    stored = flatten(defaults) | flatten(checkpoint.state["asked"])
     changed = differences(asked_settings(config), stored, runtime_keys(type(config)))
     if changed:
         key, was, now = changed[0]
@@ -133,8 +124,14 @@ def _check_same_run(config: Any, command: str, checkpoint: SavedCheckpoint) -> N
 
 def asked_settings(config: Any) -> dict[str, Any]:
     """The config as JSON, its paths absolute, so that it compares from any folder."""
-    asked: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
-    return _anywhere(config, asked)
+    asked = to_dict(config)
+    for key, leaf in own_leaves(type(config)).items():
+        value = asked[key]
+        if "path" in leaf.rules and value is not None and value not in leaf.rules.get("words", ()):
+            paths = [value] if isinstance(value, str) else value
+            absolute = [os.path.abspath(os.path.expanduser(path)) for path in paths]
+            asked[key] = absolute if key == "data" else absolute[0]
+    return asked
 
 
 def facts(config: Any, step: int, *sources: Source) -> dict[str, Any]:
@@ -150,23 +147,6 @@ def facts(config: Any, step: int, *sources: Source) -> dict[str, Any]:
         "a first step after": step,
         **{f"files (list {n})": (len(s), s.fingerprint()) for n, s in enumerate(sources, 1)},
     }
-
-
-def _anywhere(config: Any, asked: dict[str, Any]) -> dict[str, Any]:
-    placed: dict[str, Any] = {}
-    for key, leaf in own_leaves(type(config)).items():
-        value = asked.get(key) if "path" in leaf.rules else None
-        if isinstance(value, str) and value not in leaf.rules.get("words", ()):
-            placed[key] = _absolute(value)
-        if isinstance(value, list):
-            placed[key] = [_absolute(path) if isinstance(path, str) else path for path in value]
-    if isinstance(placed.get("data"), str):
-        placed["data"] = [placed["data"]]
-    return asked | placed
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def stored_files(found: FileList | None, start: SavedCheckpoint, part: str) -> FileList:

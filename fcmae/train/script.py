@@ -19,7 +19,6 @@ from fcmae.train.machine import (
     check_disk,
     checkpoint_bytes,
     cpu_multiplies_bf16,
-    disk_line,
     resolve_precision,
     resolve_workers,
 )
@@ -62,8 +61,7 @@ def train(task: Task) -> int:
         )  # fmt: skip
         task.model = task.build_model()
         size = checkpoint_bytes(task.model, task.weight_copies)
-        if step < plan.total_steps:
-            check_disk(config, size)
+        room = check_disk(config, size) if step < plan.total_steps else ""
         task.optimizer = make_optimizer(task.model, config.optim, task.layer_depths())
         # Nobody writes, or waits for the others, before everybody has checked.
         world.check_same(facts(config, step, *images.lists.values(), *images.others))
@@ -79,7 +77,7 @@ def train(task: Task) -> int:
             if start is not None:
                 loop.restore(start)
             if world.is_main:
-                _announce(task, size, loop.step)
+                _announce(task, room, loop.step)
             batches = make_loader(task.dataset(), sampler, resolved.workers, device.type == "cuda")
             code = loop.run(iter(batches), signals)
             if code == 0 and folder is not None:
@@ -109,12 +107,12 @@ def _resolve(
     )
 
 
-def _announce(task: Task, size: int, step: int) -> None:
+def _announce(task: Task, room: str, step: int) -> None:
     """Log what the run will do.
 
     Args:
         task: ready to be trained.
-        size: bytes of a checkpoint.
+        room: what checkpoints need of the disk.
         step: steps that are done.
     """
     config, resolved, count = task.config, task.resolved, len(task.images.train)
@@ -130,7 +128,7 @@ def _announce(task: Task, size: int, step: int) -> None:
         f"{plan.total_steps} steps of {config.batch_size} images of {height}×{width}: "
         f"{plan.epochs} epochs over {count}; learning rate {plan.peak:.3g} after {plan.warmup} "
         "steps",
-        disk_line(config, size),
+        room,
         *others,
     ]
     if resolved.precision == "fp32" and world.device.type == "cpu" and cpu_multiplies_bf16():
