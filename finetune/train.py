@@ -283,11 +283,9 @@ class Finetuning(Task):
                     with self.resolved.autocast():
                         outputs = model(images)
                     scores[name].update(outputs, targets)
-        self.record_bad(bad)
-        found = {name: score.compute() for name, score in scores.items()}
-        if not all(found.values()):
+        if len(self.record_bad(bad)) == len(self.kind.data.val.source):
             raise RunError("none of the validation images can be read: see bad_images.jsonl")
-        return found
+        return {name: score.compute() for name, score in scores.items()}
 
     def _warn_at_chance(self, scores: list[dict[str, float]], epoch: int) -> None:
         """Warn once, from half of the epochs on, where the model has not begun to learn."""

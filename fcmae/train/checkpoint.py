@@ -252,24 +252,17 @@ def first_difference(
     return None
 
 
-def names_of(model: nn.Module) -> dict[Tensor, str]:
-    """Parameters → their names."""
-    return {parameter: name for name, parameter in model.named_parameters()}
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
-) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """Flatten an optimizer's state to `parameter name/state name` → tensor."""
     return {
-        f"{names[parameter]}/{key}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
     """Undo `optimizer_tensors`.
 
@@ -280,15 +273,14 @@ def load_optimizer_tensors(
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
         states.setdefault(name, {})[entry] = value
-    trained = {names[p] for group in optimizer.param_groups for p in group["params"]}
-    if states and states.keys() != trained:
-        odd = sorted(states.keys() ^ trained)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if states and states.keys() != trained.keys():
+        odd = sorted(states.keys() ^ trained.keys())
         raise InputError(f"the checkpoint's optimizer state is of another model: {odd[0]} differs")
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for entry, value in states.get(names[parameter], {}).items():
-                # Fused kernels want the step count where the parameter is.
-                optimizer.state[parameter][entry] = value.to(parameter.device)
+    for name, state in states.items():
+        for entry, value in state.items():
+            # Fused kernels want the step count where the parameter is.
+            optimizer.state[trained[name]][entry] = value.to(trained[name].device)
 
 
 def _describe(file: Path) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from fcmae.train.checkpoint import (
     SavedCheckpoint,
     load_model_tensors,
     load_optimizer_tensors,
-    names_of,
     optimizer_tensors,
     save_checkpoint,
 )
@@ -72,8 +71,8 @@ class Loop:
             InputError: it is of another model.
         """
         load_model_tensors(self.task.model, checkpoint.tensors("model"))
-        names = names_of(self.task.model)
-        load_optimizer_tensors(self.task.optimizer, names, checkpoint.tensors("optimizer"))
+        saved = checkpoint.tensors("optimizer")
+        load_optimizer_tensors(self.task.optimizer, self.task.model, saved)
         self.task.restore(checkpoint)
         state = checkpoint.state
         self.step, self.epoch_end_due = state["step"], state["epoch_end_due"]
@@ -284,7 +283,7 @@ class Loop:
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         return {
             "model": self.task.model.state_dict(),
-            "optimizer": optimizer_tensors(self.task.optimizer, names_of(self.task.model)),
+            "optimizer": optimizer_tensors(self.task.optimizer, self.task.model),
             **self.task.extra_tensors(),
         }
 

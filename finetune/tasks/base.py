@@ -21,7 +21,7 @@ class Scores(Protocol):
         ...
 
     def compute(self) -> dict[str, float]:
-        """Return each score by its name, `loss` among them, over all processes; {} of no image."""
+        """Return each score by its name, `loss` among them, over all processes."""
         ...
 
 

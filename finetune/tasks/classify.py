@@ -1,7 +1,5 @@
 """One class per image: cross-entropy, top-1 and top-5."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -13,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
-from torchmetrics import SumMetric
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from fcmae.data.labelled import (
@@ -50,21 +48,19 @@ class ClassScores:
         self._accuracy = {
             f"top{k}": MulticlassAccuracy(top_k=min(k, classes), **top).to(device) for k in (1, TOP)
         }
-        self._loss, self._count = (SumMetric(nan_strategy="disable").to(device) for _ in range(2))
+        self._loss = MeanMetric(nan_strategy="disable").to(device)
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         outputs = outputs.float()
         for metric in self._accuracy.values():
             metric.update(outputs, targets)
-        self._loss.update(F.cross_entropy(outputs, targets, reduction="sum"))
-        self._count.update(len(targets))
+        self._loss.update(F.cross_entropy(outputs, targets, reduction="none"))
 
     def compute(self) -> dict[str, float]:
         with warnings.catch_warnings():  # a process may have had no image to take in
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             found = {name: 100 * float(m.compute()) for name, m in self._accuracy.items()}
-            loss, count = float(self._loss.compute()), float(self._count.compute())
-        return found | {"loss": loss / count} if count else {}
+            return found | {"loss": float(self._loss.compute())}
 
 
 class Classify:
