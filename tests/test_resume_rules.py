@@ -192,9 +192,7 @@ def test_a_checkpoint_that_is_none_is_answered_with_those_there(whole, pictures,
     for named in ("Auto", str(whole / "checkpoint" / "step-00000003")):
         with pytest.raises(InputError, match=r"give auto, never or one of .*step-00000009, .*03$"):
             pretrain(config(pictures, whole, resume=named))
-        with pytest.raises(
-            InputError, match="not a checkpoint: give auto, never or a checkpoint"
-        ):
+        with pytest.raises(InputError, match="not a checkpoint: give auto, never or a checkpoint"):
             pretrain(config(pictures, tmp_path / "new", resume=named))
 
 

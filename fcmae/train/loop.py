@@ -18,15 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fcmae import rng
 from fcmae.console import StepProgress
 from fcmae.data.loader import lost_workers
-from fcmae.train.checkpoint import (
-    SavedCheckpoint,
-    load_model_tensors,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    save_checkpoint,
-)
+from fcmae.train import checkpoint, machine
 from fcmae.train.clock import Clock
-from fcmae.train.machine import versions
 from fcmae.train.optimizer import gradient_norm
 from fcmae.train.processes import OnHost
 from fcmae.train.resume import asked_settings
@@ -64,17 +57,16 @@ class Loop:
             ids = [device.index] if device.type == "cuda" else None
             self.forward = DistributedDataParallel(task.model, device_ids=ids)
 
-    def restore(self, checkpoint: SavedCheckpoint) -> None:
+    def restore(self, saved: checkpoint.SavedCheckpoint) -> None:
         """Continue from a checkpoint.
 
         Raises:
             InputError: it is of another model.
         """
-        load_model_tensors(self.task.model, checkpoint.tensors("model"))
-        saved = checkpoint.tensors("optimizer")
-        load_optimizer_tensors(self.task.optimizer, self.task.model, saved)
-        self.task.restore(checkpoint)
-        state = checkpoint.state
+        model, optimizer, state = self.task.model, self.task.optimizer, saved.state
+        checkpoint.load_model_tensors(model, saved.tensors("model"))
+        checkpoint.load_optimizer_tensors(optimizer, model, saved.tensors("optimizer"))
+        self.task.restore(saved)
         self.step, self.epoch_end_due = state["step"], state["epoch_end_due"]
         self.skipped = state.get("skipped", 0)
         if state["threads"] != torch.get_num_threads() and self.world.device.type == "cpu":
@@ -266,7 +258,7 @@ class Loop:
             try:
                 self.folder.sync()
                 target, keep = self.folder.paths.checkpoints, self.config.keep_checkpoints
-                save_checkpoint(target, self.step, self._tensors(), self._state(), keep)
+                checkpoint.save_checkpoint(target, self.step, self._tensors(), self._state(), keep)
                 self.folder.trackers.covered()
                 self._save_failures = 0
             except OSError as error:
@@ -283,7 +275,7 @@ class Loop:
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         return {
             "model": self.task.model.state_dict(),
-            "optimizer": optimizer_tensors(self.task.optimizer, self.task.model),
+            "optimizer": checkpoint.optimizer_tensors(self.task.optimizer, self.task.model),
             **self.task.extra_tensors(),
         }
 
@@ -298,6 +290,6 @@ class Loop:
             "images": self._fingerprints,
             "processes": self.world.size,
             "threads": torch.get_num_threads(),
-            "versions": versions(),
+            "versions": machine.versions(),
             **self.task.extra_state(),
         }

@@ -13,15 +13,9 @@ from fcmae.console import show_logs
 from fcmae.data.loader import make_loader
 from fcmae.data.order import StepSampler, check_parts
 from fcmae.data.statistics import Preprocessing, resolve_mean_std, warn_if_far_off
+from fcmae.train import machine
 from fcmae.train.checkpoint import SavedCheckpoint
 from fcmae.train.loop import Loop
-from fcmae.train.machine import (
-    check_disk,
-    checkpoint_bytes,
-    cpu_multiplies_bf16,
-    resolve_precision,
-    resolve_workers,
-)
 from fcmae.train.optimizer import make_optimizer
 from fcmae.train.plan import asked_rate, make_plan
 from fcmae.train.processes import World, join_world, resolve_device
@@ -60,8 +54,8 @@ def train(task: Task) -> int:
             world.rank, world.size, config.accumulate,
         )  # fmt: skip
         task.model = task.build_model()
-        size = checkpoint_bytes(task.model, task.weight_copies)
-        room = check_disk(config, size) if step < plan.total_steps else ""
+        size = machine.checkpoint_bytes(task.model, task.weight_copies)
+        room = machine.check_disk(config, size) if step < plan.total_steps else ""
         task.optimizer = make_optimizer(task.model, config.optim, task.layer_depths())
         # Nobody writes, or waits for the others, before everybody has checked.
         world.check_same(facts(config, step, *images.lists.values(), *images.others))
@@ -99,8 +93,8 @@ def _resolve(
     return Resolved(
         images=Preprocessing(img_size, tuple(mean), tuple(std)),
         plan=make_plan(config, len(train_images), epochs, task.least_warmup),
-        precision=resolve_precision(config.precision, world.device),
-        workers=resolve_workers(config.workers, world.device),
+        precision=machine.resolve_precision(config.precision, world.device),
+        workers=machine.resolve_workers(config.workers, world.device),
         part=config.batch_size // (config.accumulate * world.size),
         start=start,
         world=world,
@@ -131,7 +125,11 @@ def _announce(task: Task, room: str, step: int) -> None:
         room,
         *others,
     ]
-    if resolved.precision == "fp32" and world.device.type == "cpu" and cpu_multiplies_bf16():
+    if (
+        resolved.precision == "fp32"
+        and world.device.type == "cpu"
+        and machine.cpu_multiplies_bf16()
+    ):
         lines.append("this CPU multiplies bfloat16: --precision bf16 is faster, see `fcmae bench`")
     if plan.peak < asked_rate(config):
         lines.append(
