@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-setup: $(VENV)/minkowski.stamp ## make .venv with everything in it; at once when that is done
+setup: $(VENV)/minkowski.stamp ## create .venv with everything in it; does nothing if it is up to date
 
 demo: setup ## sample images, pretrain, convert, fine-tune, evaluate, reconstruct; DEMO_DIR=demo
 	$(BIN)/python benchmarks/demo.py --out $(DEMO_DIR)
@@ -21,7 +21,7 @@ demo: setup ## sample images, pretrain, convert, fine-tune, evaluate, reconstruc
 test: setup ## run the tests; ARGS="-k loss" is passed on to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
-faults: setup ## run the fault campaigns, hours in full; ROW=kill runs one; goes on where it was
+faults: setup ## run the fault campaigns, hours in full; ROW=kill runs one; resumes where it stopped
 	$(BIN)/python -m tests.faults $(if $(ROW),--row $(ROW)) $(ARGS)
 
 lint: setup ## ruff's rules and format, and mypy's types
@@ -48,7 +48,7 @@ $(VENV)/setup.stamp: constraints.txt pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-# 3 says "go on without MinkowskiEngine": no stamp is left, so the next run tries again.
+# Exit code 3 means "continue without MinkowskiEngine": no stamp is written, so the next run tries again.
 $(VENV)/minkowski.stamp: $(VENV)/setup.stamp
 	@$(BIN)/python -m sparse.install_minkowski; code=$$?; \
 	    if [ $$code -eq 0 ]; then touch $@; elif [ $$code -ne 3 ]; then exit $$code; fi

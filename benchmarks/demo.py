@@ -1,6 +1,6 @@
-"""`make demo`: every step of the road on the sample images, and a table of what came out.
+"""`make demo`: every step of the pipeline on the sample images, and a table of the results.
 
-It calls the command line as a user would. Repeated on the same folder, it goes on where it was.
+It calls the command line as a user would. Repeated on the same folder, it resumes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ PICTURES = 8
 
 @dataclass(frozen=True)
 class Paths:
-    """What the demo writes, all in one folder."""
+    """The demo's output paths, all in one folder."""
 
     out: Path
 
@@ -53,7 +53,7 @@ class Paths:
 
 
 def fcmae(*arguments: str | Path) -> str:
-    """Run one command of ours, shown as a user would type it; return its standard output."""
+    """Run one fcmae command, shown as a user would type it; return its standard output."""
     words = [str(argument) for argument in arguments]
     print(f"\n$ fcmae {' '.join(words)}", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "fcmae", *words]
@@ -79,7 +79,7 @@ def run(paths: Paths) -> dict[str, float]:
 
 
 def choose_pictures(paths: Paths) -> None:
-    """Copy a validation image of each of some classes, the one with most detail (most bytes)."""
+    """Copy one validation image from each of a few classes: the most detailed one (most bytes)."""
     paths.pictures.mkdir(exist_ok=True)
     for folder in sorted((paths.samples / "val").iterdir())[:PICTURES]:
         detailed = max(sorted(folder.glob("*.jpg")), key=lambda path: path.stat().st_size)
@@ -93,7 +93,7 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def results_table(paths: Paths, top1: dict[str, float]) -> Table:
-    """Put losses, top-1 and speeds side by side."""
+    """Return a table of losses, top-1 and speeds."""
     table = Table(title="Sample images, ConvNeXt V2 atto, 96 px")
     table.add_column("step")
     for column in ("loss, start", "loss, end", "top-1 %", "images/s"):
@@ -124,7 +124,7 @@ def main() -> int:
     console = Console(soft_wrap=True, highlight=False)
     console.print()
     console.print(results_table(paths, top1))
-    console.print("A pretraining loss of 1.0 means: predicts each patch's mean.")
+    console.print("Predicting each patch's mean gives a pretraining loss of 1.0.")
     console.print(f"Reconstructions  {paths.reconstruction}")
     console.print(f"timm folder      {paths.timm}")
     console.print(f"TensorBoard log  {paths.pretrained / 'tb'}")

@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/file_list.py [--files 1000000] [--folder DIR]
 
-Makes empty files, a thousand a folder, and removes them in the end.
+Creates empty files, a thousand per folder, and removes them at the end.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def resident_bytes() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--files", type=int, default=1_000_000)
-    parser.add_argument("--folder", default=None, help="where to make them (a temporary folder)")
+    parser.add_argument("--folder", default=None, help="where to create them (a temporary folder)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         root = Path(name)
@@ -40,11 +40,11 @@ def main() -> int:
         files = find_images(name)
         took = time.perf_counter() - began
         per_file = (resident_bytes() - before) / options.files
-        print(f"{len(files)} files listed in {took:.1f} s, {per_file:.0f} bytes a file")
+        print(f"{len(files)} files listed in {took:.1f} s, {per_file:.0f} bytes per file")
         files.save(root / "list")
         began = time.perf_counter()
         assert len(FileList.load(root / "list")) == len(files)
-        print(f"the stored list read in {time.perf_counter() - began:.2f} s")
+        print(f"stored list read in {time.perf_counter() - began:.2f} s")
     return 0
 
 

@@ -1,9 +1,9 @@
-"""A step of our fine-tuning beside a plain timm loop with the same recipe.
+"""A step of our fine-tuning compared with a plain timm loop with the same recipe.
 
     .venv/bin/python benchmarks/finetune_step.py [--model convnextv2_atto] [--rounds 15]
 
 AdamW with layer decay, label smoothing 0.1, drop path 0.1, averaged weights; batches in memory.
-Ours goes through `Loop`, with its gradient norm, gate, votes and records. Both take turns; medians.
+Ours runs in `Loop`, with its gradient norm, gate, votes and records. Medians of interleaved steps.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Done(Exception):
 
 
 def plain_step(model: nn.Module, config: FinetuneConfig) -> Callable[[Tensor, Tensor], None]:
-    """What one would write around a timm model."""
+    """A typical training step around a timm model."""
     optimizer = make_optimizer(model, config.optim, layer_depths(model, "single"))
     ema = ModelEmaV3(model, decay=config.ema_decay or 0.0, foreach=True)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.augment.label_smoothing)
@@ -62,7 +62,7 @@ def plain_step(model: nn.Module, config: FinetuneConfig) -> Callable[[Tensor, Te
 
 
 def make_loop(model: nn.Module, config: FinetuneConfig, steps: int) -> Loop:
-    """Our loop, without a run folder and with nothing to validate on."""
+    """Our loop, without a run folder or validation images."""
     task = Finetuning(config, Classify(config))
     task.images = Images(FileList([], *np.empty((3, 0), np.uint8)), {})
     images = Preprocessing((0, 0), tuple(MEAN), tuple(STD))
@@ -92,9 +92,9 @@ def main() -> int:
     seconds: dict[str, list[float]] = {"plain": [], "ours": []}
 
     def batches() -> Iterator[Batch]:
-        """Our loop asks for a batch when it is through with the last: then it is their turn."""
+        """Our loop asks for a batch when it is done with the last; the plain step runs then."""
         asked = 0.0
-        for round_number in range(options.rounds + 2):  # the first of each warms up
+        for round_number in range(options.rounds + 2):  # the first of each is a warm-up
             if round_number:
                 seconds["ours"].append(time.perf_counter() - asked)
             began = time.perf_counter()
@@ -109,7 +109,7 @@ def main() -> int:
     plain, own = (statistics.median(values[1:]) for values in seconds.values())
     console = Console(highlight=False)
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.model}")
-    console.print(f"plain timm loop {plain:.3f} s, ours {own:.3f} s: {own / plain:.3f} of it")
+    console.print(f"plain timm loop {plain:.3f} s, ours {own:.3f} s, a ratio of {own / plain:.3f}")
     return 0
 
 

@@ -1,9 +1,9 @@
-"""GPU-hours that the paper's recipes take, computed: an expectation, not a measurement.
+"""GPU-hours of the paper's recipes: computed, not measured.
 
     python -m benchmarks.gpu_hours [--images 1281167] [--tflops 312] [--share 0.3]
 
-Pretraining computes the visible 19 of 49 patches in the encoder and all 49 places in the decoder;
-forward and backward take three times the forward's products, each two operations.
+Pretraining computes the visible 19 of 49 patches in the encoder and all 49 positions in the
+decoder; forward and backward take three times the MACs of the forward pass, each two operations.
 """
 
 import argparse
@@ -17,7 +17,7 @@ GMACS = {
     "atto": 0.55, "femto": 0.78, "pico": 1.37, "nano": 2.45, "tiny": 4.47, "base": 15.4,
     "large": 34.4, "huge": 115,
 }  # fmt: skip
-"""Of a forward pass at 224 px (arXiv 2301.00808, table 9 and section B)."""
+"""For a forward pass at 224 px (arXiv 2301.00808, table 9 and section B)."""
 
 PRETRAINING_EPOCHS = (800, 1600)
 VISIBLE = 19 / 49
@@ -25,7 +25,7 @@ PLACES, DECODER, PATCH_VALUES = 49, 512, 3 * 32 * 32
 
 
 def decoder_gmacs(width: int) -> float:
-    """Products of the projection, one block and the prediction, in units of 10⁹."""
+    """GMACs of the projection, one block and the prediction."""
     block = 49 * DECODER + 2 * 4 * DECODER**2
     return PLACES * (width * DECODER + block + DECODER * PATCH_VALUES) / 1e9
 
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def finetuning_epochs(size: str) -> int:
-    """The paper's epochs of fine-tuning a size, from its recipe."""
+    """The paper's fine-tuning epochs for a size, from its recipe."""
     found = read_file(f"configs/finetune/{size}.yaml", leaves(FinetuneConfig))
     return int(found["epochs"].text)
 

@@ -1,10 +1,10 @@
-"""Our loader beside torchvision's ImageFolder and v1 transforms, on a folder of classes.
+"""Our loader against torchvision's ImageFolder and v1 transforms, on a folder of classes.
 
     .venv/bin/python benchmarks/loader.py FOLDER [--workers 2] [--batches 20] [--rounds 5]
 
-Both decode, crop (RandomResizedCrop, 224 px, bicubic), flip, normalise and join batches of 64; the
-same boxes of the first pictures are compared pixel by pixel. Then single pictures of 12 megapixels,
-enlarged from the folder's, with `fast_decode` too. Medians of interleaved rounds.
+Both decode, crop (RandomResizedCrop, 224 px, bicubic), flip, normalise and collate batches of 64;
+the same crops of the first images are compared pixel by pixel. Then single images of 12 megapixels,
+upscaled from the folder's, also with `fast_decode`. Medians of interleaved rounds.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def torchvision_dataset(folder: Path) -> ImageFolder:
 
 
 def speed(loader: Any, batches: int, finish: Callable[[Any], Any]) -> float:
-    """Images a second, after a first batch that starts the workers."""
+    """Images per second, after a first batch that starts the workers."""
     iterator = iter(loader)
     next(iterator)
     began = time.perf_counter()
@@ -67,7 +67,7 @@ def speed(loader: Any, batches: int, finish: Callable[[Any], Any]) -> float:
 
 
 def loaders(folder: Path, files: FileList, workers: int, batches: int) -> Rounds:
-    """One round of each loader, on images a second."""
+    """One round of each loader, in images per second."""
     reference = torchvision_dataset(folder)
     ours = PretrainDataset(files, (SIDE, SIDE))
 
@@ -87,7 +87,7 @@ def loaders(folder: Path, files: FileList, workers: int, batches: int) -> Rounds
 
 
 def large_photographs(files: FileList, folder: Path) -> Rounds:
-    """One round of each way to read pictures of 12 megapixels, in this process."""
+    """One round of each way to read images of 12 megapixels, in this process."""
     (folder / "class").mkdir()
     for i in range(LARGE_COUNT):
         with Image.open(files.path(i * (len(files) // LARGE_COUNT))) as image:
@@ -116,7 +116,7 @@ def large_photographs(files: FileList, folder: Path) -> Rounds:
 
 
 def largest_difference(files: FileList) -> int:
-    """Between torchvision's crop of a picture and ours, in units of 1/255."""
+    """Largest difference between torchvision's crop of an image and ours, in units of 1/255."""
     worst = 0
     for index in range(min(COMPARED, len(files))):
         path = files.path(index)
@@ -134,7 +134,7 @@ def largest_difference(files: FileList) -> int:
 
 
 def show(console: Console, title: str, contestants: Rounds, rounds: int) -> None:
-    """Time in turns; print medians and the median of each round's ratio to torchvision."""
+    """Time interleaved rounds; print medians, and the median ratio to torchvision."""
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, once in contestants.items():
@@ -151,7 +151,7 @@ def show(console: Console, title: str, contestants: Rounds, rounds: int) -> None
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("data", type=Path, help="folder with one folder a class")
+    parser.add_argument("data", type=Path, help="folder with one folder per class")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
@@ -159,7 +159,7 @@ def main() -> int:
     torch.set_num_threads(1)  # as in a worker
     files = find_images(str(options.data))
     console = Console(highlight=False)
-    console.print(f"{len(files)} pictures; largest difference {largest_difference(files)} / 255")
+    console.print(f"{len(files)} images; largest difference {largest_difference(files)} / 255")
     title = f"{options.workers} workers, batches of {BATCH}, {SIDE} px"
     contestants = loaders(options.data, files, options.workers, options.batches)
     show(console, title, contestants, options.rounds)

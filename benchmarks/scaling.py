@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/scaling.py [--model atto] [--rounds 3] [--plot docs/scaling.png]
 
-Encoder, forward and backward, float32, 60 % hidden. Medians of interleaved rounds; memory in a
-process each.
+Encoder, forward and backward, float32, 60 % hidden. Medians of interleaved rounds; each
+memory measurement runs in its own process.
 """
 
 import argparse
@@ -29,7 +29,7 @@ MASK_RATIO = 0.6
 
 @dataclass(frozen=True)
 class Point:
-    """What one engine does at one size: speed in images/s, peak memory in MB."""
+    """One engine at one size: speed in images/s, peak memory in MB."""
 
     engine: str
     side: int
@@ -45,7 +45,7 @@ class Point:
 
     @property
     def pixel_speed(self) -> float:
-        """Millions of visible pixels a second."""
+        """Millions of visible pixels per second."""
         return self.speed / self.batch * self.visible_megapixels
 
 
@@ -64,7 +64,7 @@ def measure(model: str, side: int, batch: int, rounds: int) -> list[Point]:
 
 
 def print_table(points: list[Point]) -> None:
-    """One row a size, in Markdown."""
+    """Print a Markdown table with one row per size."""
     engines = list(dict.fromkeys(point.engine for point in points))
     heads = [f"{engine}, {what}" for engine in engines for what in ("images/s", "Mpx/s", "MB")]
     print(f"| px | batch | {' | '.join(heads)} |")
@@ -79,7 +79,7 @@ def print_table(points: list[Point]) -> None:
 
 
 def draw(points: list[Point], model: str, path: Path) -> None:
-    """Visible megapixels a second, and memory for each of them, over image side and batch."""
+    """Plot visible megapixels per second, and memory per visible megapixel, over side and batch."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharey="row")

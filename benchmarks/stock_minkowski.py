@@ -1,8 +1,8 @@
-"""Our engines beside the encoder as one would write it with MinkowskiEngine's own layers.
+"""Our engines against an encoder written with MinkowskiEngine's own layers.
 
     .venv/bin/python benchmarks/stock_minkowski.py [--model atto] [--batch_size 16] [--rounds 5]
 
-`fcmae bench` compares our engines among themselves and with timm. Medians of interleaved rounds in
+`fcmae bench` compares our engines with each other and with timm. Medians of interleaved rounds in
 one process; forward and backward, float32.
 """
 
@@ -25,7 +25,7 @@ MASK_RATIO = 0.6
 
 
 class StockBlock(nn.Module):
-    """A ConvNeXt V2 block out of MinkowskiEngine's layers; GRN over the whole batch."""
+    """A ConvNeXt V2 block made of MinkowskiEngine's layers; GRN over the whole batch."""
 
     def __init__(self, me: Any, dim: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def stock_step(model: str, images: Tensor, mask: Tensor) -> Any:
     def step() -> None:
         encoder(images, mask).square().mean().backward()
         encoder.zero_grad(set_to_none=True)
-        torch.set_num_threads(threads)  # its coordinate manager sets it
+        torch.set_num_threads(threads)  # its coordinate manager changes it
 
     return step
 

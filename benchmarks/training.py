@@ -1,11 +1,11 @@
-"""What reading pictures costs beside training: the model alone, the loader alone, both together.
+"""The cost of reading images during training: the model alone, the loader alone, both together.
 
     .venv/bin/python benchmarks/training.py FOLDER [--model atto] [--batch 64] [--rounds 3]
 
-A whole pretraining step at 224 px (decoder, loss, AdamW) on one batch over and over; the loader
-with two workers and no model; and steps on what the loader reads, with as many workers as a run
-takes by itself. Where both share the cores, 1 / (1/model + 1/loader) images a second is all there
-can be.
+A whole pretraining step at 224 px (decoder, loss, AdamW) repeated on one batch; the loader with two
+workers and no model; and steps on the loader's batches, with the number of workers that a run
+chooses by default. Where both share the cores, 1 / (1/model + 1/loader) images per second is the
+upper limit.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
     workers = int(resolve_workers("auto", CPU))
 
     def read(workers: int, use: Callable[[Tensor, Tensor], None] | None) -> float:
-        """Images a second over batches that the loader reads, after a first one."""
+        """Images per second over batches from the loader, after a first one."""
         sampler = StepSampler(len(files), options.batch, 0, 0, options.batches + 1)
         batches = iter(make_loader(dataset, sampler, workers))
         next(batches)

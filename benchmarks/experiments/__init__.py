@@ -1,1 +1,1 @@
-"""Experiments on real photographs; docs/experiments.md has what they gave."""
+"""Experiments on real photographs; docs/experiments.md gives the results."""

@@ -1,11 +1,11 @@
-"""The paper's ablations in small and, with `--search`, the search for the recipe of pretraining on
-small data: one change at a time, one seed, a fixed budget, judged by frozen features and by
-fine-tuning on a tenth of the labels.
+"""The paper's ablations at small scale and, with `--search`, the search for the pretraining recipe
+on small data: one change at a time, one seed, a fixed budget, evaluated with frozen features and
+with fine-tuning on a tenth of the labels.
 
     python -m benchmarks.experiments.ablations --data FOLDER [--search]
 
-FOLDER is one of classes, whose labels are used to judge alone: take train, never val or test.
-Held-out losses compare only where the target and the share of hidden patches are the same.
+FOLDER is a folder of classes, whose labels are used only for evaluation: use train, never val or
+test. Held-out losses are comparable only for the same target and share of hidden patches.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ PAPER: dict[str, list[object]] = {
     "decoder of 4 blocks": ["--decoder.depth", 4],
     "pixels as they are": ["--norm_pix_loss", "false"],
 }
-"""Name → what is changed. At 96 px there are 9 patches: ratios of 0.3, 0.6, 0.75 and 0.8 hide 3, 6,
-7 and 8 of them, since what is visible is rounded down."""
+"""Name → changed options. At 96 px there are 9 patches: ratios of 0.3, 0.6, 0.75 and 0.8 hide 3, 6,
+7 and 8 of them, because the number of visible patches is rounded down."""
 RECIPE: dict[str, list[object]] = {
     "crops from 8 %": ["--augment.crop_scale", "[0.08,1]"],
     "crops from 50 %": ["--augment.crop_scale", "[0.5,1]"],
@@ -48,8 +48,8 @@ RUNS = PAPER | RECIPE
 
 def main() -> int:
     parser = arguments(__doc__ or "", "ablations", img_size=96, epochs=40, side=192)
-    parser.add_argument("--search", action="store_true", help="recipes instead of ablations")
-    parser.add_argument("--only", nargs="+", choices=RUNS, help="these of all runs")
+    parser.add_argument("--search", action="store_true", help="run recipes instead of ablations")
+    parser.add_argument("--only", nargs="+", choices=RUNS, help="run only these")
     options = parser.parse_args()
     study = Study(options)
     chosen = options.only or ([DEFAULTS, *RECIPE] if options.search else PAPER)

@@ -1,10 +1,10 @@
-"""Other models from scratch with the same fine-tuning recipe, and ours after pretraining.
+"""Other models from scratch and ours after pretraining, with the same fine-tuning recipe.
 
     python -m benchmarks.experiments.baselines --data FOLDER --weights RUN
 
-FOLDER has train, val and perhaps test; RUN is a run of pretraining, such as that of label_shares.
-Each model searches its own learning rate, judged on val with one seed. Speeds are measured at the
-end, one model after the other.
+FOLDER has train, val and optionally test; RUN is a pretraining run, such as that of label_shares.
+Each model searches its own learning rate on val with one seed. Speeds are measured at the end, one
+model after the other.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from benchmarks.experiments.study import JUDGES, Study, arguments, search
 
 OURS = "atto"
 RATES = (2e-3, 8e-3, 3.2e-2)
-"""Where the search begins: base_lr, for a batch of 256."""
+"""First rates of the search: base_lr, for a batch of 256."""
 ROWS = {
     "pretrained": OURS,
     **{name: name for name in (OURS, "convnext_atto", "resnet50", "swin_tiny_patch4_window7_224")},
 }
-"""Name of a row → model; all but the first from scratch."""
+"""Row name → model; all but the first from scratch."""
 
 
 def main() -> int:

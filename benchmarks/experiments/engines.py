@@ -1,8 +1,8 @@
-"""The same run on minkowski, patch and dense: the same curve.
+"""The same run on minkowski, patch and dense, to compare their loss curves.
 
     python -m benchmarks.experiments.engines --data FOLDER
 
-FOLDER is any folder of pictures.
+FOLDER is any folder of images.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> int:
     steps = {name: partial(study.once, name, partial(trained, name)) for name in ENGINES}
     found = study.together(steps)
     losses = {engine: np.array(run["loss"]) for engine, run in found.items()}
-    print("| engine | last loss | held-out loss | largest difference of a step's loss to patch |")
+    print("| engine | last loss | held-out loss | largest difference of a step's loss from patch |")
     print("|---|---:|---:|---:|")
     for engine, values in losses.items():
         far = np.abs(values - losses["patch"]).max()

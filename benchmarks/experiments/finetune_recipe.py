@@ -1,10 +1,10 @@
-"""A search for the recipe of fine-tuning with few labels: one change at a time, from given weights.
+"""A search for the fine-tuning recipe with few labels: one change at a time, from given weights.
 
     python -m benchmarks.experiments.finetune_recipe --data FOLDER --weights RUN
 
-FOLDER is one of classes: take train, never val or test. A tenth of it is trained on, the rest
-judges the last weights (of the average where there is one): nothing is chosen by looking at it. RUN
-is one of pretraining, or `none`: from scratch, into another --out.
+FOLDER is a folder of classes: use train, never val or test. A tenth of it is used for training, the
+rest to evaluate the final weights (averaged, if averaging is on): no choice depends on it. RUN is a
+pretraining run, or `none` for training from scratch, with another --out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CHANGES: dict[str, list[object]] = {
 
 def main() -> int:
     parser = arguments(__doc__ or "", "finetune_recipe", img_size=128, epochs=60, side=256)
-    parser.add_argument("--weights", type=Path, required=True, help="a run of pretraining")
+    parser.add_argument("--weights", type=Path, required=True, help="a pretraining run")
     parser.add_argument("--only", nargs="+", choices=CHANGES, default=list(CHANGES))
     options = parser.parse_args()
     study = Study(options)

@@ -1,4 +1,4 @@
-"""Folders of pictures that experiments read: small copies, and links to some of them."""
+"""Image folders that experiments read: small copies, and folders of links to subsets."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fcmae.data.labelled import find_classes, labels_of, split_by_hash
 
 
 def shrink(data: Path, out: Path, side: int) -> Path:
-    """Copy a folder of pictures, the shorter sides of larger ones reduced to `side` pixels.
+    """Copy a folder of images, reducing the shorter sides of larger ones to `side` pixels.
 
-    Decoding is most of what reading costs: small copies make a hundred epochs cheaper.
+    Decoding is most of the cost of reading: small copies make a hundred epochs cheaper.
     """
     if out.is_dir():
         return out
@@ -40,7 +40,7 @@ def shrink(data: Path, out: Path, side: int) -> Path:
 
 
 def with_test(data: Path, out: Path) -> Path:
-    """The folder itself if it has a test split, else one of links whose test is half of its val."""
+    """The folder itself if it has a test split, else a folder of links with half of val as test."""
     if (data / "test").is_dir():
         return data
     if out.is_dir():
@@ -53,8 +53,8 @@ def with_test(data: Path, out: Path) -> Path:
 
 
 def label_share(data: Path, percent: int, out: Path) -> Path:
-    """A folder of links with `percent` of the training pictures of each class, chosen by a hash of
-    their paths; val and test as they are, and as `rest` the training pictures left out."""
+    """A folder of links with `percent` of the training images of each class, chosen by a hash of
+    their paths; val and test are unchanged, and `rest` has the other training images."""
     if percent == 100:
         return data
     if out.is_dir():
@@ -70,8 +70,8 @@ def label_share(data: Path, percent: int, out: Path) -> Path:
 
 
 def tenth(data: Path, out: Path) -> Path:
-    """A folder of links that trains on a tenth of a folder of classes and validates on the rest:
-    with thousands of pictures to judge, a point or two can be told from chance."""
+    """A folder of links with a tenth of a folder of classes as train and the rest as val: with
+    thousands of images for evaluation, a point or two is distinguishable from chance."""
     if out.is_dir():
         return out
     with _built(out) as partial:
@@ -81,8 +81,8 @@ def tenth(data: Path, out: Path) -> Path:
 
 
 def _halves(folder: Path, share: float) -> list[dict[str, str]]:
-    """Pictures of a folder of classes, relative to real path, in two parts of 1 - share and share
-    of each class."""
+    """Images of a folder of classes, relative path → real path, in two parts with 1 - share and
+    share of each class."""
     files, names = find_classes(folder)
     return [
         {
@@ -101,7 +101,7 @@ def _link(chosen: dict[str, str], out: Path) -> None:
 
 @contextmanager
 def _built(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when all is in it."""
+    """A folder to fill, renamed to `out` when it is complete."""
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -1,7 +1,7 @@
-"""Short runs of pretraining side by side, each judged by what its weights are worth.
+"""Short pretraining runs side by side, each evaluated by the quality of its weights.
 
-Labels are used to judge alone: thousands of training pictures instead of a val of hundreds, so that
-a point or two can be told from chance.
+Labels are used only for evaluation: thousands of training images instead of a val of hundreds, so
+that a point or two is distinguishable from chance.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def compare(
     runs: Mapping[str, Sequence[object]],
     module: Callable[[str], str] = lambda _: "fcmae",
 ) -> dict[str, dict[str, Any]]:
-    """Pretrain with each of the settings and judge each run.
+    """Pretrain with each of the settings and evaluate each run.
 
     Args:
-        options: of `arguments`; `data` is a folder of classes.
+        options: from `arguments`; `data` is a folder of classes.
         runs: name → options of `fcmae pretrain` after the common ones.
-        module: from a name to what takes these options.
+        module: from a name to the module that takes these options.
 
     Returns:
-        By name: `tuned`, top-1 in percent on nine tenths of the pictures after fine-tuning on the
-        other tenth; `knn20` and `linear`, of frozen features; `holdout_loss`; and `diversity` of
+        By name: `tuned`, top-1 in percent on nine tenths of the images after fine-tuning on the
+        other tenth; `knn20` and `linear`, of frozen features; `holdout_loss` and `diversity` of
         every block, both at the end of pretraining; its `images_per_s`. `NOTHING` comes first and
-        has `tuned` alone.
+        has only `tuned`.
     """
     data = shrink(options.data, study.out / "pictures", options.side)
     labelled = tenth(data, study.out / "tenth")
@@ -74,7 +74,7 @@ def compare(
 
 
 def diversity(run: Path) -> dict[str, float]:
-    """Of every block, as pretraining last logged it."""
+    """Diversity of every block, as pretraining last logged it."""
     last = (logged(run, "holdout_loss") or [{}])[-1]
     return {key: value for key, value in last.items() if key.startswith("diversity/")}
 
@@ -87,7 +87,7 @@ def _frozen(study: Study, run: Path, data: Path, size: Sequence[object]) -> dict
 
 
 def across(values_NC: Tensor, labels_N: Tensor, classes: int, folds_N: Tensor) -> dict[str, float]:
-    """Top-1 in percent of `knn20` and `linear`, each fold of the pictures judged by the others."""
+    """Cross-validated top-1 in percent of `knn20` and `linear`, over the given folds."""
     hits = {"knn20": 0, "linear": 0}
     for fold in range(FOLDS):
         one = folds_N == fold

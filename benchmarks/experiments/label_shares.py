@@ -1,16 +1,16 @@
-"""Does pretraining pay? Fine-tuning after FCMAE against from scratch, with few and many labels.
+"""Does pretraining pay off? Fine-tuning after FCMAE against from scratch, with few and many labels.
 
-Both sides get the same search, each for its own best learning rate and length, judged on val with
-one seed: rates a factor of two apart at the shortest length until neither neighbour of the best is
-better, then the best at longer lengths while they are better. The best of all runs with further
-seeds, and is measured on test and on the training pictures whose labels it has not seen: those are
-many more, so that a point can be told from chance, but pretraining has seen them, without labels.
-With all labels one run of each side at twice the longest length shows what more would do.
+Both sides get the same search, each for its own best learning rate and length on val with one seed:
+rates a factor of two apart at the shortest length until neither neighbour of the best is better,
+then the best at longer lengths while they are better. The best setting runs with further seeds, and
+is evaluated on test and on the training images whose labels it has not seen: these are many more,
+so a point is distinguishable from chance, but pretraining has seen them, without labels. With all
+labels one run of each side at twice the longest length shows the effect of longer training.
 
     python -m benchmarks.experiments.label_shares --data FOLDER
 
-FOLDER has train and val, and test, else half of val is kept for it. Everything of train is
-pretrained on, without labels.
+FOLDER has train, val and optionally test; without test, half of val is used for it. Pretraining
+uses all of train, without labels.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from benchmarks.experiments.study import JUDGES, Study, arguments, curve, plot, 
 
 SHARES = (10, 30, 100)
 RATES = (8e-3, 1.6e-2, 3.2e-2)
-"""Where the search begins: base_lr, for a batch of 256."""
+"""First rates of the search: base_lr, for a batch of 256."""
 EPOCHS = {10: (60, 150), 30: (20, 40, 80), 100: (6, 12, 24)}
 BEYOND = {100: 48}
-"""A length that is tried with one seed, to see where the curve over the lengths leads."""
+"""A length that is run with one seed, to extend the curve over the lengths."""
 SEEDS = (0, 1, 2)
 SIDES = ("pretrained", "scratch")
 FROZEN = {"probe_knn5": "5 nearest", "probe_knn20": "20 nearest", "probe_linear": "linear"}
@@ -85,8 +85,8 @@ def main() -> int:
 
 
 def _side(study: Study, place: str, share: int, data: Path, common: list[Any]) -> dict[str, Any]:
-    """Search, then repeat the best; returns its settings and top-1 of all seeds, and as `lengths`
-    that of the first seed at all lengths that were tried."""
+    """Search, then repeat the best; return its settings and the top-1 of all seeds, and as
+    `lengths` the top-1 of the first seed at every length tried."""
 
     def tried(rate: float, epochs: int, seed: int = SEEDS[0]) -> dict[str, float]:
         name = f"{place}/rate-{rate:g}-epochs-{epochs}-seed-{seed}"
@@ -150,7 +150,7 @@ def _show(study: Study, sides: dict[str, dict[int, dict[str, Any]]]) -> None:
 
 
 def _score(tops: list[float] | None, against: list[float] | None) -> str:
-    """Mean and deviation over the seeds, and how much more than `against` that is."""
+    """Mean and standard deviation over the seeds, and the gain of the mean over `against`."""
     if tops is None:
         return ""
     gain = "" if against is None else f" ({np.mean(tops) - np.mean(against):+.1f})"
@@ -158,7 +158,7 @@ def _score(tops: list[float] | None, against: list[float] | None) -> str:
 
 
 def _show_frozen(study: Study, curves: dict[str, Any], random: dict[str, Any]) -> None:
-    """Top-1 of frozen features as pretraining goes on; random weights are its beginning."""
+    """Plot top-1 of frozen features over pretraining, starting from random weights."""
     lines = []
     for key, name in FROZEN.items():
         begin = random[key.removeprefix("probe_")]["top1"]

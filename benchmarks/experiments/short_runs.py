@@ -1,12 +1,12 @@
-"""Is the default recipe of fine-tuning safe in short runs? Many seeds of few epochs, and the worst.
+"""Is the default fine-tuning recipe safe in short runs? Many seeds of few epochs, and the worst.
 
     python -m benchmarks.experiments.short_runs --data FOLDER --share 20
 
 FOLDER has train and val. Pretraining uses all training images, fine-tuning SHARE percent of them. A
-run is at chance where its top-1 on val is that of always answering the most frequent class, within
-one standard error. All runs are trained in this process, one after the other: to start a process
-takes as long as a short run. `--recipes before` has the warm-up that was the default once, a tenth
-of the steps; `clipped` clips gradients too.
+run is at chance if its top-1 on val is that of always answering the most frequent class, within one
+standard error. All runs are trained in this process, one after the other: starting a process takes
+as long as a short run. `--recipes before` uses the former default warm-up, a tenth of the steps;
+`clipped` also clips gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from finetune.train import finetune
 LENGTHS = (3, 10)
 STARTS = ("pretrained", "scratch")
 RECIPES = ("defaults", "before", "clipped")
-"""The defaults; what was the default before; and that with clipped gradients."""
+"""The defaults; the former defaults; and the former defaults with clipped gradients."""
 
 
 def main() -> int:
@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def changes(recipe: str, epochs: int) -> list[object]:
-    """Options of `fcmae finetune` that make a recipe of the defaults."""
+    """Options of `fcmae finetune` that turn the defaults into a recipe."""
     if recipe == "defaults":
         return []
     tenth = ["--optim.warmup_epochs", epochs / 10]
@@ -82,7 +82,7 @@ def changes(recipe: str, epochs: int) -> list[object]:
 
 
 def one_run(run: Path, data: Path, given: list[Any]) -> dict[str, float]:
-    """Top-1 in percent on val of the last weights, of the average and of the model itself."""
+    """Top-1 in percent on val of the final weights, averaged and not."""
     shutil.rmtree(run, ignore_errors=True)
     more = ["--workers", 0, "--val_epochs", given[given.index("--epochs") + 1]]
     config = parse(

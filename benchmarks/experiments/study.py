@@ -1,7 +1,7 @@
-"""What all experiments share: steps that are done once, runs side by side, plots.
+"""Code shared by all experiments: steps computed once, runs side by side, plots.
 
 An experiment is a list of steps, each a few `fcmae` commands and a result. Results are kept in
-`OUT/results.json`: stopped at any moment and started again, an experiment goes on where it was.
+`OUT/results.json`: an experiment can be stopped at any moment and resumes when started again.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from torch import Tensor
 from fcmae.atomic import atomic_write
 
 JUDGES = ("val", "test", "rest")
-"""Folders that a fine-tuned model is measured on, where they are."""
+"""Folders that a fine-tuned model is evaluated on, if they exist."""
 SETTINGS = "settings"
 DECISIVE = ("img_size", "epochs", "precision", "side", "batch_size", "share")
-"""Options that change what a step of the same name gives."""
+"""Options that change the result of a step of the same name."""
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -38,19 +38,19 @@ V = TypeVar("V")
 def arguments(
     description: str, out: str, *, img_size: int, epochs: int, side: int
 ) -> argparse.ArgumentParser:
-    """Options that every experiment has, with the defaults of this one."""
+    """Options of every experiment, with the defaults of this one."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--data", type=Path, required=True, help="train/CLASS, val/CLASS, …")
     parser.add_argument("--out", type=Path, default=Path("build/experiments") / out)
     parser.add_argument("--img_size", type=int, default=img_size)
     parser.add_argument(
-        "--epochs", type=int, default=epochs, help="of pretraining, where the experiment has any"
+        "--epochs", type=int, default=epochs, help="of pretraining, if the experiment has any"
     )
     parser.add_argument("--side", type=int, default=side, help="shorter side of the copies read")
     parser.add_argument("--precision", default="fp32", help="of all training: fp32 or bf16")
     parser.add_argument(
         "--jobs", type=int, default=1,
-        help="runs at the same time; two of one thread do more on two cores than one of two",
+        help="parallel runs; two with one thread each do more on two cores than one with two",
     )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="fine-tuning; needs a compiler")
     return parser
@@ -59,8 +59,8 @@ def arguments(
 def search(
     study: Study, rates: Sequence[float], tried: Callable[[float], dict[str, float]]
 ) -> tuple[float, dict[str, float]]:
-    """The learning rate that is best on val, and its result. Of `rates`, each the same factor above
-    the one before; then further down or up by that factor while the best is at an end."""
+    """The best learning rate on val, and its result: tries `rates`, a constant factor apart, then
+    further rates down or up by that factor while the best is at an end."""
     found = study.together({rate: partial(tried, rate) for rate in rates})
     while (best := max(found, key=lambda rate: found[rate]["val"])) in (min(found), max(found)):
         low, *_, high = sorted(found)
@@ -71,10 +71,10 @@ def search(
 
 
 class Study:
-    """Results by name, on disk as soon as they are there."""
+    """Results by name, written to disk as soon as they are computed."""
 
     def __init__(self, options: argparse.Namespace, named: Sequence[str] = ()) -> None:
-        """named: options that stand in the names of the steps they change."""
+        """named: options that are part of the names of the steps they change."""
         self.out: Path = options.out
         self.out.mkdir(parents=True, exist_ok=True)
         self._jobs: int = options.jobs
@@ -90,7 +90,7 @@ class Study:
         self._check({key: value for key, value in vars(options).items() if key in decisive})
 
     def _check(self, given: dict[str, Any]) -> None:
-        """Results are of one choice of the options that decide them."""
+        """Check that the stored results use the same decisive options."""
         for key, value in self.once(SETTINGS, lambda: given).items():
             if given.get(key, value) != value:
                 raise SystemExit(
@@ -99,7 +99,7 @@ class Study:
                 )
 
     def once(self, name: str, step: Callable[[], Any]) -> Any:
-        """The result of a step, computed now if it was not before."""
+        """The result of a step, computed if it is not stored yet."""
         if name not in self.results:
             found = step()
             with self._lock:
@@ -109,8 +109,8 @@ class Study:
         return self.results[name]
 
     def together(self, steps: Mapping[K, Callable[[], V]]) -> dict[K, V]:
-        """What all steps return. Of the runs in them, `jobs` go at a time, first come first served,
-        however the steps are nested; after one that fails, no more are begun."""
+        """The results of all steps. At most `jobs` of their runs are active at a time, first come
+        first served, however the steps are nested; after a failure no more are started."""
         with ThreadPoolExecutor(len(steps)) as pool:
             try:
                 begun = {name: pool.submit(step) for name, step in steps.items()}
@@ -120,9 +120,9 @@ class Study:
                 raise
 
     def pretrain(self, name: str, data: Path, *options: object, module: str = "fcmae") -> Path:
-        """A run of pretraining; one that was stopped goes on.
+        """Run pretraining, or resume it; return the run folder.
 
-        module: takes the options of `fcmae pretrain`, where it is another.
+        module: a module that takes the options of `fcmae pretrain`, if it is not fcmae.
         """
         run = self._folder(name)
         command = [module, "pretrain"] if module == "fcmae" else [module]
@@ -130,7 +130,7 @@ class Study:
         return run
 
     def embed(self, source: Path, data: Path, *options: object) -> tuple[Tensor, list[str]]:
-        """Features (N, C) of the pictures of a folder, and their paths in it."""
+        """Features (N, C) of the images of a folder, and their paths in it."""
         out = self.out / f"features-{source.name}.npz"
         given = ["--images", data, "--out", out, *self._readers(), *options]
         self._run(["fcmae", "embed", source, *given])
@@ -140,7 +140,7 @@ class Study:
         return found
 
     def finetune(self, name: str, data: Path, *options: object) -> dict[str, float]:
-        """Top-1 in percent on each of `JUDGES` that there is, of the best weights on val; and the
+        """Top-1 in percent of the best weights on val, on each of `JUDGES` that exists; and the
         median of `images_per_s`."""
         run = self._folder(name)
         given = ["--data", data, "--out", run, *self._readers(), *self._compiled, *options]
@@ -158,8 +158,8 @@ class Study:
         return found
 
     def probe(self, source: Path, data: Path, *options: object) -> dict[str, Any]:
-        """What `fcmae probe` says, as `{"knn5": …, "knn20": …, "linear": …}`, but for the place of
-        the weights, which is this machine's."""
+        """The output of `fcmae probe`, as `{"knn5": …, "knn20": …, "linear": …}`, without the path
+        of the weights, which depends on the machine."""
         (said,) = self._run(["fcmae", "probe", source, "--data", data, "--json", *options])
         found: dict[str, Any] = json.loads(said)
         for measured in (found, found.get("random", {})):
@@ -173,7 +173,7 @@ class Study:
         return ["--workers", 0] if self._jobs > 1 else []
 
     def _run(self, *commands: Sequence[object]) -> list[str]:
-        """Run commands one after the other as a user would, and return what each printed."""
+        """Run commands one after the other as a user would; return the output of each."""
         threads = max(1, len(os.sched_getaffinity(0)) // self._jobs)
         shared = {"OMP_NUM_THREADS": str(threads)} if self._jobs > 1 else {}
         with self._slots:
@@ -185,7 +185,7 @@ class Study:
 
     def _output(self, command: Sequence[object], environment: dict[str, str]) -> str:
         if self._failed.is_set():
-            raise RuntimeError("not begun: another run failed")
+            raise RuntimeError("not started: another run failed")
         words = ["-m", *map(str, command)]
         print(f"\n$ python {' '.join(words)}", file=sys.stderr, flush=True)
         return subprocess.run(
@@ -201,17 +201,17 @@ def logged(run: Path, key: str) -> list[dict[str, Any]]:
 
 
 def curve(run: Path, key: str, over: str = "epoch") -> list[list[float]]:
-    """What a run logged of `key`, as [epoch or step, value]."""
+    """The values of `key` that a run logged, as [epoch or step, value]."""
     return [[entry[over], entry[key]] for entry in logged(run, key)]
 
 
 def speed(run: Path) -> float:
-    """Images/s, the median of what a run logged."""
+    """The median of the images/s that a run logged."""
     return float(np.median([line["images_per_s"] for line in logged(run, "images_per_s")]))
 
 
 def last_holdout_loss(run: Path) -> float:
-    """NaN where nothing was held out, as under 500 pictures."""
+    """The last held-out loss; NaN if nothing was held out, as with fewer than 500 images."""
     held = curve(run, "holdout_loss")
     return held[-1][1] if held else float("nan")
 
@@ -223,9 +223,9 @@ def plot(
     log_x: bool = False,
     nested: bool = False,
 ) -> None:
-    """Draw lines (name, x, y, deviations or None) as a PNG.
+    """Draw lines (name, x, y, standard deviations or None) as a PNG.
 
-    nested: lines that may lie on each other, each drawn narrower than the one before.
+    nested: draw each line narrower than the one before, for lines that may coincide.
     """
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()

@@ -1,8 +1,8 @@
-"""`fcmae pretrain` with ordinary convolutions, for the paper's comparison; takes its options.
+"""`fcmae pretrain` with ordinary convolutions, for the paper's comparison; takes the same options.
 
-The picture's hidden patches are greyed out, and nothing else is: what is visible leaks into hidden
-places and back, and with every layer the mask's edges fade. The decoder puts its mask token where
-patches are hidden, as ever.
+Only the image's hidden patches are greyed out: visible content leaks into hidden positions and
+back, and the mask's edges blur with every layer. The decoder puts its mask token at hidden patches,
+as usual.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparse.sizes import PATCH, STRIDES
 
 
 class _ShownAsGrey(DenseSites):
-    """All sites of the first stage, the images' hidden patches zeroed (their mean)."""
+    """All sites of the first stage, with the images' hidden patches set to zero (the mean)."""
 
     def __init__(self, mask_BHW: Tensor, side: int, device: torch.device) -> None:
         super().__init__(torch.zeros_like(mask_BHW), side, device)
