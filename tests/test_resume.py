@@ -93,7 +93,7 @@ def test_stopped_by_a_signal_saves_and_resumes(undisturbed, pictures, tmp_path, 
     wait_for_steps(tmp_path, 5, process)
     log = kill(process, number)
     assert process.returncode == code
-    assert "the same command goes on from there" in " ".join(log.split())
+    assert "the same command resumes there" in " ".join(log.split())
     done = metrics(tmp_path)[-1][0]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{done:08d}"]
     run(*command)
