@@ -7,7 +7,7 @@ from a model on the meta device.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -158,12 +158,10 @@ def infer_architecture(state: State) -> Architecture:
 
 def encoder_shapes(architecture: Architecture) -> dict[str, torch.Size]:
     """Return our name and the shape of every parameter of the encoder."""
-    layer_scale = 1.0 if architecture.layer_scale else None
-    size = (architecture.depths, architecture.dims, architecture.in_chans)
+    depths, dims, in_chans, use_grn, has_scale = astuple(architecture)
+    scale = 1.0 if has_scale else None
     with torch.device("meta"):
-        encoder = SparseConvNeXtV2(
-            *size, engine="dense", use_grn=architecture.use_grn, layer_scale=layer_scale
-        )
+        encoder = SparseConvNeXtV2(depths, dims, in_chans, use_grn=use_grn, layer_scale=scale)
     return {name: tensor.shape for name, tensor in encoder.state_dict().items()}
 
 
@@ -208,15 +206,10 @@ def _decoder_shapes(state: State, architecture: Architecture) -> dict[str, torch
     if not any(re.match(r"(decoder|proj|pred|mask_token)\b", name) for name in state):
         return {}
     width, depth = _tensor(state, "decoder.proj.bias").numel(), _count_blocks(state, "decoder")
-    pixels = architecture.in_chans * PATCH**2
     with torch.device("meta"):
-        blocks = [SparseBlock(width, 0.0, use_grn=True, layer_scale=None) for _ in range(depth)]
-        decoder = nn.ModuleDict(
-            {
-                "proj": nn.Conv2d(architecture.dims[-1], width, 1),
-                "blocks": nn.ModuleList(blocks),
-                "pred": nn.Conv2d(width, pixels, 1),
-            }
-        )
-    shapes = {f"decoder.{name}": tensor.shape for name, tensor in decoder.state_dict().items()}
-    return shapes | {"decoder.mask_token": torch.Size([1, width, 1, 1])}
+        decoder = nn.Module()
+        decoder.mask_token = nn.Parameter(torch.empty(1, width, 1, 1))
+        decoder.proj = nn.Conv2d(architecture.dims[-1], width, 1)
+        decoder.blocks = nn.ModuleList(SparseBlock(width, 0.0, True, None) for _ in range(depth))
+        decoder.pred = nn.Conv2d(width, architecture.in_chans * PATCH**2, 1)
+    return {f"decoder.{name}": tensor.shape for name, tensor in decoder.state_dict().items()}

@@ -69,7 +69,7 @@ class Pretraining:
         check_mask_ratio(config.mask_ratio, grid_of(img_size))
         resolve_size(config.model, config.depths, config.dims)
         self._engine, why = resolve_engine(config.engine, device.type, compiled=config.compile)
-        self._why_engine = f" ({why})" if why else ""
+        self._why = f" ({why})" if why else ""
         return img_size
 
     def find_images(self, start: SavedCheckpoint | None) -> Images:
@@ -130,7 +130,7 @@ class Pretraining:
     def settings(self) -> dict[str, Any]:
         encoder = self._model.encoder
         return {
-            "depths": list(encoder.depths), "dims": list(encoder.dims), "engine": self._engine
+            "depths": list(encoder.depths), "dims": list(encoder.dims), "engine": self._engine.name
         }  # fmt: skip
 
     def announcement(self, resolved: Resolved, plan: Plan) -> list[str]:
@@ -140,7 +140,7 @@ class Pretraining:
         h, w = grid_of(resolved.images.img_size)
         millions = sum(p.numel() for p in encoder.parameters()) / 1e6
         lines = [
-            f"encoder {name}: {millions:.3g} M weights, engine {self._engine}{self._why_engine}",
+            f"encoder {name}: {millions:.3g} M weights, engine {self._engine.name}{self._why}",
             f"{keep_count(h * w, config.mask_ratio)} of {h * w} patches are visible, the others "
             "are reconstructed",
         ]

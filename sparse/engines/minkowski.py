@@ -5,8 +5,6 @@ offsets), so the depthwise convolution is our own, over the positions of Minkows
 coordinates. It computes on the CPU and in float32 or float64.
 """
 
-from __future__ import annotations
-
 import collections
 import collections.abc
 import importlib
@@ -14,8 +12,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -24,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparse.engines.base import PackedSites, Sites
-from sparse.engines.patch import PatchEngine
+from sparse.engines.patch import patch_sites
 from sparse.rows import ImageRows
 from sparse.sizes import PATCH, STRIDES
 
@@ -127,22 +124,25 @@ def _strided_convolution() -> tuple[ModuleType, ModuleType, Any]:
     return engine, backend, engine.KernelGenerator(kernel_size=2, stride=2, dimension=2)
 
 
-class MinkowskiEngine:
-    """Sparse convolution with MinkowskiEngine's coordinate maps; CPU only."""
-
-    name = "minkowski"
-
-    def sites(self, mask_BHW: Tensor, device: torch.device) -> Sequence[Sites]:
-        visible = ~mask_BHW
-        if not visible.any():  # MinkowskiEngine crashes on zero coordinates, so none are made
-            return PatchEngine().sites(mask_BHW, device)
-        with _one_thread():
-            manager, maps = _coordinate_maps(visible)
-        per_image = visible.flatten(1).sum(1)
-        return [
-            MinkowskiSites(manager, here, following, ImageRows(per_image * here.side**2, device))
-            for here, following in zip(maps, [*maps[1:], None], strict=True)
-        ]
+def minkowski_sites(mask_BHW: Tensor, device: torch.device) -> Sequence[Sites]:
+    """Visible sites at MinkowskiEngine's coordinates. See `sparse.engines.Engine`."""
+    visible = ~mask_BHW
+    if not visible.any():  # MinkowskiEngine crashes on zero coordinates, so none are made
+        return patch_sites(mask_BHW, device)
+    # Kernel maps that several threads build list their pairs in another order each time, which
+    # changes the last bits of what is convolved. And a coordinate manager sets OpenMP's thread
+    # count when it is made, which is also torch's.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        manager, maps = _coordinate_maps(visible)
+    finally:
+        torch.set_num_threads(threads)
+    per_image = visible.flatten(1).sum(1)
+    return [
+        MinkowskiSites(manager, here, following, ImageRows.of(per_image * here.side**2, device))
+        for here, following in zip(maps, [*maps[1:], None], strict=True)
+    ]
 
 
 def _coordinate_maps(visible_BHW: Tensor) -> tuple[Any, list[_Map]]:
@@ -161,19 +161,3 @@ def _coordinate_maps(visible_BHW: Tensor) -> tuple[Any, list[_Map]]:
         manager.kernel_map(finer, key, stride=2, kernel_size=2)  # kept for the convolution
         maps.append(_Map(manager, key, (batch, rows * side, cols * side), side))
     return manager, maps
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread inside, on as many as before after.
-
-    Kernel maps that several threads build list their pairs in another order each time, which
-    changes the last bits of what is convolved. And a coordinate manager sets OpenMP's thread count
-    when it is made, which is also torch's.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
