@@ -30,10 +30,4 @@ class BenchConfig(DeviceConfig):
 
 
 CONFIG = BenchConfig
-USAGE = "fcmae bench"
-
-
-def run(config: BenchConfig) -> object:
-    from fcmae.inspect.benchmark import bench
-
-    return bench(config)
+RUN = "fcmae.inspect.benchmark:bench"

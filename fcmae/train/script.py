@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from fcmae.config.values import to_dict
 from fcmae.console import show_logs
 from fcmae.data.file_list import FileList
 from fcmae.data.loader import make_loader
@@ -242,7 +241,7 @@ def _resolve(
 def _settings(job: Job, resolved: Resolved, plan: Plan) -> dict[str, Any]:
     """The config with everything resolved, as checkpoints record it."""
     return {
-        **to_dict(job.config),
+        **asdict(job.config),
         "epochs": plan.epochs,
         "img_size": list(resolved.images.img_size),
         "mean": list(resolved.images.mean),
