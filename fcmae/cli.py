@@ -16,6 +16,7 @@ from importlib import import_module
 from pkgutil import resolve_name
 from typing import Any
 
+from fcmae import __version__
 from sparse.errors import InputError, RunError, did_you_mean
 
 COMMANDS = {
@@ -34,6 +35,14 @@ COMMANDS = {
     "bench": "time the engines side by side: images/s, peak memory, ratios",
 }
 """What --help says of each command. Its module in fcmae/commands/ holds the rest."""
+
+HELP = """usage: fcmae COMMAND ...
+
+Self-supervised pretraining of ConvNeXt V2 on your own images, and what follows.
+
+{commands}
+
+fcmae COMMAND --help explains the settings of a command; fcmae --version."""
 
 ENVIRONMENT = {
     # Large tensors in huge pages: fewer page faults.
@@ -70,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _out_of_memory(error):
             raise
         advice = _LESS.get(name, "give a smaller --batch_size or --img_size")
-        return _fail(prog, f"out of memory ({_first_line(error)}): {advice}", 1)
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return _fail(prog, f"out of memory ({reason}): {advice}", 1)
     except BrokenPipeError:
         if not _stdout_is_gone():
             raise
@@ -98,17 +108,15 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _parse(name: str, arguments: list[str]) -> Any:
     """Return the command's config, or None where what was asked has been printed."""
     if name in ("-h", "--help"):
-        print(_help())
+        width = max(map(len, COMMANDS))
+        lines = (f"  {command:<{width}}  {summary}" for command, summary in COMMANDS.items())
+        print(HELP.format(commands="\n".join(lines)))
         return None
     if name == "--version":
-        print(f"fcmae {_version()}")
+        print(f"fcmae {__version__}")
         return None
     if name not in COMMANDS:
         what = f"unknown command {name!r}" if name else "name a command"
@@ -117,9 +125,8 @@ def _parse(name: str, arguments: list[str]) -> Any:
     from fcmae.config.parsing import parse  # imports jsonargparse
 
     def owner(keys: Collection[str]) -> str:
-        knowing = [other for other in COMMANDS if set(keys) <= leaves(config_of(other)).keys()]
-        whose = f"is a config of `fcmae {knowing[0]}`, not of `fcmae {name}`" if knowing else ""
-        return whose if len(knowing) == 1 else ""
+        fits = [other for other in COMMANDS if set(keys) <= leaves(config_of(other)).keys()]
+        return f"is a config of `fcmae {fits[0]}`, not of `fcmae {name}`" if len(fits) == 1 else ""
 
     return parse(config_of(name), arguments, f"fcmae {name}", owner)
 
@@ -140,31 +147,6 @@ def _run(name: str, config: Any) -> Any:
 def code_of(name: str) -> Callable[[Any], Any]:
     """Return the function that runs a command."""
     return resolve_name(import_module(f"fcmae.commands.{name}").RUN)
-
-
-def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: fcmae COMMAND ...",
-            "",
-            "Self-supervised pretraining of ConvNeXt V2 on your own images, and what follows.",
-            "",
-            *lines,
-            "",
-            "fcmae COMMAND --help explains the settings of a command; fcmae --version.",
-        ]
-    )
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("fcmae")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def _fail(prog: str, message: str, code: int) -> int:

@@ -9,18 +9,7 @@ classifier only `HEAD_NAMES` are dropped.
 import torch
 from torch import Tensor
 
-from sparse.errors import InputError
-from sparse.layouts import (
-    ENCODER,
-    MINKOWSKI,
-    OURS,
-    Layout,
-    State,
-    brief,
-    detect_layout,
-    expected_shapes,
-    infer_architecture,
-)
+from sparse.layouts import ENCODER, MINKOWSKI, OURS, Layout, State, check_layout, detect_layout
 
 CONV_MLP_WIDTHS = frozenset({40, 48, 64, 80})
 """Stem widths (atto, femto, pico, nano) whose timm variants store mlp.fc1 and mlp.fc2 as 1x1
@@ -57,7 +46,7 @@ def to_minkowski(state: State) -> dict[str, Tensor]:
     """
     return {
         MINKOWSKI.name(name): MINKOWSKI.pack(name, state[name]).contiguous()
-        for name in _match(state, OURS)
+        for name in check_layout(state, OURS)
     }
 
 
@@ -109,40 +98,8 @@ def to_timm(state: State) -> dict[str, Tensor]:
 def _to_ours(state: State, layout: Layout) -> dict[str, Tensor]:
     return {
         ours: layout.unpack(state[theirs], shape).contiguous()
-        for theirs, (ours, shape) in _match(state, layout).items()
+        for theirs, (ours, shape) in check_layout(state, layout).items()
     }
-
-
-def _match(state: State, layout: Layout) -> dict[str, tuple[str, torch.Size]]:
-    """Return our name and shape for every name in `state`, in its order.
-
-    Raises:
-        InputError: another layout, or any name or shape that does not match.
-    """
-    detected = detect_layout(state)
-    if detected is not layout:
-        raise InputError(
-            f"this state dict is in {detected.title} layout ({brief(state, 2)}), expected "
-            f"{layout.title} layout: use canonical(state), which reads every layout"
-        )
-    ours = {layout.name(name): (name, shape) for name, shape in expected_shapes(state).items()}
-    differ = []
-    for theirs, (name, shape) in ours.items():
-        expected = layout.pack(name, torch.empty(shape, device="meta")).shape
-        if theirs in state and state[theirs].shape != expected:
-            differ.append(f"{theirs} is {tuple(state[theirs].shape)} and not {tuple(expected)}")
-    problems = {
-        "missing": [name for name in ours if name not in state],
-        "unexpected": [name for name in state if name not in ours],
-        "of another shape": differ,
-    }
-    if found := [f"{len(x)} {what} ({brief(x)})" for what, x in problems.items() if x]:
-        architecture = infer_architecture(state)
-        raise InputError(
-            f"state dict in {layout.title} layout does not match a ConvNeXt V2 with depths "
-            f"{list(architecture.depths)} and dims {list(architecture.dims)}: {'; '.join(found)}"
-        )
-    return {theirs: ours[theirs] for theirs in state}
 
 
 def _is_mlp(name: str) -> bool:

@@ -1,7 +1,5 @@
 """The sparse ConvNeXt V2 encoder (arXiv 2301.00808, section 3): one network, three engines."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Collection, Sequence
@@ -96,7 +94,7 @@ class SparseConvNeXtV2(nn.Module):
         depths: list[int] | None = None,
         dims: list[int] | None = None,
         **options: object,
-    ) -> SparseConvNeXtV2:
+    ) -> "SparseConvNeXtV2":
         """Build a published size by name (`atto` … `huge`); `options` as for the class.
 
         Raises:
@@ -155,20 +153,14 @@ class SparseConvNeXtV2(nn.Module):
     def _check(self, images: Tensor, mask: Tensor) -> None:
         b, c, h, w = images.shape
         if c != self.in_chans:
-            raise InputError(
-                f"images have {c} channels, the encoder was built for {self.in_chans}: "
-                f"pass in_chans={c}"
-            )
+            raise InputError(f"images have {c} channels and not {self.in_chans}: pass in_chans={c}")
         if h % PATCH or w % PATCH:
-            raise InputError(
-                f"image size {h}×{w} must be multiples of {PATCH}, such as "
-                f"{max(h // PATCH, 1) * PATCH}×{max(w // PATCH, 1) * PATCH}"
-            )
-        if mask.dtype != torch.bool or mask.shape != (b, h // PATCH, w // PATCH):
-            raise InputError(
-                f"mask is {mask.dtype} {tuple(mask.shape)}; it must be torch.bool "
-                f"{(b, h // PATCH, w // PATCH)} for images of {tuple(images.shape)}, True = hidden"
-            )
+            near = "×".join(str(max(side // PATCH, 1) * PATCH) for side in (h, w))
+            raise InputError(f"image size {h}×{w} must be multiples of {PATCH}, such as {near}")
+        grid = (b, h // PATCH, w // PATCH)
+        if mask.dtype != torch.bool or mask.shape != grid:
+            needed = f"torch.bool {grid} for images of {tuple(images.shape)}, True = hidden"
+            raise InputError(f"mask is {mask.dtype} {tuple(mask.shape)}; it must be {needed}")
 
 
 def init_weights(module: nn.Module) -> None:

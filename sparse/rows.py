@@ -1,7 +1,5 @@
 """Which rows of visible sites belong to which image of a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,7 +32,7 @@ class ImageRows:
     index: Tensor | None = None
 
     @classmethod
-    def of(cls, counts_B: Tensor, device: torch.device) -> ImageRows:
+    def of(cls, counts_B: Tensor, device: torch.device) -> "ImageRows":
         """Images with these numbers of rows, int64, on the CPU."""
         batch, first = len(counts_B), int(counts_B[0])
         if (counts_B == first).all():

@@ -24,7 +24,6 @@ RUNTIME = "Runtime: does not change the result"
 
 IMAGES = "a folder of images or a text file of paths"
 WEIGHTS = "a run, a folder of weights or a weight file"
-SIDES = "224 or '[96,160]'"
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,10 @@ class Leaf:
             height_width(value, self.multiple)
         limits = {rule: getattr(self, rule) for rule in _HOLDS if getattr(self, rule) is not None}
         values = value if isinstance(value, list) else [value]
-        if not limits or (
-            all(_HOLDS[rule](number, limits[rule]) for rule in limits for number in values)
-            and 0 < len(values) == (self.length or len(values))
-            and (not self.ascending or values == sorted(values))
-        ):
+        fits = all(_HOLDS[rule](number, limits[rule]) for rule in limits for number in values)
+        fits &= 0 < len(values) == (self.length or len(values))
+        fits &= not self.ascending or values == sorted(values)
+        if fits or not limits:
             return
         words = dict.fromkeys(
             "finite" if math.isinf(limit) else f"{rule.replace('_', ' ')} {limit}"
@@ -87,6 +85,8 @@ class Leaf:
 
     def such_as(self) -> str:
         """Return ', such as …' with a value that works, or '' where none is known."""
+        if self.multiple:
+            return ", such as 224 or '[96,160]'"
         known = "" if self.default in (MISSING, None, []) else to_text(self.default)
         return f", such as {self.example or known}" if self.example or known else ""
 
@@ -225,6 +225,6 @@ class ImagesConfig(SourceConfig):
 class ImageSizeConfig(Config):
     """The size at which weights see images."""
 
-    img_size: int | list[int] | None = setting(None, multiple=PATCH, example=SIDES)
+    img_size: int | list[int] | None = setting(None, multiple=PATCH)
     """Side of the crops in pixels, or '[HEIGHT,WIDTH]'. null takes the size that the weights were
     trained with."""

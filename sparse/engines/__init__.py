@@ -1,7 +1,7 @@
 """Three interchangeable engines behind one small interface, and the one registry of them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Engine:
         compiles: whether `torch.compile` makes one graph of a step with it.
         automatic: whether `auto` may choose it; the first engine that can run wins.
         missing: returns one clause that says why it is not installed, or None.
+        why: why `auto` chose it; empty where it was named.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Engine:
     compiles: bool = True
     automatic: bool = True
     missing: Callable[[], str | None] = lambda: None
+    why: str = ""
 
     def obstacle(self, device: str | None, dtype: torch.dtype | None, compiled: bool) -> str | None:
         """Return one clause that says why the engine can't run so, or None where it can.
@@ -75,13 +77,13 @@ def available_engines(device: str = "cpu") -> list[str]:
     ]
 
 
-def resolve_engine(
+def get_engine(
     name: str = "auto",
     device: str | None = "cpu",
     dtype: torch.dtype | None = torch.float32,
     compiled: bool = False,
-) -> tuple[Engine, str]:
-    """Return the engine that runs, and why: one clause, empty where it was named.
+) -> Engine:
+    """Return the engine that runs.
 
     Args:
         name: a key of `ENGINES`, or `auto`: the first of them that can run so. All give the same
@@ -95,21 +97,11 @@ def resolve_engine(
     """
     if name not in ("auto", *ENGINES):
         raise InputError(f"engine {name!r} is unknown: {did_you_mean(name, ['auto', *ENGINES])}")
-    passed: list[str] = []
+    passed = ["chosen by auto"] if name == "auto" else []
     for engine in ENGINES.values():
         if name == engine.name or (name == "auto" and engine.automatic):
             obstacle = engine.obstacle(device, dtype, compiled)
             if obstacle is None:
-                return engine, "; ".join(["chosen by auto", *passed]) if name == "auto" else ""
+                return replace(engine, why="; ".join(passed))
             passed.append(f"{engine.name} can't run: {obstacle}")
     raise InputError(f"engine {passed[0]}; or use engine 'patch', which gives the same numbers")
-
-
-def get_engine(
-    name: str = "auto",
-    device: str | None = "cpu",
-    dtype: torch.dtype | None = torch.float32,
-    compiled: bool = False,
-) -> Engine:
-    """Return an engine; arguments and errors are those of `resolve_engine`."""
-    return resolve_engine(name, device, dtype, compiled)[0]

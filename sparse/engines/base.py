@@ -7,7 +7,6 @@ stage at stride s has H = height/s by W = width/s of them.
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -56,23 +55,17 @@ class PackedSites:
         index_N: int64 position of each row on the flattened (B, H, W) map, on the CPU.
         shape: (B, H, W) of this stage's map.
         side: sites along a patch's side.
-        images: which image each row belongs to.
-        device: where the rows will be.
+        images: which image each row belongs to, and where the rows will be.
     """
 
     visible_N1: Tensor | None = None
 
     def __init__(
-        self,
-        index_N: Tensor,
-        shape: tuple[int, int, int],
-        side: int,
-        images: ImageRows,
-        device: torch.device,
+        self, index_N: Tensor, shape: tuple[int, int, int], side: int, images: ImageRows
     ) -> None:
         self.shape, self.side, self.images = shape, side, images
-        self.index_N = to_device(index_N, device)
-        self.windows = Windows(index_N, shape, side, device)
+        self.index_N = to_device(index_N, images.device)
+        self.windows = Windows(index_N, shape, side, images.device)
 
     def stem(self, images_BCHW: Tensor, weight_OI44: Tensor, bias_O: Tensor) -> Tensor:
         b, h, w = self.shape

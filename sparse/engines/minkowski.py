@@ -5,9 +5,7 @@ offsets), so the depthwise convolution is our own, over the positions of Minkows
 coordinates. It computes on the CPU and in float32 or float64.
 """
 
-import collections
 import collections.abc
-import importlib
 import importlib.util
 import os
 import sys
@@ -96,32 +94,29 @@ class MinkowskiSites(PackedSites):
     """Visible sites of one stage, at MinkowskiEngine's coordinates."""
 
     def __init__(self, manager: Any, here: _Map, following: _Map | None, images: ImageRows) -> None:
-        super().__init__(here.index_N, here.shape, here.side, images, torch.device("cpu"))
+        super().__init__(here.index_N, here.shape, here.side, images)
         self.manager, self.here, self.following = manager, here, following
 
     def downsample(self, x_NC: Tensor, weight_OI22: Tensor, bias_O: Tensor) -> Tensor:
         assert self.following is not None
         # In a kernel of MinkowskiEngine the first spatial coordinate, here y, runs fastest.
-        kernel_4IO = weight_OI22.permute(3, 2, 1, 0).flatten(0, 1)
-        engine, backend, kernel = _strided_convolution()
+        kernel_4IO = weight_OI22.permute(3, 2, 1, 0).flatten(0, 1).contiguous()
+        convolve, shape, mode = _strided_convolution()
         with torch.autocast(x_NC.device.type, enabled=False):
-            y_MO = engine.MinkowskiConvolutionFunction.apply(
-                x_NC.to(kernel_4IO.dtype).index_select(0, self.here.inverse_N),
-                kernel_4IO.contiguous(),
-                kernel,
-                backend.ConvolutionMode.DEFAULT,
-                self.here.key,
-                self.following.key,
-                self.manager,
+            rows_NC = x_NC.to(kernel_4IO.dtype).index_select(0, self.here.inverse_N)
+            y_MO = convolve(
+                rows_NC, kernel_4IO, shape, mode, self.here.key, self.following.key, self.manager
             )
             return y_MO.index_select(0, self.following.order_N) + bias_O
 
 
 @cache
-def _strided_convolution() -> tuple[ModuleType, ModuleType, Any]:
+def _strided_convolution() -> tuple[Any, Any, Any]:
+    """MinkowskiEngine's convolution, the shape of a 2×2 kernel of stride 2, and the mode."""
     engine = load_minkowski()
-    backend = importlib.import_module("MinkowskiEngineBackend._C")
-    return engine, backend, engine.KernelGenerator(kernel_size=2, stride=2, dimension=2)
+    mode = importlib.import_module("MinkowskiEngineBackend._C").ConvolutionMode.DEFAULT
+    shape = engine.KernelGenerator(kernel_size=2, stride=2, dimension=2)
+    return engine.MinkowskiConvolutionFunction.apply, shape, mode
 
 
 def minkowski_sites(mask_BHW: Tensor, device: torch.device) -> Sequence[Sites]:

@@ -33,5 +33,5 @@ def patch_sites(mask_BHW: Tensor, device: torch.device) -> list[PatchSites]:
         step = torch.arange(side)
         index_N = (corner_P[:, None, None] + step[:, None] * w + step).flatten()
         images = ImageRows.of(counts * side * side, device)
-        stages.append(PatchSites(index_N, (batch, h, w), side, images, device))
+        stages.append(PatchSites(index_N, (batch, h, w), side, images))
     return stages

@@ -1,7 +1,5 @@
 """The MLP of a ConvNeXt V2 block as one function: LayerNorm, fc1, GELU, GRN, fc2."""
 
-from __future__ import annotations
-
 from typing import TypeAlias
 
 import torch

@@ -5,8 +5,6 @@ patch has few sites and a window is (a large part of) an image. A window's sites
 `index_select` through a table that is made once per batch of masks.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -127,14 +125,8 @@ class _WindowedDepthwise(torch.autograd.Function):
         if grad_NC.device.type == "cpu":
             dweight = windows.weight_gradient(x_NC, grad_NC).to(weight.dtype)
         else:
-            dweight = _library_weight_gradient(windows, x_NC, cut, weight)
+            _, dweight, _ = torch.ops.aten.convolution_backward(
+                cut[:, :, HALO:-HALO, HALO:-HALO], windows.with_halo(x_NC), weight, None,
+                [1, 1], [0, 0], [1, 1], False, [0, 0], len(weight), [False, True, False],
+            )  # fmt: skip
         return dx_NC, dweight, grad_NC.sum(0), None
-
-
-def _library_weight_gradient(windows: Windows, x_NC: Tensor, cut: Tensor, weight: Tensor) -> Tensor:
-    inner = cut[:, :, HALO:-HALO, HALO:-HALO]
-    gradients = torch.ops.aten.convolution_backward(
-        inner, windows.with_halo(x_NC), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0],
-        len(weight), [False, True, False],
-    )  # fmt: skip
-    return gradients[1]
