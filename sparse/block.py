@@ -57,9 +57,7 @@ class SparseBlock(nn.Module):
         self.conv_dw = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = SparseMlp(dim, use_grn)
-        self.gamma = None
-        if layer_scale is not None:
-            self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
+        self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
         self.drop_path, self.recompute = drop_path, recompute
 
     def forward(self, x_NC: Tensor, sites: Sites) -> Tensor:

@@ -89,10 +89,8 @@ def to_timm(state: State) -> dict[str, Tensor]:
         for name in filter(_is_mlp, encoder):
             encoder[name] = encoder[name][..., None, None]
     width = encoder["stages.3.blocks.0.conv_dw.bias"]
-    return encoder | {
-        "head.norm.weight": torch.ones_like(width),
-        "head.norm.bias": torch.zeros_like(width),
-    }
+    norm = {"head.norm.weight": torch.ones_like(width), "head.norm.bias": torch.zeros_like(width)}
+    return encoder | norm
 
 
 def _to_ours(state: State, layout: Layout) -> dict[str, Tensor]:

@@ -106,13 +106,13 @@ def read_arguments(argv: Sequence[str], known: dict[str, Leaf]) -> list[tuple[st
             rule = "settings are written --name value; --help lists them"
             raise InputError(f"unexpected {positional[-1]!r}: {rule}")
         found.append((main, positional))
+    given = []
     for key, values in found:
-        if "" in values and options[key].default is MISSING:
-            raise InputError(f"{_shown(key, options[key])} is empty: it needs a value")
-    return [
-        (key, convert(_join(values, options[key].type), options[key], f"--{key}"))
-        for key, values in found
-    ]
+        leaf = options[key]
+        if "" in values and leaf.default is MISSING:
+            raise InputError(f"{_shown(key, leaf)} is empty: it needs a value")
+        given.append((key, convert(_join(values, leaf.type), leaf, f"--{key}")))
+    return given
 
 
 def _take(words: deque[str], name: str, leaf: Leaf) -> list[str]:
@@ -202,11 +202,13 @@ def _paths(text: str) -> str | list[str]:
 
     jsonargparse would read `- A` as a list, and `[2021,2022]` as one text.
     """
+    if not text.startswith("["):
+        return text
     try:
-        values = yaml.load(text, yaml.BaseLoader) if text[0] == "[" else text  # noqa: S506 - texts alone
+        values = yaml.load(text, yaml.BaseLoader)  # noqa: S506 - builds texts alone
     except yaml.YAMLError:
         return text
-    if not all(isinstance(value, str) and value for value in values or [None]):
+    if not values or not all(isinstance(value, str) and value for value in values):
         raise ValueError("not a list of texts")
     return values
 
@@ -237,14 +239,9 @@ def _print_help(kind: Any, command: str) -> None:
     parser = argparse.ArgumentParser(
         usage=f"{usage(kind, command)} [options]", description=title_of(kind)
     )
-    parser.add_argument(
-        "--config",
-        metavar="FILE.yaml",
-        help="Read settings from a YAML file; options given beside it win. May be repeated.",
-    )
-    parser.add_argument(
-        "--print_config", action="store_true", help="Print all settings as YAML and exit."
-    )
+    file = "Read settings from a YAML file; options given beside it win. May be repeated."
+    parser.add_argument("--config", metavar="FILE.yaml", help=file)
+    parser.add_argument("--print_config", action="store_true", help="Print all settings as YAML.")
     known, texts = leaves(kind), _texts(kind)
     titles = [*GROUPS, *(leaf.group for leaf in known.values())]
     titles = sorted(dict.fromkeys(titles), key=RUNTIME.__eq__)

@@ -70,11 +70,8 @@ ENGINES = {
 
 def available_engines(device: str = "cpu") -> list[str]:
     """Names of the engines that can run on a type of device, best default first."""
-    return [
-        name
-        for name, engine in ENGINES.items()
-        if engine.obstacle(device, torch.float32, compiled=False) is None
-    ]
+    engines = ENGINES.values()
+    return [e.name for e in engines if e.obstacle(device, torch.float32, compiled=False) is None]
 
 
 def get_engine(

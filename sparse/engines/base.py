@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse.devices import to_device
-from sparse.ops.windows import Windows, windowed_depthwise
+from sparse.ops.windows import Shape, Windows, windowed_depthwise
 from sparse.rows import ImageRows
 
 
@@ -60,9 +60,7 @@ class PackedSites:
 
     visible_N1: Tensor | None = None
 
-    def __init__(
-        self, index_N: Tensor, shape: tuple[int, int, int], side: int, images: ImageRows
-    ) -> None:
+    def __init__(self, index_N: Tensor, shape: Shape, side: int, images: ImageRows) -> None:
         self.shape, self.side, self.images = shape, side, images
         self.index_N = to_device(index_N, images.device)
         self.windows = Windows(index_N, shape, side, images.device)

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from sparse.engines.base import PackedSites, Sites
 from sparse.engines.patch import patch_sites
+from sparse.ops.windows import Shape
 from sparse.rows import ImageRows
 from sparse.sizes import PATCH, STRIDES
 
@@ -67,19 +69,23 @@ def why_unavailable() -> str | None:
     return None
 
 
-class _Map:
-    """One coordinate map of MinkowskiEngine, and the order that puts its rows patch after patch.
+class MinkowskiSites(PackedSites):
+    """Visible sites of one stage, at MinkowskiEngine's coordinates, put patch after patch.
 
     The rows of a strided map come in hash order, and only its coordinates tell which is which.
 
     Args:
-        manager, key: of MinkowskiEngine.
-        shape: (B, H, W) of the stage's map.
-        side: sites along a patch's side.
+        manager, key: of MinkowskiEngine's coordinate map.
+        shape, side, images: as in `PackedSites`.
+
+    Attributes:
+        following: the next stage, if any.
     """
 
-    def __init__(self, manager: Any, key: Any, shape: tuple[int, int, int], side: int) -> None:
-        self.key, self.shape, self.side = key, shape, side
+    following: "MinkowskiSites"
+
+    def __init__(self, manager: Any, key: Any, shape: Shape, side: int, images: ImageRows) -> None:
+        self.manager, self.key = manager, key
         stride = PATCH // STRIDES[0] // side
         image, y, x = (manager.get_coordinates(key).long() // torch.tensor([1, stride, stride])).T
         _, h, w = shape
@@ -87,25 +93,16 @@ class _Map:
         self.order_N = ((patch * side + y % side) * side + x % side).argsort()
         self.inverse_N = torch.empty_like(self.order_N)
         self.inverse_N[self.order_N] = torch.arange(len(self.order_N))
-        self.index_N = ((image * h + y) * w + x)[self.order_N]
-
-
-class MinkowskiSites(PackedSites):
-    """Visible sites of one stage, at MinkowskiEngine's coordinates."""
-
-    def __init__(self, manager: Any, here: _Map, following: _Map | None, images: ImageRows) -> None:
-        super().__init__(here.index_N, here.shape, here.side, images)
-        self.manager, self.here, self.following = manager, here, following
+        super().__init__(((image * h + y) * w + x)[self.order_N], shape, side, images)
 
     def downsample(self, x_NC: Tensor, weight_OI22: Tensor, bias_O: Tensor) -> Tensor:
-        assert self.following is not None
         # In a kernel of MinkowskiEngine the first spatial coordinate, here y, runs fastest.
         kernel_4IO = weight_OI22.permute(3, 2, 1, 0).flatten(0, 1).contiguous()
         convolve, shape, mode = _strided_convolution()
         with torch.autocast(x_NC.device.type, enabled=False):
-            rows_NC = x_NC.to(kernel_4IO.dtype).index_select(0, self.here.inverse_N)
+            rows_NC = x_NC.to(kernel_4IO.dtype).index_select(0, self.inverse_N)
             y_MO = convolve(
-                rows_NC, kernel_4IO, shape, mode, self.here.key, self.following.key, self.manager
+                rows_NC, kernel_4IO, shape, mode, self.key, self.following.key, self.manager
             )
             return y_MO.index_select(0, self.following.order_N) + bias_O
 
@@ -130,29 +127,30 @@ def minkowski_sites(mask_BHW: Tensor, device: torch.device) -> Sequence[Sites]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        manager, maps = _coordinate_maps(visible)
+        manager, keys = _coordinate_maps(visible)
     finally:
         torch.set_num_threads(threads)
-    per_image = visible.flatten(1).sum(1)
-    return [
-        MinkowskiSites(manager, here, following, ImageRows.of(per_image * here.side**2, device))
-        for here, following in zip(maps, [*maps[1:], None], strict=True)
-    ]
+    (batch, rows, cols), per_image = visible.shape, visible.flatten(1).sum(1)
+    stages = []
+    for key, stride in zip(keys, STRIDES, strict=True):
+        side = PATCH // stride
+        images = ImageRows.of(per_image * side**2, device)
+        stages.append(MinkowskiSites(manager, key, (batch, rows * side, cols * side), side, images))
+    for finer, coarser in pairwise(stages):
+        finer.following = coarser
+    return stages
 
 
-def _coordinate_maps(visible_BHW: Tensor) -> tuple[Any, list[_Map]]:
-    """A coordinate manager with the maps of all stages, and the kernel maps between them."""
-    batch, rows, cols = visible_BHW.shape
-    finest, *coarser = [PATCH // stride for stride in STRIDES]
+def _coordinate_maps(visible_BHW: Tensor) -> tuple[Any, list[Any]]:
+    """A coordinate manager, the keys of all stages' maps, and the kernel maps between them."""
+    finest = PATCH // STRIDES[0]
     lattice = visible_BHW.repeat_interleave(finest, 1).repeat_interleave(finest, 2)
     engine = load_minkowski()
     manager = engine.CoordinateManager(
         D=2, num_threads=1, coordinate_map_type=engine.CoordinateMapType.CPU
     )
-    key, _ = manager.insert_and_map(lattice.nonzero().int().contiguous(), 1)
-    maps = [_Map(manager, key, (batch, rows * finest, cols * finest), finest)]
-    for side in coarser:
-        finer, key = key, manager.stride(key, 2)
-        manager.kernel_map(finer, key, stride=2, kernel_size=2)  # kept for the convolution
-        maps.append(_Map(manager, key, (batch, rows * side, cols * side), side))
-    return manager, maps
+    keys = [manager.insert_and_map(lattice.nonzero().int().contiguous(), 1)[0]]
+    for _ in STRIDES[1:]:
+        keys.append(manager.stride(keys[-1], 2))
+        manager.kernel_map(keys[-2], keys[-1], stride=2, kernel_size=2)  # kept for the convolution
+    return manager, keys

@@ -23,6 +23,10 @@ LARGEST = 16
 """Longest side of other windows, in sites."""
 
 
+Shape = tuple[int, int, int]
+"""(B, H, W) of a stage's map."""
+
+
 class Windows:
     """Index tables of one stage for one batch of masks.
 
@@ -36,9 +40,7 @@ class Windows:
         device: where the rows will be.
     """
 
-    def __init__(
-        self, index_N: Tensor, shape: tuple[int, int, int], side: int, device: torch.device
-    ) -> None:
+    def __init__(self, index_N: Tensor, shape: Shape, side: int, device: torch.device) -> None:
         batch, *lengths = shape
         patches = side >= SMALLEST_PATCH
         counts = [length // side if patches else -(-length // LARGEST) for length in lengths]
