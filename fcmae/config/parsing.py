@@ -197,12 +197,13 @@ def convert(text: str, leaf: Leaf, where: str) -> Any:
         raise InputError(f"{where} {text!r} must be {_rule(leaf.type)}{hint}") from error
 
 
-def _paths(text: str) -> str | list[str]:
+def _paths(text: str | list[str]) -> str | list[str]:
     """Read `[A,B]` as a list of texts, numbers too; anything else, even `- A`, is one text.
 
-    jsonargparse would read `- A` as a list, and `[2021,2022]` as one text.
+    jsonargparse would read `- A` as a list, and `[2021,2022]` as one text. It validates the list
+    with this function too.
     """
-    if not text.startswith("["):
+    if isinstance(text, list) or not text.startswith("["):
         return text
     try:
         values = yaml.load(text, yaml.BaseLoader)  # noqa: S506 - builds texts alone
