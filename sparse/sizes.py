@@ -52,8 +52,8 @@ def resolve_size(
     size = SIZES[name]
     for key, value in (("depths", depths), ("dims", dims)):
         if value is not None and (len(value) != 4 or any(int(v) != v or v < 1 for v in value)):
-            example = list(getattr(size, key))
-            raise InputError(f"{key} {value} must be four positive integers, such as {example}")
+            own = list(getattr(size, key))
+            raise InputError(f"{key} {value} must be four positive whole numbers, such as {own}")
     chosen = (tuple(depths or size.depths), tuple(dims or size.dims))
     known = (size for size in SIZES.values() if (size.depths, size.dims) == chosen)
     return next(known, Size(None, *chosen))
