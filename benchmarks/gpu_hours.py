@@ -56,7 +56,7 @@ def main() -> int:
 def finetuning_epochs(size: str) -> int:
     """The paper's fine-tuning epochs for a size, from its recipe."""
     found = read_file(f"configs/finetune/{size}.yaml", leaves(FinetuneConfig))
-    return int(found["epochs"].text)
+    return int(found["epochs"])
 
 
 if __name__ == "__main__":

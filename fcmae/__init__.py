@@ -3,9 +3,6 @@
 Importing this package imports no torch; the names below load what they need on first use.
 """
 
-from __future__ import annotations
-
-import importlib
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +24,8 @@ _HOMES = {
 def _check_sparse() -> None:
     """Our package `sparse` shares its name with PyData's; stop early if that one would be found."""
     spec = importlib.util.find_spec("sparse")
-    found = Path(spec.origin).parent.parent if spec is not None and spec.origin else None
-    if found is None or found.resolve() != Path(__file__).parent.parent.resolve():
+    ours = Path(__file__).parent.parent / "sparse" / "__init__.py"
+    if Path(str(spec and spec.origin)).resolve() != ours.resolve():
         raise ImportError(
             f"fcmae needs its own package 'sparse', but Python finds {spec and spec.origin}: "
             "uninstall PyData's sparse in this environment (pip uninstall sparse) and install "

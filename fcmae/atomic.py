@@ -56,7 +56,7 @@ def check_out_folder(out: str | Path) -> Path:
     path = Path(out)
     there = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
     if not there.is_dir():
-        raise InputError(f"out {str(out)!r} can't be written: {there} is a file, no folder")
+        raise InputError(f"out {str(out)!r} can't be written: {there} is a file, not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"out {str(out)!r} can't be written: {there} is closed to this user")
     return path

@@ -11,13 +11,13 @@ Exit codes: 0 done, 1 the run failed, 2 the command or config is wrong, 130 stop
 import os
 import select
 import sys
-from collections.abc import Collection, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
-from types import ModuleType
+from pkgutil import resolve_name
 from typing import Any
 
-from sparse.errors import InputError, RunError
+from fcmae import __version__
+from sparse.errors import InputError, RunError, did_you_mean
 
 COMMANDS = {
     "pretrain": "learn from unlabeled images by reconstructing hidden patches",
@@ -36,6 +36,14 @@ COMMANDS = {
 }
 """What --help says of each command. Its module in fcmae/commands/ holds the rest."""
 
+HELP = """usage: fcmae COMMAND ...
+
+Self-supervised pretraining of ConvNeXt V2 on your own images, and what follows.
+
+{commands}
+
+fcmae COMMAND --help explains the settings of a command; fcmae --version."""
+
 ENVIRONMENT = {
     # Large tensors in huge pages: fewer page faults.
     "THP_MEM_ALLOC_ENABLE": "1",
@@ -48,74 +56,41 @@ ENVIRONMENT = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    name, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
+    prog = f"fcmae {name}" if name in COMMANDS else "fcmae"
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(
-            stream, "reconfigure"
-        ):  # a name or sign that the locale lacks must not end a run
+        if hasattr(stream, "reconfigure"):  # a sign that the locale lacks must not end a run
             stream.reconfigure(errors="backslashreplace")
+    config = None  # while there is one, the command runs
     try:
-        code = _dispatch(arguments)
+        config = _parse(name, arguments)
+        result = 0 if config is None else _run(name, config)
+        config = None
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:
-        if not _stdout_is_gone():
-            raise
-        return 0
-    except KeyboardInterrupt:  # while modules are imported
-        _fail("fcmae", "interrupted")
-        return 130
-    return code
-
-
-def _dispatch(arguments: list[str]) -> int:
-    if not arguments:
-        return _fail("fcmae", f"name a command: {', '.join(COMMANDS)}")
-    name, *rest = arguments
-    if name in ("-h", "--help"):
-        print(_help())
-        return 0
-    if name == "--version":
-        print(f"fcmae {_version()}")
-        return 0
-    if name not in COMMANDS:
-        near = get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(COMMANDS)}"
-        return _fail("fcmae", f"unknown command {name!r}; {hint}")
-    prog = f"fcmae {name}"
-    try:
-        config = _parse(name, rest)
     except InputError as error:
-        # Every process of torchrun finds the same mistake: the first one reports it.
-        return 2 if _rank() else _fail(prog, str(error))
-    if config is None:
-        return 0
-    try:
-        result = _run(name, config)
-    except InputError as error:
-        return _fail(prog, str(error))
+        # Every process of torchrun finds the same mistake in its arguments: the first reports it.
+        return 2 if config is None and _rank() else _fail(prog, str(error), 2)
     except RunError as error:
-        _fail(prog, str(error))
-        return 1
+        return _fail(prog, str(error), 1)
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise
-        _fail(prog, f"out of memory ({_first_line(error)}): {_LESS.get(name, _SMALLER)}")
-        return 1
+        advice = _LESS.get(name, "give a smaller --batch_size or --img_size")
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return _fail(prog, f"out of memory ({reason}): {advice}", 1)
     except BrokenPipeError:
         if not _stdout_is_gone():
             raise
-        _fail(prog, "stdout was closed before the command was done")
-        return 1
+        closed = "stdout was closed before the command was done"
+        return 0 if config is None else _fail(prog, closed, 1)
     except KeyboardInterrupt:
-        _fail(prog, "interrupted")
-        return 130
+        return _fail(prog, "interrupted", 130)
     return result if isinstance(result, int) else 0
 
 
-_SMALLER = "give a smaller --batch_size or --img_size"
 _LESS = {
     "pretrain": "--accumulate 2, or 4, 8 …, computes a batch in so many parts and learns the same; "
     "--recompute true saves memory too",
@@ -133,64 +108,52 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _parse(name: str, arguments: list[str]) -> Any:
+    """Return the command's config, or None where what was asked has been printed."""
+    if name in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = (f"  {command:<{width}}  {summary}" for command, summary in COMMANDS.items())
+        print(HELP.format(commands="\n".join(lines)))
+        return None
+    if name == "--version":
+        print(f"fcmae {__version__}")
+        return None
+    if name not in COMMANDS:
+        what = f"unknown command {name!r}" if name else "name a command"
+        raise InputError(f"{what}; {did_you_mean(name, COMMANDS)}")
     from fcmae.config.fields import leaves
     from fcmae.config.parsing import parse  # imports jsonargparse
 
     def owner(keys: Collection[str]) -> str:
-        knowing = [other for other in COMMANDS if set(keys) <= leaves(_load(other).CONFIG).keys()]
-        whose = f"is a config of `fcmae {knowing[0]}`, not of `fcmae {name}`" if knowing else ""
-        return whose if len(knowing) == 1 else ""
+        fits = [other for other in COMMANDS if set(keys) <= leaves(config_of(other)).keys()]
+        return f"is a config of `fcmae {fits[0]}`, not of `fcmae {name}`" if len(fits) == 1 else ""
 
-    command = _load(name)
-    return parse(command.CONFIG, arguments, command.USAGE, owner)
+    return parse(config_of(name), arguments, f"fcmae {name}", owner)
+
+
+def config_of(name: str) -> Any:
+    """Return the config class of a command."""
+    config = import_module(f"fcmae.commands.{name}").CONFIG
+    return resolve_name(config) if isinstance(config, str) else config
 
 
 def _run(name: str, config: Any) -> Any:
     from fcmae.config.fields import check_paths
 
     check_paths(config)
-    return _load(name).run(config)
+    return code_of(name)(config)
 
 
-def _load(name: str) -> ModuleType:
-    return import_module(f"fcmae.commands.{name}")
+def code_of(name: str) -> Callable[[Any], Any]:
+    """Return the function that runs a command."""
+    return resolve_name(import_module(f"fcmae.commands.{name}").RUN)
 
 
-def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: fcmae COMMAND ...",
-            "",
-            "Self-supervised pretraining of ConvNeXt V2 on your own images, and what follows.",
-            "",
-            *lines,
-            "",
-            "fcmae COMMAND --help explains the settings of a command; fcmae --version.",
-        ]
-    )
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("fcmae")
-    except PackageNotFoundError:
-        return "(not installed)"
-
-
-def _fail(prog: str, message: str) -> int:
-    """Print one line on stderr and return 2."""
+def _fail(prog: str, message: str, code: int) -> int:
+    """Print one line on stderr and return the exit code."""
     rank = f" (rank {_rank()})" if _rank() else ""
     print(f"{prog}: error{rank}: {' '.join(message.splitlines())}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _rank() -> int:

@@ -55,56 +55,40 @@ class StepProgress:
     """
 
     def __init__(self, total_steps: int, start_step: int, epochs: int, quiet: bool) -> None:
-        self._epochs = epochs
-        self._total = total_steps
-        self._quiet = quiet
-        self._bar: Progress | None = None
-        if console.is_terminal and not quiet:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=False),
-                console=console,
-            )
-            self._task = self._bar.add_task(
-                "starting", total=total_steps, completed=start_step, figures=""
-            )
+        self._epochs, self._total, self._quiet = epochs, total_steps, quiet
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            disable=quiet or not console.is_terminal,
+        )
+        self._task = self._bar.add_task(
+            "starting", total=total_steps, completed=start_step, figures=""
+        )
 
     def __enter__(self) -> StepProgress:
-        if self._bar is not None:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def advance(self, step: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+        self._bar.update(self._task, completed=step)
 
     def report(self, step: int, epoch: int, metrics: dict[str, float], seconds_left: float) -> None:
         """Show the figures of a logged step."""
-        figures = " ".join(f"{name} {_short(value)}" for name, value in metrics.items())
-        if self._bar is not None:
-            self._bar.update(
-                self._task, description=f"epoch {epoch}/{self._epochs}", figures=figures
-            )
-        elif not self._quiet:
-            left = f"{seconds_left / 60:.1f} min left"
-            console.print(
-                f"epoch {epoch}/{self._epochs} step {step}/{self._total} {figures} {left}",
-                highlight=False,
-                soft_wrap=True,
-            )
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}"
+        figures = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        shown = f"epoch {epoch}/{self._epochs}"
+        self._bar.update(self._task, description=shown, figures=figures)
+        if self._bar.disable and not self._quiet:
+            line = f"{shown} step {step}/{self._total} {figures} {seconds_left / 60:.1f} min left"
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 def tracked(items: Iterable[Item], total: int, what: str | None) -> Iterator[Item]:

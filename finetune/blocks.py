@@ -37,7 +37,7 @@ class FusedBlock(ConvNeXtBlock):
         rows_NC = grn_mlp(
             rows_NC, weight_and_bias(self.norm), _linear(mlp.fc1),
             weight_and_bias(mlp.grn), _linear(mlp.fc2),
-            ImageRows.equal(b, h * w, x.device),
+            ImageRows(b, h * w, x.device),
         )  # fmt: skip
         y_BCHW = rows_NC.view(b, h, w, c).permute(0, 3, 1, 2)
         if self.gamma is not None:

@@ -87,6 +87,7 @@ class FinetuneConfig(TrainingConfig):
     takes that of the weights, and atto from scratch."""
 
     img_size: int | list[int] = setting(224, multiple=1)
+    """Side of the square crops in pixels, or '[HEIGHT,WIDTH]'."""
 
     val_fraction: float = setting(0.0, at_least=0, below=1, example="0.2", group=DATA)
     """Share of one folder of classes kept for validation, chosen by a hash of the path. 0 expects

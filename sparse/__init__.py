@@ -3,8 +3,6 @@
 The names below load torch on first use, so that errors and sizes can be had without it.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +12,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SparseConvNeXtV2", "available_engines", "get_engine"]
 
-_HOMES = {
-    "SparseConvNeXtV2": "encoder",
-    "available_engines": "engines",
-    "get_engine": "engines",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"sparse.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'sparse' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'sparse' has no attribute {name!r}")
+    home = "sparse.encoder" if name == "SparseConvNeXtV2" else "sparse.engines"
+    return getattr(importlib.import_module(home), name)

@@ -9,33 +9,7 @@ classifier only `HEAD_NAMES` are dropped.
 import torch
 from torch import Tensor
 
-from sparse.errors import InputError
-from sparse.layouts import (
-    ENCODER,
-    MINKOWSKI,
-    OFFICIAL,
-    OURS,
-    Architecture,
-    Layout,
-    State,
-    brief,
-    detect_layout,
-    expected_shapes,
-    infer_architecture,
-)
-
-__all__ = [
-    "CONV_MLP_WIDTHS",
-    "HEAD_NAMES",
-    "Architecture",
-    "canonical",
-    "encoder_part",
-    "from_minkowski",
-    "from_official_dense",
-    "infer_architecture",
-    "to_minkowski",
-    "to_timm",
-]
+from sparse.layouts import ENCODER, MINKOWSKI, OURS, Layout, State, check_layout, detect_layout
 
 CONV_MLP_WIDTHS = frozenset({40, 48, 64, 80})
 """Stem widths (atto, femto, pico, nano) whose timm variants store mlp.fc1 and mlp.fc2 as 1x1
@@ -47,7 +21,7 @@ HEAD_NAMES = frozenset(
     for kind in ("weight", "bias")
 )
 """Final norm and classifier in timm's and the official names. They are not part of the encoder:
-`canonical`, `from_official_dense` and `to_timm` drop them."""
+`canonical` and `to_timm` drop them."""
 
 
 def from_minkowski(state: State) -> dict[str, Tensor]:
@@ -72,17 +46,8 @@ def to_minkowski(state: State) -> dict[str, Tensor]:
     """
     return {
         MINKOWSKI.name(name): MINKOWSKI.pack(name, state[name]).contiguous()
-        for name in _match(state, OURS)
+        for name in check_layout(state, OURS)
     }
-
-
-def from_official_dense(state: State) -> dict[str, Tensor]:
-    """Convert an official dense release to our names; a final norm and classifier are dropped.
-
-    Raises:
-        InputError: another layout, or names and shapes that do not form a complete model.
-    """
-    return _to_ours(_without_head(state), OFFICIAL)
 
 
 def canonical(state: State) -> dict[str, Tensor]:
@@ -95,12 +60,12 @@ def canonical(state: State) -> dict[str, Tensor]:
     Raises:
         InputError: no known layout, or names and shapes that do not form a complete model.
     """
-    layout = detect_layout(state)
-    if layout is not MINKOWSKI:
-        state = _without_head(state)
-    if layout is OURS:
-        state = {name: _flat_mlp(name, tensor) for name, tensor in state.items()}
-    converted = _to_ours(state, layout)
+    kept = {
+        name: tensor[..., 0, 0] if _is_mlp(name) and tensor.shape[2:] == (1, 1) else tensor
+        for name, tensor in state.items()
+        if name not in HEAD_NAMES
+    }
+    converted = _to_ours(kept, detect_layout(kept))
     return {name.removeprefix(ENCODER): tensor for name, tensor in converted.items()}
 
 
@@ -121,63 +86,19 @@ def to_timm(state: State) -> dict[str, Tensor]:
     """
     encoder = encoder_part(canonical(state))
     if encoder["stem.0.bias"].numel() in CONV_MLP_WIDTHS:
-        encoder = {
-            name: tensor[..., None, None] if _is_mlp_weight(name) else tensor
-            for name, tensor in encoder.items()
-        }
+        for name in filter(_is_mlp, encoder):
+            encoder[name] = encoder[name][..., None, None]
     width = encoder["stages.3.blocks.0.conv_dw.bias"]
-    return encoder | {
-        "head.norm.weight": torch.ones_like(width),
-        "head.norm.bias": torch.zeros_like(width),
-    }
+    norm = {"head.norm.weight": torch.ones_like(width), "head.norm.bias": torch.zeros_like(width)}
+    return encoder | norm
 
 
 def _to_ours(state: State, layout: Layout) -> dict[str, Tensor]:
     return {
         ours: layout.unpack(state[theirs], shape).contiguous()
-        for theirs, (ours, shape) in _match(state, layout).items()
+        for theirs, (ours, shape) in check_layout(state, layout).items()
     }
 
 
-def _match(state: State, layout: Layout) -> dict[str, tuple[str, torch.Size]]:
-    """Return our name and shape for every name in `state`, in its order.
-
-    Raises:
-        InputError: another layout, or any name or shape that does not match.
-    """
-    found = detect_layout(state)
-    if found is not layout:
-        raise InputError(
-            f"this state dict is in {found.title} layout ({brief(state, 2)}), expected "
-            f"{layout.title} layout: use canonical(state), which reads every layout"
-        )
-    ours = {layout.name(name): (name, shape) for name, shape in expected_shapes(state).items()}
-    missing = [name for name in ours if name not in state]
-    unexpected = [name for name in state if name not in ours]
-    differ = []
-    for theirs, (name, shape) in ours.items():
-        expected = layout.pack(name, torch.empty(shape, device="meta")).shape
-        if theirs in state and state[theirs].shape != expected:
-            differ.append(f"{theirs} is {tuple(state[theirs].shape)} and not {tuple(expected)}")
-    if missing or unexpected or differ:
-        architecture = infer_architecture(state)
-        sides = (("missing", missing), ("unexpected", unexpected), ("of another shape", differ))
-        raise InputError(
-            f"state dict in {layout.title} layout does not match a ConvNeXt V2 with depths "
-            f"{list(architecture.depths)} and dims {list(architecture.dims)}: "
-            + "; ".join(f"{len(names)} {what} ({brief(names)})" for what, names in sides if names)
-        )
-    return {theirs: ours[theirs] for theirs in state}
-
-
-def _without_head(state: State) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state.items() if name not in HEAD_NAMES}
-
-
-def _is_mlp_weight(name: str) -> bool:
+def _is_mlp(name: str) -> bool:
     return name.endswith((".mlp.fc1.weight", ".mlp.fc2.weight"))
-
-
-def _flat_mlp(name: str, tensor: Tensor) -> Tensor:
-    is_conv = _is_mlp_weight(name) and tensor.shape[2:] == (1, 1)
-    return tensor[..., 0, 0] if is_conv else tensor

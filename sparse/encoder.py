@@ -1,7 +1,5 @@
 """The sparse ConvNeXt V2 encoder (arXiv 2301.00808, section 3): one network, three engines."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Collection, Sequence
@@ -10,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse.block import SparseBlock, weight_and_bias
-from sparse.engines import check_engine_name, get_engine
-from sparse.engines.base import Engine, Sites, hide
+from sparse.engines import Engine, get_engine
+from sparse.engines.base import Sites, hide
 from sparse.errors import InputError
 from sparse.ops.grn_mlp import LAYER_NORM_EPS
 from sparse.sizes import PATCH, STRIDES, resolve_size
@@ -73,25 +71,20 @@ class SparseConvNeXtV2(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        check_engine_name(engine)
-        self.engine, self._compiled = engine, False
-        self._engines: dict[tuple[str, str, torch.dtype, bool], Engine] = {}
+        if engine != "auto":
+            get_engine(engine, device=None, dtype=None)
+        self.engine, self._compiled, self.in_chans = engine, False, in_chans
         self.depths, self.dims = tuple(depths), tuple(dims)
-        self.in_chans = in_chans
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, dims[0], STRIDES[0], stride=STRIDES[0]),
             nn.LayerNorm(dims[0], eps=LAYER_NORM_EPS),
         )
         rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
-        stages = []
-        dim_in = None
-        for depth, dim in zip(depths, dims, strict=True):
-            blocks = [
-                SparseBlock(dim, next(rates), use_grn, layer_scale, recompute) for _ in range(depth)
-            ]
-            stages.append(SparseStage(dim_in, dim, blocks))
-            dim_in = dim
-        self.stages = nn.ModuleList(stages)
+        self.stages = nn.ModuleList()
+        for depth, dim_in, dim in zip(depths, [None, *dims[:-1]], dims, strict=True):
+            stage_rates = [next(rates) for _ in range(depth)]
+            blocks = [SparseBlock(dim, r, use_grn, layer_scale, recompute) for r in stage_rates]
+            self.stages.append(SparseStage(dim_in, dim, blocks))
         self.apply(init_weights)
 
     @classmethod
@@ -101,7 +94,7 @@ class SparseConvNeXtV2(nn.Module):
         depths: list[int] | None = None,
         dims: list[int] | None = None,
         **options: object,
-    ) -> SparseConvNeXtV2:
+    ) -> "SparseConvNeXtV2":
         """Build a published size by name (`atto` … `huge`); `options` as for the class.
 
         Raises:
@@ -135,10 +128,7 @@ class SparseConvNeXtV2(nn.Module):
             InputError: the engine asked for by name can't run there.
         """
         dtype = next(self.parameters()).dtype
-        key = (self.engine, device.type, dtype, self._compiled)
-        if key not in self._engines:
-            self._engines[key] = get_engine(*key)
-        return self._engines[key]
+        return get_engine(self.engine, device.type, dtype, self._compiled)
 
     def compile_encode(self) -> None:
         """Have `torch.compile` make one graph, without breaks, of all but the index tables.
@@ -153,33 +143,24 @@ class SparseConvNeXtV2(nn.Module):
         self.encode = torch.compile(self.encode, fullgraph=True)  # type: ignore[method-assign]
 
     def encode(self, images_BCHW: Tensor, sites: Sequence[Sites]) -> Tensor:
-        """Encode with the sites laid out: rows in, rows on, and the full map at the end."""
-        x_NC = self._stem(images_BCHW, sites[0])
+        """Encode images (B, C, H, W) with the sites laid out → (B, dims[-1], H/32, W/32)."""
+        conv, norm = self.stem
+        x_NC = hide(sites[0], norm(sites[0].stem(images_BCHW, *weight_and_bias(conv))))
         for stage, finer, here in zip(self.stages, [None, *sites], sites, strict=False):
             x_NC = stage(x_NC, finer, here)
         return sites[-1].densify(x_NC)
 
-    def _stem(self, images_BCHW: Tensor, sites: Sites) -> Tensor:
-        conv, norm = self.stem
-        return hide(sites, norm(sites.stem(images_BCHW, *weight_and_bias(conv))))
-
     def _check(self, images: Tensor, mask: Tensor) -> None:
         b, c, h, w = images.shape
         if c != self.in_chans:
-            raise InputError(
-                f"images have {c} channels, the encoder was built for {self.in_chans}: "
-                f"pass in_chans={c}"
-            )
+            raise InputError(f"images have {c} channels and not {self.in_chans}: pass in_chans={c}")
         if h % PATCH or w % PATCH:
-            raise InputError(
-                f"image size {h}×{w} must be multiples of {PATCH}, such as "
-                f"{max(h // PATCH, 1) * PATCH}×{max(w // PATCH, 1) * PATCH}"
-            )
-        if mask.dtype != torch.bool or mask.shape != (b, h // PATCH, w // PATCH):
-            raise InputError(
-                f"mask is {mask.dtype} {tuple(mask.shape)}; it must be torch.bool "
-                f"{(b, h // PATCH, w // PATCH)} for images of {tuple(images.shape)}, True = hidden"
-            )
+            near = "×".join(str(max(side // PATCH, 1) * PATCH) for side in (h, w))
+            raise InputError(f"image size {h}×{w} must be multiples of {PATCH}, such as {near}")
+        grid = (b, h // PATCH, w // PATCH)
+        if mask.dtype != torch.bool or mask.shape != grid:
+            needed = f"torch.bool {grid} for images of {tuple(images.shape)}, True = hidden"
+            raise InputError(f"mask is {mask.dtype} {tuple(mask.shape)}; it must be {needed}")
 
 
 def init_weights(module: nn.Module) -> None:
@@ -201,10 +182,10 @@ def check_compiler() -> None:
 
 
 def init_fan_in(model: nn.Module, spare: Collection[nn.Module] = ()) -> None:
-    """Give all convolutions and linear layers but some normal weights of deviation 1/√fan_in.
+    """Give all convolutions and linear layers but `spare` normal weights of deviation 1/√fan_in.
 
-    With the paper's 0.02 every residual branch starts at a fiftieth of its input: the network is
-    a linear one at first, and some hundred steps hardly get it away from there.
+    With the paper's 0.02 every residual branch starts at a fiftieth of its input: the network
+    starts nearly linear, and a few hundred steps hardly change that.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear) and layer not in spare:

@@ -73,8 +73,7 @@ def works(log: Path) -> bool:
 
     A build for another torch fails on import or crashes in the convolution.
     """
-    # Python searches the current folder first, and a clone of MinkowskiEngine may be there.
-    return run([sys.executable, "-c", PROBE], log, folder="/")
+    return run([sys.executable, "-c", PROBE], log)
 
 
 def prepare(log: Path) -> None:
@@ -101,14 +100,11 @@ def missing_packages(log: Path) -> list[str]:
     """Return the names, on Debian, of the packages that the build needs and the system lacks."""
     missing = []
     compiler = shlex.split(os.environ.get("CXX") or "g++")
+    link = [*compiler, "-x", "c++", "-", "-o", os.devnull, "-lopenblas"]
     if which(compiler[0]) is None:
         missing = ["g++", "libopenblas-dev"]
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "blas.cpp"
-            source.write_text(CBLAS_PROGRAM, encoding="utf-8")
-            if not run([*compiler, str(source), "-o", f"{folder}/blas", "-lopenblas"], log):
-                missing = ["libopenblas-dev"]
+    elif not run(link, log, CBLAS_PROGRAM):
+        missing = ["libopenblas-dev"]
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         missing.append(f"python{sys.version_info.major}.{sys.version_info.minor}-dev")
     return missing
@@ -118,16 +114,13 @@ def build(log: Path) -> None:
     """Install from pip's cache or build from source; raise RunError if the result fails."""
     print(f"Installing MinkowskiEngine takes 4 to 8 minutes. Log: {log}", flush=True)
     # The first command keeps an installed or cached build, which may be for another torch.
-    for options in ([], ["--no-cache-dir", "--force-reinstall"]):
-        if not run([*BUILD, *options], log):
-            break
-        if works(log):
-            return
-    raise RunError("its build failed.")
+    rebuild = [*BUILD, "--no-cache-dir", "--force-reinstall"]
+    if not (run(BUILD, log) and (works(log) or (run(rebuild, log) and works(log)))):
+        raise RunError("its build failed.")
 
 
-def run(command: Sequence[str], log: Path, folder: str | None = None) -> bool:
-    """Run a command in `folder`, append its output to the log; return True if it exits with 0."""
+def run(command: Sequence[str], log: Path, text: str = "") -> bool:
+    """Run a command on `text`, append its output to the log; return True if it exits with 0."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     jobs = max(1, min(len(os.sched_getaffinity(0)), memory // BYTES_PER_COMPILER))
     environment = {"MAX_JOBS": str(jobs), "DEBIAN_FRONTEND": "noninteractive", **os.environ}
@@ -137,13 +130,9 @@ def run(command: Sequence[str], log: Path, folder: str | None = None) -> bool:
     environment.pop("SETUPTOOLS_USE_DISTUTILS", None)  # breaks the build on Python 3.12 and later
     with log.open("a", encoding="utf-8") as file:
         print("$", shlex.join(command), file=file, flush=True)
+        # Python searches the current folder first, and a clone of MinkowskiEngine may be there.
         done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=folder,
+            command, input=text, text=True, stdout=file, stderr=file, env=environment, cwd="/"
         )
     return done.returncode == 0
 

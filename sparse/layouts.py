@@ -1,13 +1,13 @@
 """How checkpoints store a ConvNeXt V2: the name and shape of every tensor in each layout.
 
 Our layout is the reference: timm's names, dense kernels, no final norm. A `Layout` maps our names
-and tensors to another layout. `expected_shapes` lists what a checkpoint must hold; the shapes come
-from a model on the meta device.
+and tensors to another layout. `check_layout` compares a checkpoint with what it must hold;
+the shapes come from a model on the meta device.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -130,11 +130,11 @@ def detect_layout(state: State) -> Layout:
     )
 
 
-def brief(names: Iterable[str], most: int = 4) -> str:
-    """Join the first `most` names for a one-line message and count the rest."""
+def brief(names: Iterable[str]) -> str:
+    """Join the first names for a one-line message and count the rest."""
     names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 def infer_architecture(state: State) -> Architecture:
@@ -158,16 +158,46 @@ def infer_architecture(state: State) -> Architecture:
 
 def encoder_shapes(architecture: Architecture) -> dict[str, torch.Size]:
     """Return our name and the shape of every parameter of the encoder."""
-    layer_scale = 1.0 if architecture.layer_scale else None
-    size = (architecture.depths, architecture.dims, architecture.in_chans)
+    depths, dims, in_chans, use_grn, has_scale = astuple(architecture)
+    scale = 1.0 if has_scale else None
     with torch.device("meta"):
-        encoder = SparseConvNeXtV2(
-            *size, engine="dense", use_grn=architecture.use_grn, layer_scale=layer_scale
-        )
+        encoder = SparseConvNeXtV2(depths, dims, in_chans, use_grn=use_grn, layer_scale=scale)
     return {name: tensor.shape for name, tensor in encoder.state_dict().items()}
 
 
-def expected_shapes(state: State) -> dict[str, torch.Size]:
+def check_layout(state: State, layout: Layout) -> dict[str, tuple[str, torch.Size]]:
+    """Check a state dict, and return our name and shape for each of its names, in its order.
+
+    Raises:
+        InputError: another layout, or any name or shape that does not match.
+    """
+    detected = detect_layout(state)
+    if detected is not layout:
+        raise InputError(
+            f"this state dict is in {detected.title} layout ({brief(state)}), expected "
+            f"{layout.title} layout: use canonical(state), which reads every layout"
+        )
+    ours = {layout.name(name): (name, shape) for name, shape in _expected_shapes(state).items()}
+    differ = []
+    for theirs, (name, shape) in ours.items():
+        expected = layout.pack(name, torch.empty(shape, device="meta")).shape
+        if theirs in state and state[theirs].shape != expected:
+            differ.append(f"{theirs} is {tuple(state[theirs].shape)} and not {tuple(expected)}")
+    problems = {
+        "missing": [name for name in ours if name not in state],
+        "unexpected": [name for name in state if name not in ours],
+        "of another shape": differ,
+    }
+    if found := [f"{len(x)} {what} ({brief(x)})" for what, x in problems.items() if x]:
+        architecture = infer_architecture(state)
+        raise InputError(
+            f"state dict in {layout.title} layout does not match a ConvNeXt V2 with depths "
+            f"{list(architecture.depths)} and dims {list(architecture.dims)}: {'; '.join(found)}"
+        )
+    return {theirs: ours[theirs] for theirs in state}
+
+
+def _expected_shapes(state: State) -> dict[str, torch.Size]:
     """Return our name and shape of every tensor that a state dict in any known layout must hold.
 
     The encoder's names have the prefix `encoder.` if the state dict has it. A decoder is expected
@@ -177,8 +207,17 @@ def expected_shapes(state: State) -> dict[str, torch.Size]:
         InputError: as `infer_architecture`, or the bias of the decoder's projection is missing.
     """
     architecture, prefix = infer_architecture(state), _encoder_prefix(state)
-    encoder = {prefix + name: shape for name, shape in encoder_shapes(architecture).items()}
-    return encoder | _decoder_shapes(state, architecture)
+    shapes = {prefix + name: shape for name, shape in encoder_shapes(architecture).items()}
+    if not any(re.match(r"(decoder|proj|pred|mask_token)\b", name) for name in state):
+        return shapes
+    width, depth = _tensor(state, "decoder.proj.bias").numel(), _count_blocks(state, "decoder")
+    with torch.device("meta"):
+        decoder = nn.Module()
+        decoder.mask_token = nn.Parameter(torch.empty(1, width, 1, 1))
+        decoder.proj = nn.Conv2d(architecture.dims[-1], width, 1)
+        decoder.blocks = nn.ModuleList(SparseBlock(width, 0.0, True, None) for _ in range(depth))
+        decoder.pred = nn.Conv2d(width, architecture.in_chans * PATCH**2, 1)
+    return shapes | {f"decoder.{name}": part.shape for name, part in decoder.state_dict().items()}
 
 
 def _encoder_prefix(state: State) -> str:
@@ -202,21 +241,3 @@ def _tensor(state: State, ours: str) -> Tensor:
     if not state[name].numel():
         raise InputError(f"{name} has shape {tuple(state[name].shape)}: it must not be empty")
     return state[name]
-
-
-def _decoder_shapes(state: State, architecture: Architecture) -> dict[str, torch.Size]:
-    if not any(re.match(r"(decoder|proj|pred|mask_token)\b", name) for name in state):
-        return {}
-    width, depth = _tensor(state, "decoder.proj.bias").numel(), _count_blocks(state, "decoder")
-    pixels = architecture.in_chans * PATCH**2
-    with torch.device("meta"):
-        blocks = [SparseBlock(width, 0.0, use_grn=True, layer_scale=None) for _ in range(depth)]
-        decoder = nn.ModuleDict(
-            {
-                "proj": nn.Conv2d(architecture.dims[-1], width, 1),
-                "blocks": nn.ModuleList(blocks),
-                "pred": nn.Conv2d(width, pixels, 1),
-            }
-        )
-    shapes = {f"decoder.{name}": tensor.shape for name, tensor in decoder.state_dict().items()}
-    return shapes | {"decoder.mask_token": torch.Size([1, width, 1, 1])}

@@ -1,8 +1,7 @@
 """Which rows of visible sites belong to which image of a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,37 +12,36 @@ PIECE = 4 * 2**20
 """Bytes of a batch's widest rows that a CPU works on at a time: what its caches hold."""
 
 
+@dataclass(frozen=True)
 class ImageRows:
     """Which image each row belongs to; rows of one image stand together, images in batch order.
 
     A batch whose images all show equally many sites, as in pretraining, is handled as a
     (B, n, C) view; any other through an index. Both give the same numbers.
 
-    Args:
-        counts_B: visible sites of each image, int64, on the CPU.
+    Attributes:
+        batch: number of images B.
+        per_image: rows of each image, where all have the same number.
         device: where the rows will be.
+        index: the image of each row (N,), where the numbers differ.
     """
 
+    batch: int
+    per_image: int
+    device: torch.device
     index: Tensor | None = None
 
-    def __init__(self, counts_B: Tensor, device: torch.device) -> None:
-        self.batch, self.device = len(counts_B), device
-        self.uniform = bool((counts_B == counts_B[0]).all())
-        self.per_image = int(counts_B[0])
-        if not self.uniform:
-            self.index = to_device(torch.repeat_interleave(counts_B), device)
-
     @classmethod
-    def equal(cls, batch: int, per_image: int, device: torch.device) -> ImageRows:
-        """Images that all have the same number of rows."""
-        images = cls.__new__(cls)
-        images.batch, images.device, images.uniform = batch, device, True
-        images.per_image = per_image
-        return images
+    def of(cls, counts_B: Tensor, device: torch.device) -> "ImageRows":
+        """Images with these numbers of rows, int64, on the CPU."""
+        batch, first = len(counts_B), int(counts_B[0])
+        if (counts_B == first).all():
+            return cls(batch, first, device)
+        return cls(batch, 0, device, to_device(torch.repeat_interleave(counts_B), device))
 
     def split(self, x_NC: Tensor) -> Tensor:
         """View rows, all or a piece, as (B, n, C) where possible, else leave them (N, C)."""
-        if not self.uniform:
+        if self.index is not None:
             return x_NC
         images = len(x_NC) // self.per_image if self.per_image else self.batch
         return x_NC.view(images, self.per_image, x_NC.shape[-1])
@@ -51,7 +49,7 @@ class ImageRows:
     def pieces(self, row_bytes: int) -> Iterator[tuple[slice, slice]]:
         """Rows and images to work on at a time: about `PIECE` bytes on a CPU, else all at once."""
         size = self.batch
-        if self.uniform and self.per_image and self.device.type == "cpu":
+        if self.per_image and self.device.type == "cpu":
             size = max(1, PIECE // (self.per_image * row_bytes))
         if size >= self.batch:
             yield slice(None), slice(None)

@@ -1,9 +1,8 @@
 """The published ConvNeXt V2 sizes (arXiv 2301.00808, section 4 and appendix A). Free of torch."""
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 
-from sparse.errors import InputError
+from sparse.errors import InputError, did_you_mean
 
 PATCH = 32
 """Side of a masking patch in pixels: the encoder's total stride, so that no patch is ever cut."""
@@ -21,21 +20,17 @@ class Size:
     dims: tuple[int, ...]
 
 
-def _size(name: str, width: int, depths: tuple[int, int, int, int]) -> Size:
-    return Size(name, depths, (width, 2 * width, 4 * width, 8 * width))
-
-
-SIZES: dict[str, Size] = {
-    str(size.name): size
-    for size in (
-        _size("atto", 40, (2, 2, 6, 2)),
-        _size("femto", 48, (2, 2, 6, 2)),
-        _size("pico", 64, (2, 2, 6, 2)),
-        _size("nano", 80, (2, 2, 8, 2)),
-        _size("tiny", 96, (3, 3, 9, 3)),
-        _size("base", 128, (3, 3, 27, 3)),
-        _size("large", 192, (3, 3, 27, 3)),
-        _size("huge", 352, (3, 3, 27, 3)),
+SIZES = {
+    name: Size(name, depths, (width, 2 * width, 4 * width, 8 * width))
+    for name, width, depths in (
+        ("atto", 40, (2, 2, 6, 2)),
+        ("femto", 48, (2, 2, 6, 2)),
+        ("pico", 64, (2, 2, 6, 2)),
+        ("nano", 80, (2, 2, 8, 2)),
+        ("tiny", 96, (3, 3, 9, 3)),
+        ("base", 128, (3, 3, 27, 3)),
+        ("large", 192, (3, 3, 27, 3)),
+        ("huge", 352, (3, 3, 27, 3)),
     )
 }
 
@@ -53,20 +48,12 @@ def resolve_size(
     """
     name = model.removeprefix("convnextv2_")
     if name not in SIZES:
-        near = get_close_matches(name, SIZES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"model {model!r} is not a size: {hint}use one of {', '.join(SIZES)}")
+        raise InputError(f"model {model!r} is not a size: {did_you_mean(name, SIZES)}")
     size = SIZES[name]
-    if depths is None and dims is None:
-        return size
     for key, value in (("depths", depths), ("dims", dims)):
         if value is not None and (len(value) != 4 or any(int(v) != v or v < 1 for v in value)):
-            raise InputError(
-                f"{key} {list(value)} must be four positive whole numbers, "
-                f"such as {list(getattr(size, key))}"
-            )
+            own = list(getattr(size, key))
+            raise InputError(f"{key} {value} must be four positive whole numbers, such as {own}")
     chosen = (tuple(depths or size.depths), tuple(dims or size.dims))
-    for known in SIZES.values():
-        if (known.depths, known.dims) == chosen:
-            return known
-    return Size(None, *chosen)
+    known = (size for size in SIZES.values() if (size.depths, size.dims) == chosen)
+    return next(known, Size(None, *chosen))

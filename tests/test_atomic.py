@@ -37,13 +37,13 @@ def test_a_place_that_cannot_be_written_is_found_before_any_work(command, tmp_pa
     out = str(tmp_path / "config.yaml" / "new" / f"it{ENDINGS.get(command, '')}")
     assert main([command, *given, "--out", out]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"{tmp_path / 'config.yaml'} is a file, no folder" in line
+    assert f"{tmp_path / 'config.yaml'} is a file, not a folder" in line
 
 
 def test_samples_say_where_they_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["samples", str(tmp_path / "file" / "new")]) == 2
-    assert "is a file, no folder" in capsys.readouterr().err
+    assert "is a file, not a folder" in capsys.readouterr().err
 
 
 def test_a_folder_closed_to_us_is_refused(tmp_path, monkeypatch):

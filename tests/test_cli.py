@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import MISSING
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from fcmae import cli
 from fcmae.commands.doctor import DoctorConfig
 from fcmae.config.fields import leaves
 from fcmae.config.files import save_yaml
+from fcmae.config.parsing import usage
 from fcmae.config.pretraining import PretrainConfig
 from sparse.errors import InputError, RunError
 
@@ -43,13 +43,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def use_twin(monkeypatch: pytest.MonkeyPatch, twin: Twin) -> None:
-    load = cli._load
-
-    def without_code(name: str) -> SimpleNamespace:
-        command = load(name)
-        return SimpleNamespace(CONFIG=command.CONFIG, USAGE=command.USAGE, run=twin)
-
-    monkeypatch.setattr(cli, "_load", without_code)
+    monkeypatch.setattr(cli, "code_of", lambda name: twin)
 
 
 def run(
@@ -69,10 +63,16 @@ def run(
 
 MISTAKES = {
     "no command": ([], ["fcmae: error: ", "pretrain", "bench"]),
-    "unknown command": (["pretrian"], ["fcmae: error: ", "'pretrian'", "'pretrain'"]),
+    "unknown command": (["pretrian"], ["fcmae: error: ", "'pretrian'; did you mean pretrain?"]),
     "nothing like it": (["zzz"], ["'zzz'", "pretrain, convert, finetune"]),
-    "missing settings": (["pretrain"], ["DATA and --out missing", "fcmae pretrain IMAGES"]),
-    "missing positional": (["convert", "--out", "x"], ["SOURCE missing", "fcmae convert RUN"]),
+    "missing settings": (
+        ["pretrain"],
+        ["DATA and --out missing", "fcmae pretrain DATA... --out OUT"],
+    ),
+    "missing positional": (
+        ["convert", "--out", "x"],
+        ["SOURCE missing", "fcmae convert SOURCE --out OUT"],
+    ),
     "unknown option": (["pretrain", *GIVEN, "--epoch", "3"], ["--epoch;", "--epochs?"]),
     "no abbreviation": (["pretrain", *GIVEN, "--see", "3"], ["unknown option --see", "--seed?"]),
     "dashes": (["pretrain", *GIVEN, "--batch-size=3"], ["--batch-size;", "--batch_size?"]),
@@ -261,7 +261,7 @@ def test_every_command_gets_its_config(
 ) -> None:
     assert cli.main(argv) == 0
     assert expected.items() <= vars(seen[0]).items()
-    assert type(seen[0]) is cli._load(argv[0]).CONFIG
+    assert type(seen[0]) is cli.config_of(argv[0])
 
 
 def test_print_config_reads_back(
@@ -311,6 +311,11 @@ def test_a_path_that_this_machine_does_not_hold_passes(seen: list[Any], folder: 
     assert cli.main(["finetune", *GIVEN, "--weights", "none"]) == 0
     assert cli.main(["pretrain", *GIVEN, "--init_from", "gone"]) == 0
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_names_its_code(name: str) -> None:
+    assert callable(cli.code_of(name))
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (130, 130), (143, 143), ({}, 0)])
@@ -385,7 +390,7 @@ def test_ctrl_c_while_modules_are_imported(
 
     monkeypatch.setattr(cli, "_parse", interrupted)
     assert cli.main(["doctor"]) == 130
-    assert capsys.readouterr().err == "fcmae: error: interrupted\n"
+    assert capsys.readouterr().err == "fcmae doctor: error: interrupted\n"
 
 
 def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,14 +428,14 @@ def test_help_of_a_command(
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main([name, "--help"]) == 0
     text = capsys.readouterr().out
-    command = cli._load(name)
-    assert " ".join(text.split()).startswith(f"usage: {command.USAGE} ")
+    kind = cli.config_of(name)
+    assert " ".join(text.split()).startswith(f"usage: {usage(kind, f'fcmae {name}')} ")
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "--config FILE.yaml" in text
     assert "--print_config" in text
     assert re.search(r"--\S+\+", text) is None
     words = " ".join(text.split())
-    for key, leaf in leaves(command.CONFIG).items():
+    for key, leaf in leaves(kind).items():
         metavar = key.split(".")[-1].upper()
         default = "required" if leaf.default is MISSING else "default: "
         assert re.search(rf"--{re.escape(key)} {metavar} [A-Za-z'].{{20,}}?; {default}", words), key

@@ -1,6 +1,6 @@
 """Configs: checks, the way to YAML and back, and the shipped files against the paper's numbers."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from fcmae.commands.predict import PredictConfig
 from fcmae.commands.probe import ProbeConfig
 from fcmae.commands.samples import SamplesConfig
 from fcmae.config.fields import leaves, runtime_keys
-from fcmae.config.files import read_yaml, save_yaml
+from fcmae.config.files import from_dict, read_yaml, save_yaml
 from fcmae.config.parsing import parse
 from fcmae.config.pretraining import (
     AugmentConfig,
@@ -23,7 +23,7 @@ from fcmae.config.pretraining import (
     OptimConfig,
     PretrainConfig,
 )
-from fcmae.config.values import differences, flatten, from_dict, height_width, to_dict
+from fcmae.config.values import differences, flatten, height_width
 from finetune.config import FinetuneAugmentConfig, FinetuneConfig, FinetuneOptimConfig
 from sparse.errors import InputError
 from sparse.sizes import SIZES, resolve_size
@@ -167,9 +167,9 @@ def test_differences_names_what_changes_results_and_nothing_else() -> None:
         resume="never", checkpoint_steps=5, checkpoint_minutes=1, keep_checkpoints=3, log_steps=1,
         picture_epochs=0, probe=EpochProbeConfig("x"), max_pixels=10, max_bad=0.5,
     )  # fmt: skip
-    assert differences(to_dict(runtime), to_dict(stored), runtime_keys(PretrainConfig)) == []
+    assert differences(asdict(runtime), asdict(stored), runtime_keys(PretrainConfig)) == []
     asked = PretrainConfig("other", "run", seed=1, optim=OptimConfig(base_lr=1e-3))
-    assert differences(to_dict(asked), to_dict(stored), runtime_keys(PretrainConfig)) == [
+    assert differences(asdict(asked), asdict(stored), runtime_keys(PretrainConfig)) == [
         ("data", "photos", "other"),
         ("optim.base_lr", 6e-3, 1e-3),
     ]
@@ -255,7 +255,7 @@ def test_height_width() -> None:
 
 def test_from_dict_is_strict() -> None:
     config = PretrainConfig(["a", "b"], "run", optim=OptimConfig(clip_grad=1.0))
-    assert from_dict(PretrainConfig, to_dict(config)) == config
+    assert from_dict(PretrainConfig, asdict(config)) == config
     with pytest.raises(InputError, match="'epoch'; did you mean epochs"):
         from_dict(PretrainConfig, {"data": "a", "out": "b", "epoch": 1})
     with pytest.raises(InputError, match="out is missing"):

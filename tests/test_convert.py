@@ -13,14 +13,7 @@ from torch import Tensor
 
 from fcmae import FCMAE
 from sparse import SparseConvNeXtV2
-from sparse.convert import (
-    canonical,
-    encoder_part,
-    from_minkowski,
-    from_official_dense,
-    to_minkowski,
-    to_timm,
-)
+from sparse.convert import canonical, encoder_part, from_minkowski, to_minkowski, to_timm
 from sparse.errors import InputError
 from sparse.layouts import MINKOWSKI, OFFICIAL, Architecture, encoder_shapes, infer_architecture
 from sparse.sizes import SIZES
@@ -261,7 +254,7 @@ def test_official_dense_names_are_those_that_timm_reads() -> None:
     missing, unexpected = model.load_state_dict(read, strict=False)
     assert (sorted(missing), unexpected) == (["head.norm.bias", "head.norm.weight"], [])
     assert_same(encoder_part(canonical(model.state_dict())), encoder)
-    assert_same(from_official_dense(official), encoder)
+    assert_same(canonical(official), encoder)
     assert_same(canonical(official), encoder)
 
 
@@ -270,7 +263,6 @@ def test_the_head_of_an_official_fine_tuned_release_is_dropped() -> None:
     head = {"norm.weight": torch.ones(12), "norm.bias": torch.zeros(12),
             "head.weight": torch.ones(3, 12), "head.bias": torch.zeros(3)}  # fmt: skip
     assert_same(canonical(official_dense(encoder) | head), encoder)
-    assert_same(from_official_dense(official_dense(encoder) | head), encoder)
 
 
 def test_converted_minkowski_weights_give_the_same_outputs() -> None:
@@ -336,8 +328,6 @@ def test_another_layout_is_named() -> None:
         from_minkowski(encoder)
     with pytest.raises(InputError, match=r"in Minkowski layout .* expected timm"):
         to_minkowski(minkowski_by_hand(encoder))
-    with pytest.raises(InputError, match=r"in timm layout .* expected official dense"):
-        from_official_dense(encoder)
     with pytest.raises(InputError, match=r"expected names such as .* found layer1"):
         canonical({"layer1.weight": torch.ones(1)})
     with pytest.raises(InputError, match="found nothing"):

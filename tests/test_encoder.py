@@ -63,7 +63,7 @@ def random_mlp(dim):
 
 def sites_of(counts, visible=None):
     return SimpleNamespace(
-        images=ImageRows(torch.tensor(counts), torch.device("cpu")), visible_N1=visible
+        images=ImageRows.of(torch.tensor(counts), torch.device("cpu")), visible_N1=visible
     )
 
 
@@ -124,7 +124,7 @@ def test_recomputing_changes_no_bit():
 @pytest.mark.parametrize("counts", [(3, 3, 3, 3), (2, 4, 1, 5)])
 def test_stochastic_depth_drops_whole_images_and_keeps_the_mean(counts):
     torch.manual_seed(0)
-    images = ImageRows(torch.tensor(counts), torch.device("cpu"))
+    images = ImageRows.of(torch.tensor(counts), torch.device("cpu"))
     ones = torch.ones(12, 2)
     kept = torch.zeros(4)
     for _ in range(500):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections import namedtuple
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from safetensors.torch import save_file
 
 from fcmae.config.files import to_yaml
 from fcmae.config.pretraining import DecoderConfig, PretrainConfig
-from fcmae.config.values import to_dict
 from fcmae.train import machine as resources
 from fcmae.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from fcmae.train.pretraining import build_model, pretrain
@@ -159,7 +159,7 @@ def test_a_run_that_never_saved_starts_anew(whole, pictures, tmp_path):
     out = tmp_path / "run"
     (out / "checkpoints").mkdir(parents=True)
     given = config(pictures, out)
-    (out / "config.yaml").write_text(to_yaml(to_dict(given)))
+    (out / "config.yaml").write_text(to_yaml(asdict(given)))
     (out / "metrics.jsonl").write_text('{"step": 1, "loss": 9}\n')
     assert pretrain(given) == 0
     assert metrics(out) == metrics(whole)

@@ -366,7 +366,7 @@ def test_convert_refuses_to_overwrite_a_run_or_a_file(tmp_path: Path) -> None:
             convert(ConvertConfig(str(tmp_path / "run"), str(out)))
     with pytest.raises(InputError, match="is a file"):
         convert(ConvertConfig(str(tmp_path / "run"), str(checkpoint / "state.json")))
-    with pytest.raises(InputError, match=r"state\.json is a file, no folder"):
+    with pytest.raises(InputError, match=r"state\.json is a file, not a folder"):
         convert(ConvertConfig(str(tmp_path / "run"), str(checkpoint / "state.json" / "out")))
     with pytest.raises(InputError, match="one file"):
         convert(ConvertConfig(str(tmp_path / "run"), str(tmp_path / "x"), layout="minkowski"))

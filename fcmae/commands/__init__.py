@@ -1,5 +1,6 @@
-"""One file per command: its config, the usage line that `--help` shows, and what runs it.
+"""One file per command: its config, and what runs it.
 
-`run` imports the implementation when it is called, so that `--help` and a wrong command are
-answered without torch. The table of commands is in `fcmae.cli`.
+`CONFIG` is a class, or names one as `module:class`; `RUN` names a function of it. What is named is
+imported on demand, so that `--help` and a wrong command are answered without torch. The table of
+commands is in `fcmae.cli`.
 """

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fcmae.config.fields import SIDES, DeviceConfig, setting
+from fcmae.config.fields import DeviceConfig, setting
 from sparse.sizes import PATCH
 
 
@@ -19,7 +19,7 @@ class BenchConfig(DeviceConfig):
     batch_size: int = setting(16, at_least=1)
     """Images per step."""
 
-    img_size: int | list[int] = setting(224, multiple=PATCH, example=SIDES)
+    img_size: int | list[int] = setting(224, multiple=PATCH)
     """Side of the images in pixels, or '[HEIGHT,WIDTH]'. Multiples of 32."""
 
     mask_ratio: float = 0.6
@@ -30,10 +30,4 @@ class BenchConfig(DeviceConfig):
 
 
 CONFIG = BenchConfig
-USAGE = "fcmae bench"
-
-
-def run(config: BenchConfig) -> object:
-    from fcmae.inspect.benchmark import bench
-
-    return bench(config)
+RUN = "fcmae.inspect.benchmark:bench"

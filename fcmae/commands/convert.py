@@ -24,10 +24,4 @@ class ConvertConfig(Config):
 
 
 CONFIG = ConvertConfig
-USAGE = "fcmae convert RUN|CHECKPOINT --out DIR"
-
-
-def run(config: ConvertConfig) -> object:
-    from fcmae.weights.export import convert
-
-    return convert(config)
+RUN = "fcmae.weights.export:convert"

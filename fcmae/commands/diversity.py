@@ -31,10 +31,4 @@ class DiversityConfig(ImageSizeConfig, LoaderConfig):
 
 
 CONFIG = DiversityConfig
-USAGE = "fcmae diversity RUN|WEIGHTS... --images DIR"
-
-
-def run(config: DiversityConfig) -> object:
-    from fcmae.inspect.diversity import diversity
-
-    return diversity(config)
+RUN = "fcmae.inspect.diversity:diversity"

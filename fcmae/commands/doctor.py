@@ -11,10 +11,4 @@ class DoctorConfig(Config):
 
 
 CONFIG = DoctorConfig
-USAGE = "fcmae doctor"
-
-
-def run(config: DoctorConfig) -> object:
-    from fcmae.inspect.diagnosis import doctor
-
-    return doctor(config)
+RUN = "fcmae.inspect.diagnosis:doctor"

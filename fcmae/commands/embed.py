@@ -14,10 +14,4 @@ class EmbedConfig(ImageSizeConfig, ImagesConfig):
 
 
 CONFIG = EmbedConfig
-USAGE = "fcmae embed RUN|WEIGHTS --images DIR --out FILE.npz"
-
-
-def run(config: EmbedConfig) -> object:
-    from fcmae.inspect.embedding import embed
-
-    return embed(config)
+RUN = "fcmae.inspect.embedding:embed"

@@ -30,10 +30,4 @@ class EvaluateConfig(ImageSizeConfig, SourceConfig):
 
 
 CONFIG = EvaluateConfig
-USAGE = "fcmae evaluate RUN|WEIGHTS --data DIR"
-
-
-def run(config: EvaluateConfig) -> object:
-    from finetune.evaluate import evaluate
-
-    return evaluate(config)
+RUN = "finetune.evaluate:evaluate"

@@ -20,10 +20,4 @@ class PredictConfig(ImagesConfig):
 
 
 CONFIG = PredictConfig
-USAGE = "fcmae predict RUN|WEIGHTS --images DIR --out FILE.csv"
-
-
-def run(config: PredictConfig) -> object:
-    from finetune.predict import predict
-
-    return predict(config)
+RUN = "finetune.predict:predict"

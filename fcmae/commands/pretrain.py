@@ -3,10 +3,4 @@
 from fcmae.config.pretraining import PretrainConfig
 
 CONFIG = PretrainConfig
-USAGE = "fcmae pretrain IMAGES... --out RUN"
-
-
-def run(config: PretrainConfig) -> object:
-    from fcmae.train.pretraining import pretrain
-
-    return pretrain(config)
+RUN = "fcmae.train.pretraining:pretrain"

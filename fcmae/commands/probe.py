@@ -35,10 +35,4 @@ class ProbeConfig(ImageSizeConfig, SourceConfig):
 
 
 CONFIG = ProbeConfig
-USAGE = "fcmae probe RUN|WEIGHTS --data DIR"
-
-
-def run(config: ProbeConfig) -> object:
-    from fcmae.inspect.probing import probe
-
-    return probe(config)
+RUN = "fcmae.inspect.probing:probe"

@@ -26,10 +26,4 @@ class ReconstructConfig(DeviceConfig):
 
 
 CONFIG = ReconstructConfig
-USAGE = "fcmae reconstruct RUN --images DIR --out FILE.png"
-
-
-def run(config: ReconstructConfig) -> object:
-    from fcmae.inspect.reconstructing import reconstruct
-
-    return reconstruct(config)
+RUN = "fcmae.inspect.reconstructing:reconstruct"

@@ -17,10 +17,4 @@ class ReportConfig(Config):
 
 
 CONFIG = ReportConfig
-USAGE = "fcmae report RUN..."
-
-
-def run(config: ReportConfig) -> object:
-    from fcmae.inspect.reporting import report
-
-    return report(config)
+RUN = "fcmae.inspect.reporting:report"

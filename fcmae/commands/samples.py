@@ -27,10 +27,4 @@ class SamplesConfig(Config):
 
 
 CONFIG = SamplesConfig
-USAGE = "fcmae samples DIR"
-
-
-def run(config: SamplesConfig) -> object:
-    from fcmae.data.samples import samples
-
-    return samples(config)
+RUN = "fcmae.data.samples:samples"

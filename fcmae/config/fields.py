@@ -6,47 +6,33 @@ A subclass that overrides a field inherits the rules and the text that it does n
 
 import json
 import math
-import operator
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+import os
+import re
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
+from operator import ge, gt, le, lt
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
-from fcmae.config.values import height_width
+from fcmae.config.values import flatten, height_width
 from sparse.errors import InputError
 from sparse.sizes import PATCH
 
-DATA, MODEL, OPTIMISATION = "Data", "Model", "Optimisation"
+GROUPS = DATA, MODEL, OPTIMISATION = "Data", "Model", "Optimisation"
 RUNTIME = "Runtime: does not change the result"
-"""Groups of `--help`, in this order."""
+"""Groups of `--help`; nested configs come between the first three and the last."""
 
 IMAGES = "a folder of images or a text file of paths"
 WEIGHTS = "a run, a folder of weights or a weight file"
-SIDES = "224 or '[96,160]'"
 
 
-def setting(
-    default: Any = MISSING,
-    *,
-    group: str | None = None,
-    runtime: bool | None = None,
-    positional: bool | None = None,
-    path: str | None = None,
-    words: tuple[str, ...] | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    length: int | None = None,
-    ascending: bool | None = None,
-    multiple: int | None = None,
-    example: str | None = None,
-) -> Any:
-    """Declare a field of a config.
+@dataclass(frozen=True)
+class Leaf:
+    """A setting of a config: its type, its default, and the rules that it has to keep.
 
-    Args:
-        default: a value, a list (each config gets its own) or the class of a nested config.
+    Attributes:
+        type: of its values.
+        default: MISSING where it has to be given.
         group: heading in `--help`.
         runtime: does not change the result, and may change when a run resumes.
         positional: may be given without its name.
@@ -58,26 +44,71 @@ def setting(
         multiple: whether it is a size in pixels, and what its sides are multiples of.
         example: a value that works, where the default does not show one.
     """
-    rules = {
-        name: rule for name, rule in locals().items() if name != "default" and rule is not None
-    }
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=rules)
-    if isinstance(default, list):
-        return field(default_factory=lambda: [*default], metadata=rules)
+
+    type: Any
+    default: Any
+    group: str = "Settings"
+    runtime: bool = False
+    positional: bool = False
+    path: str = ""
+    words: tuple[str, ...] = ()
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    length: int | None = None
+    ascending: bool = False
+    multiple: int | None = None
+    example: str = ""
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise InputError if a number breaks a rule. None and words pass; NaN is in no range."""
+        if value is None or isinstance(value, str):
+            return
+        if self.multiple:
+            height_width(value, self.multiple)
+        limits = {rule: getattr(self, rule) for rule in _HOLDS if getattr(self, rule) is not None}
+        values = value if isinstance(value, list) else [value]
+        fits = all(_HOLDS[rule](number, limits[rule]) for rule in limits for number in values)
+        fits &= 0 < len(values) == (self.length or len(values))
+        fits &= not self.ascending or values == sorted(values)
+        if fits or not limits:
+            return
+        words = dict.fromkeys(
+            "finite" if math.isinf(limit) else f"{rule.replace('_', ' ')} {limit}"
+            for rule, limit in limits.items()
+        )
+        many = f"{self.length} numbers " if self.length else ""
+        rising = ", the smaller first" if self.ascending else ""
+        rule = f"{many}{' and '.join(words)}{rising}{self.such_as()}"
+        raise InputError(f"{name} {value} must be {rule}")
+
+    def such_as(self) -> str:
+        """Return ', such as …' with a value that works, or '' where none is known."""
+        if self.multiple:
+            return ", such as 224 or '[96,160]'"
+        known = "" if self.default in (MISSING, None, []) else to_text(self.default)
+        return f", such as {self.example or known}" if self.example or known else ""
+
+
+_HOLDS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
+
+
+def setting(default: Any = MISSING, **rules: Any) -> Any:
+    """Declare a field of a config.
+
+    Args:
+        default: a value, a list (each config gets its own) or the class of a nested config.
+        rules: attributes of `Leaf`.
+    """
+    if isinstance(default, type | list):
+        factory = default if isinstance(default, type) else default.copy
+        return field(default_factory=factory, metadata=rules)
     return field(default=default, metadata=rules)
 
 
 runtime = partial(setting, runtime=True, group=RUNTIME)
 """A setting that does not change the result, and may change when a run resumes."""
-
-
-class Leaf(NamedTuple):
-    """A setting of a config: its type, its default or MISSING, and the arguments of `setting`."""
-
-    type: Any
-    default: Any
-    rules: dict[str, Any]
 
 
 def own_leaves(kind: Any) -> dict[str, Leaf]:
@@ -86,10 +117,10 @@ def own_leaves(kind: Any) -> dict[str, Leaf]:
     for item in fields(kind):
         default = item.default if item.default_factory is MISSING else item.default_factory()
         rules: dict[str, Any] = {}
-        for base in reversed(kind.__mro__):
-            declared = vars(base).get("__dataclass_fields__", {}).get(item.name)
-            rules |= declared.metadata if declared else {}
-        found[item.name] = Leaf(item.type, default, rules)
+        for base in filter(is_dataclass, reversed(kind.__mro__)):
+            if item.name in base.__dataclass_fields__:
+                rules |= base.__dataclass_fields__[item.name].metadata
+        found[item.name] = Leaf(item.type, default, **rules)
     return found
 
 
@@ -97,16 +128,46 @@ def leaves(kind: Any) -> dict[str, Leaf]:
     """Return all settings of a config class by dotted key."""
     found: dict[str, Leaf] = {}
     for name, leaf in own_leaves(kind).items():
-        if is_dataclass(leaf.type):
-            found |= {f"{name}.{key}": inner for key, inner in leaves(leaf.type).items()}
-        else:
+        if not is_dataclass(leaf.type):
             found[name] = leaf
+            continue
+        for key, inner in leaves(leaf.type).items():
+            found[f"{name}.{key}"] = replace(inner, group=title_of(leaf.type))
     return found
+
+
+def title_of(kind: Any) -> str:
+    """Return the first line of a config's docstring, for `--help`."""
+    return (kind.__doc__ or "").split("\n")[0].rstrip(".")
 
 
 def runtime_keys(kind: Any) -> frozenset[str]:
     """Return the names of the fields that may change when a run resumes."""
-    return frozenset(name for name, leaf in own_leaves(kind).items() if "runtime" in leaf.rules)
+    return frozenset(name for name, leaf in own_leaves(kind).items() if leaf.runtime)
+
+
+def to_text(value: Any) -> str:
+    """Return a value as it is written on a command line: a text, else JSON without spaces."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def check_paths(config: Any) -> None:
+    """Raise InputError if a path that a command is to read does not exist.
+
+    Words such as `none`, URLs and patterns pass. So does a run that has checkpoints: whether it
+    still needs the files it started from is decided where it resumes.
+    """
+    if hasattr(config, "resume") and Path(config.out, "checkpoints").is_dir():
+        return
+    values = flatten(asdict(config))
+    for key, leaf in leaves(type(config)).items():
+        given = [values[key]] if isinstance(values[key], str) else values[key] or []
+        for path in given if leaf.path else []:
+            elsewhere = path in leaf.words or re.search("://|^hf:|{", path)
+            if not elsewhere and not os.path.exists(os.path.expanduser(path)):
+                raise InputError(f"{key} {path!r} does not exist: give {leaf.path}")
 
 
 @dataclass
@@ -122,87 +183,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, leaf in own_leaves(type(self)).items():
-            _check(self.PREFIX + name, getattr(self, name), leaf)
-
-
-_LIMITS = {
-    "at_least": (operator.ge, "at least"),
-    "above": (operator.gt, "above"),
-    "at_most": (operator.le, "at most"),
-    "below": (operator.lt, "below"),
-}
-
-
-def _check(name: str, value: Any, leaf: Leaf) -> None:
-    """Check numbers; None and words pass. NaN is in no range."""
-    rules = leaf.rules
-    limits = {rule: rules[rule] for rule in _LIMITS if rule in rules}
-    if value is None or isinstance(value, str):
-        return
-    if "multiple" in rules:
-        height_width(value, rules["multiple"])
-    if not limits:
-        return
-    values = value if isinstance(value, list) else [value]
-    if (
-        all(_LIMITS[rule][0](number, limit) for rule, limit in limits.items() for number in values)
-        and rules.get("length", len(values)) == len(values) > 0
-        and ("ascending" not in rules or values == sorted(values))
-    ):
-        return
-    words = dict.fromkeys(
-        "finite" if math.isinf(limit) else f"{_LIMITS[rule][1]} {limit}"
-        for rule, limit in limits.items()
-    )
-    many = f"{rules['length']} numbers " if "length" in rules else ""
-    rising = ", the smaller first" if "ascending" in rules else ""
-    raise InputError(f"{name} {value} must be {many}{' and '.join(words)}{rising}{such_as(leaf)}")
-
-
-def such_as(leaf: Leaf) -> str:
-    """Return ', such as …' with a value that works, or '' where none is known."""
-    if example := leaf.rules.get("example"):
-        return f", such as {example}"
-    if leaf.default is MISSING or leaf.default in ("", None, []):
-        return ""
-    text = leaf.default if isinstance(leaf.default, str) else compact(leaf.default)
-    return f", such as {text}"
-
-
-def compact(value: Any) -> str:
-    """Return a value as JSON without spaces, as it is written on a command line."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-
-
-def check_paths(config: Any) -> None:
-    """Raise InputError if a path that a command is to read does not exist.
-
-    Words such as `none`, URLs and patterns pass. So does a run that has checkpoints: whether it
-    still needs the files it started from is decided where it resumes.
-    """
-    if hasattr(config, "resume") and Path(config.out, "checkpoints").is_dir():
-        return
-    for key, path, rules in _paths(config):
-        elsewhere = "://" in path or path.startswith("hf:") or "{" in path
-        if not (elsewhere or path in rules.get("words", ()) or _exists(path)):
-            raise InputError(f"{key} {path!r} does not exist: give {rules['path']}")
-
-
-def _paths(config: Any, prefix: str = "") -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for name, leaf in own_leaves(type(config)).items():
-        value = getattr(config, name)
-        if is_dataclass(value):
-            yield from _paths(value, f"{name}.")
-        elif "path" in leaf.rules and value is not None:
-            for path in [value] if isinstance(value, str) else value:
-                yield prefix + name, path, leaf.rules
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).expanduser().exists()
-    except (ValueError, OSError, RuntimeError):  # a NUL byte, a name too long, an unknown user
-        return False
+            leaf.check(self.PREFIX + name, getattr(self, name))
 
 
 @dataclass(kw_only=True)
@@ -244,6 +225,6 @@ class ImagesConfig(SourceConfig):
 class ImageSizeConfig(Config):
     """The size at which weights see images."""
 
-    img_size: int | list[int] | None = setting(None, multiple=PATCH, example=SIDES)
+    img_size: int | list[int] | None = setting(None, multiple=PATCH)
     """Side of the crops in pixels, or '[HEIGHT,WIDTH]'. null takes the size that the weights were
     trained with."""

@@ -1,15 +1,18 @@
-"""Configs as YAML files. Free of torch."""
+"""Configs from settings and back, as dicts and as YAML files. Free of torch."""
 
 import re
+from dataclasses import MISSING, asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from fcmae.atomic import atomic_write
-from fcmae.config.fields import runtime_keys
-from fcmae.config.values import to_dict
+from fcmae.config.fields import leaves, own_leaves, runtime_keys
+from fcmae.config.values import flatten, nearest
 from sparse.errors import InputError
+
+Kind = TypeVar("Kind")
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -84,9 +87,35 @@ def to_yaml(values: dict[str, Any]) -> str:
     return yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
 
 
+def from_dict(kind: type[Kind], values: dict[str, Any]) -> Kind:
+    """Build a config from nested dicts or dotted keys; settings left out take their defaults.
+
+    Raises:
+        InputError: unknown key (names the nearest), missing one, or a number out of range.
+    """
+    flat, known = flatten(values), leaves(kind)
+    for key in flat:
+        if key not in known:
+            raise InputError(f"unknown key {key!r}{nearest(key, known)}")
+    for key, leaf in known.items():
+        if leaf.default is MISSING and key not in flat:
+            raise InputError(f"{key} is missing")
+    return _build(kind, flat, "")
+
+
+def _build(kind: Any, flat: dict[str, Any], prefix: str) -> Any:
+    own = {}
+    for name, leaf in own_leaves(kind).items():
+        if is_dataclass(leaf.type):
+            own[name] = _build(leaf.type, flat, f"{prefix}{name}.")
+        elif prefix + name in flat:
+            own[name] = flat[prefix + name]
+    return kind(**own)
+
+
 def asked(config: Any) -> dict[str, Any]:
     """Return the config as nested dicts, the settings that decide the result first."""
-    values, last = to_dict(config), runtime_keys(type(config))
+    values, last = asdict(config), runtime_keys(type(config))
     return {key: values[key] for key in sorted(values, key=last.__contains__)}
 
 

@@ -1,8 +1,7 @@
 """From a command's arguments and YAML files to its config; every mistake is one clear line.
 
-jsonargparse declares the options, converts and checks their values by the types of the config's
-fields, and writes `--help`. Before that, arguments as people type them (`--data A B`, `--json`,
-`PHOTOS`) and the settings of files become `--key=value`.
+Options are read as people type them (`--data A B`, `--json`, `PHOTOS`). jsonargparse converts and
+checks each value by the type of its field.
 """
 
 import argparse
@@ -11,57 +10,33 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, is_dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from docstring_parser import parse_from_object
 from jsonargparse import ArgumentParser
 
-from fcmae.config.fields import (
-    DATA,
-    MODEL,
-    OPTIMISATION,
-    RUNTIME,
-    Leaf,
-    compact,
-    leaves,
-    own_leaves,
-    such_as,
-)
-from fcmae.config.files import asked, read_yaml, to_yaml
-from fcmae.config.values import flatten, from_dict, nearest
+from fcmae.config.fields import GROUPS, RUNTIME, Leaf, leaves, own_leaves, title_of, to_text
+from fcmae.config.files import asked, from_dict, read_yaml, to_yaml
+from fcmae.config.values import flatten, nearest
 from sparse.errors import InputError
 
 Kind = TypeVar("Kind")
 Owner = Callable[[Collection[str]], str]
 
-_SPECIAL = {"config": Leaf(str, MISSING, {}), "print_config": Leaf(bool, False, {})}
+_SPECIAL = {"config": Leaf(str, MISSING), "print_config": Leaf(bool, False)}
 _BOOLEANS = ("true", "false", "True", "False", "yes", "no", "on", "off", "1", "0")
 
 
-class Given(NamedTuple):
-    """A value as the user wrote it, and where: `--epochs`, or a key in a file."""
-
-    text: str
-    where: str
-
-
-class _Parser(ArgumentParser):
-    """Raises InputError where argparse would print its usage and exit."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise InputError(" ".join(message.split())) from ex
-
-
 def parse(
-    kind: type[Kind], argv: Sequence[str], usage: str, owner: Owner = lambda keys: ""
+    kind: type[Kind], argv: Sequence[str], command: str, owner: Owner = lambda keys: ""
 ) -> Kind | None:
     """Build the config that `argv` asks for, or None where --help or --print_config printed.
 
     Args:
         kind: a config class; see fcmae/config/fields.py.
         argv: what follows the command's name.
-        usage: one line that works, for --help and for "missing" errors.
+        command: what the user typed before, such as `fcmae pretrain`.
         owner: says, from the keys of a config file, whose it is if not this command's, or ''.
 
     Raises:
@@ -69,65 +44,75 @@ def parse(
     """
     known = leaves(kind)
     if "--help" in argv or "-h" in argv:
-        _parser(kind, usage).print_help()
+        _print_help(kind, command)
         return None
-    options = read_arguments(argv, known)
-    given: dict[str, Given] = {}
-    for key, text in options:
+    given = read_arguments(argv, known)
+    values: dict[str, Any] = {}
+    for key, value in given:
         if key == "config":
-            given |= read_file(text, known, owner)
-    given |= {key: Given(text, f"--{key}") for key, text in options if key in known}
-    show = dict(options).get("print_config", "false") != "false"
-    missing = _missing(known, given)
+            values |= read_file(value, known, owner)
+    values |= {key: value for key, value in given if key in known}
+    missing = [key for key, leaf in known.items() if leaf.default is MISSING and key not in values]
+    show = dict(given).get("print_config", False)
     if missing and not show:
         names = " and ".join(_shown(key, known[key]) for key in missing)
-        raise InputError(f"{names} missing, as in: {usage}")
-    config = from_dict(kind, _convert(kind, given) | dict.fromkeys(missing, ""))
+        raise InputError(f"{names} missing, as in: {usage(kind, command)}")
+    config = from_dict(kind, values | dict.fromkeys(missing, ""))
     if not show:
         return config
     print(to_yaml({k: v for k, v in asked(config).items() if k not in missing}), end="")
     return None
 
 
-def _missing(known: dict[str, Leaf], given: dict[str, Given]) -> list[str]:
-    return [key for key, leaf in known.items() if leaf.default is MISSING and key not in given]
+def usage(kind: Any, command: str) -> str:
+    """Return a command with its main input and the settings that have no default."""
+    words = [command]
+    for key, leaf in leaves(kind).items():
+        if leaf.positional:
+            words.insert(1, key.upper() + ("..." if _items(leaf.type) else ""))
+        elif leaf.default is MISSING:
+            words.append(f"--{key} {key.upper()}")
+    return " ".join(words)
 
 
 def _shown(key: str, leaf: Leaf) -> str:
-    return key.upper() if "positional" in leaf.rules else f"--{key}"
+    return key.upper() if leaf.positional else f"--{key}"
 
 
-def read_arguments(argv: Sequence[str], known: dict[str, Leaf]) -> list[tuple[str, str]]:
+def read_arguments(argv: Sequence[str], known: dict[str, Leaf]) -> list[tuple[str, Any]]:
     """Match options, flags and positional values; return (key, value) in order.
 
     Raises:
-        InputError: an unknown option, one without a value, or a value without an option.
+        InputError: an unknown option, a wrong or missing value, or a value without an option.
     """
     options = known | _SPECIAL
     found: list[tuple[str, list[str]]] = []
     positional: list[str] = []
     words = deque(argv)
     while words:
-        name, equals, value = words[0].partition("=")
+        word = words.popleft()
+        name, equals, value = word.partition("=")
         key = name.removeprefix("--")
-        if not name.startswith("-"):
-            positional.append(words.popleft())
+        if not word.startswith("-"):
+            positional.append(word)
         elif key in options:
-            words.popleft()
             found.append((key, [value] if equals else _take(words, name, options[key])))
         else:
             raise InputError(_unknown(name, key, known))
     if positional:
-        main = next((key for key, leaf in known.items() if "positional" in leaf.rules), None)
+        main = next((key for key, leaf in known.items() if leaf.positional), None)
         several = main is not None and _items(known[main].type) is not None
         if main is None or main in dict(found) or (len(positional) > 1 and not several):
             rule = "settings are written --name value; --help lists them"
             raise InputError(f"unexpected {positional[-1]!r}: {rule}")
         found.append((main, positional))
+    given = []
     for key, values in found:
-        if "" in values and options[key].default is MISSING:
-            raise InputError(f"{_shown(key, options[key])} is empty: it needs a value")
-    return [(key, _join(values, options[key].type)) for key, values in found]
+        leaf = options[key]
+        if "" in values and leaf.default is MISSING:
+            raise InputError(f"{_shown(key, leaf)} is empty: it needs a value")
+        given.append((key, convert(_join(values, leaf.type), leaf, f"--{key}")))
+    return given
 
 
 def _take(words: deque[str], name: str, leaf: Leaf) -> list[str]:
@@ -135,16 +120,12 @@ def _take(words: deque[str], name: str, leaf: Leaf) -> list[str]:
     if leaf.type is bool:
         return [words.popleft()] if words and words[0] in _BOOLEANS else ["true"]
     if not words or words[0].startswith("--"):
-        raise InputError(f"{name} needs a value{such_as(leaf)}")
+        raise InputError(f"{name} needs a value{leaf.such_as()}")
     values, items = [words.popleft()], _items(leaf.type)
-    further = _NUMBER if items in (int, float) else _NOT_AN_OPTION
-    while items and words and further.match(words[0]):
+    further = r"[-+]?[.\d]" if items in (int, float) else "[^-]"
+    while items and words and re.match(further, words[0]):
         values.append(words.popleft())
     return values
-
-
-_NUMBER = re.compile(r"[-+]?[.\d]")
-_NOT_AN_OPTION = re.compile(r"[^-]")
 
 
 def _items(kind: Any) -> Any:
@@ -157,7 +138,7 @@ def _join(values: list[str], kind: Any) -> str:
     """Write the values of an option as one: `A B` as `["A","B"]`."""
     if len(values) == 1 and (get_origin(kind) is not list or values[0].startswith("[")):
         return values[0]
-    return compact(values) if _items(kind) is str else f"[{','.join(values)}]"
+    return to_text(values) if _items(kind) is str else f"[{','.join(values)}]"
 
 
 def _unknown(name: str, key: str, known: dict[str, Leaf]) -> str:
@@ -167,16 +148,14 @@ def _unknown(name: str, key: str, known: dict[str, Leaf]) -> str:
     return f"unknown option {name}{hint or '; --help lists them'}"
 
 
-def read_file(
-    path: str, known: dict[str, Leaf], owner: Owner = lambda keys: ""
-) -> dict[str, Given]:
+def read_file(path: str, known: dict[str, Leaf], owner: Owner = lambda keys: "") -> dict[str, Any]:
     """Read a YAML config file, nested or with dotted keys, as settings by dotted key.
 
     null for a setting without a default counts as not given.
 
     Raises:
-        InputError: unreadable file, unknown key, a number where a text belongs, or the config of
-            another command.
+        InputError: unreadable file, unknown key, wrong value, a number where a text belongs, or the
+            config of another command.
     """
     found = flatten(read_yaml(path))
     if not found.keys() <= known.keys() and (message := owner(found.keys())):
@@ -191,128 +170,48 @@ def read_file(
         if str in (kind, *get_args(kind)) and isinstance(value, bool | int | float):
             raise InputError(f"{path}: {key} must be a text, not {value}: write it in quotes")
         if value is not None or known[key].default is not MISSING:
-            text = value if isinstance(value, str) else compact(value)
-            given[key] = Given(text, f"{path}: {key}")
+            given[key] = convert(to_text(value), known[key], f"{path}: {key}")
     return given
 
 
-def _convert(kind: Any, given: dict[str, Given]) -> dict[str, Any]:
-    """Let jsonargparse convert each text to its setting's type; return nested values.
-
-    Where that fails, the settings are parsed one by one to find which is wrong.
-    """
-    parser = _parser(kind)
-    arguments = {key: f"--{key}={value.text}" for key, value in given.items()}
-    try:
-        values: dict[str, Any] = parser.parse_args([*arguments.values()], env=False).as_dict()
-    except InputError:
-        for key, argument in arguments.items():
-            try:
-                parser.parse_args([argument], env=False)
-            except InputError as error:
-                raise InputError(_wrong(given[key], leaves(kind)[key])) from error
-        raise
-    missing = _missing(leaves(kind), given)
-    return {key: values[key] for key in own_leaves(kind) if key not in missing}
-
-
-def _parser(kind: Any, usage: str = "") -> _Parser:
-    """Declare every setting of a config, in groups: those that do not change the result last.
+def convert(text: str, leaf: Leaf, where: str) -> Any:
+    """Return a value of a setting's type.
 
     Args:
-        kind: a config class.
-        usage: for `--help`; without it the settings have no descriptions, which take time to read.
+        text: the value as it is written on a command line.
+        leaf: the setting.
+        where: names it in the message: `--epochs`, or a key in a file.
+
+    Raises:
+        InputError: the text is not a value of this type; names the rule and a value that works.
     """
-    parser = _Parser(
-        usage=f"{usage} [options]",
-        description=_title(kind),
-        formatter_class=argparse.HelpFormatter,
-        allow_abbrev=False,
-        print_config=None,
-    )
-    parser.add_argument(
-        "--config",
-        metavar="FILE.yaml",
-        help="Read settings from a YAML file; options given beside it win. May be repeated.",
-    )
-    parser.add_argument(
-        "--print_config", action="store_true", help="Print all settings as YAML and exit."
-    )
-    titles: dict[str, list[tuple[str, Leaf, str]]] = {DATA: [], MODEL: [], OPTIMISATION: []}
-    for prefix, part in [("", kind), *_parts(kind)]:
-        texts = _texts(part) if usage else {}
-        for name, leaf in own_leaves(part).items():
-            title = _title(part) if prefix else leaf.rules.get("group", "Settings")
-            if not is_dataclass(leaf.type):
-                titles.setdefault(title, []).append((prefix + name, leaf, texts.get(name, "")))
-    for title in sorted(titles, key=RUNTIME.__eq__):
-        group = parser.add_argument_group(title)
-        for key, leaf, text in titles[title]:
-            action = group.add_argument(
-                f"--{key}",
-                type=_text_or_list if leaf.type == str | list[str] else leaf.type,
-                default=None if leaf.default is MISSING else leaf.default,
-                metavar=key.split(".")[-1].upper(),
-                help=_described(text, leaf).replace("%", "%%"),
-            )
-            action.option_strings = [f"--{key}"]  # without --KEY+, which would add to a list
-    return parser
+    parts = [leaf.type, *get_args(leaf.type)]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=_paths if leaf.type == str | list[str] else leaf.type)
+    try:
+        return parser.parse_args([f"--value={text}"], env=False).value
+    except argparse.ArgumentError as error:
+        choices = [str(c) for part in parts if get_origin(part) is Literal for c in get_args(part)]
+        near = get_close_matches(text, choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else leaf.such_as()
+        raise InputError(f"{where} {text!r} must be {_rule(leaf.type)}{hint}") from error
 
 
-def _parts(kind: Any) -> list[tuple[str, Any]]:
-    """Return prefix and class of the configs that are part of another."""
-    found = own_leaves(kind).items()
-    return [(f"{name}.", leaf.type) for name, leaf in found if is_dataclass(leaf.type)]
-
-
-def _described(text: str, leaf: Leaf) -> str:
-    value = leaf.default
-    shown = value if value and isinstance(value, str) else None
-    default = "required" if value is MISSING else f"default: {shown or compact(value)}"
-    unnamed = " May be given without its name." if "positional" in leaf.rules else ""
-    return f"{text}{unnamed} ({_rule(leaf.type)}; {default})"
-
-
-def _title(kind: Any) -> str:
-    return (kind.__doc__ or "").split("\n")[0].rstrip(".")
-
-
-def _texts(kind: Any) -> dict[str, str]:
-    """Return the string under each field, of the class or of the nearest one it inherits from."""
-    return {
-        item.arg_name: item.description or ""
-        for base in reversed(kind.__mro__)
-        if is_dataclass(base)
-        for item in parse_from_object(base).params
-    }
-
-
-def _text_or_list(value: str | list[str]) -> str | list[str]:
+def _paths(text: str | list[str]) -> str | list[str]:
     """Read `[A,B]` as a list of texts, numbers too; anything else, even `- A`, is one text.
 
-    jsonargparse would read `- A` as a list, and `[2021,2022]` as one text.
+    jsonargparse would read `- A` as a list, and `[2021,2022]` as one text. It validates the list
+    with this function too.
     """
-    if isinstance(value, list) or not value.startswith("["):
-        return value
+    if isinstance(text, list) or not text.startswith("["):
+        return text
     try:
-        values = yaml.load(value, yaml.BaseLoader)  # noqa: S506 - builds texts alone
+        values = yaml.load(text, yaml.BaseLoader)  # noqa: S506 - builds texts alone
     except yaml.YAMLError:
-        return value
-    if not values or not all(isinstance(item, str) and item for item in values):
+        return text
+    if not values or not all(isinstance(value, str) and value for value in values):
         raise ValueError("not a list of texts")
-    return [*values]
-
-
-def _wrong(given: Given, leaf: Leaf) -> str:
-    choices = [
-        str(choice)
-        for part in (leaf.type, *get_args(leaf.type))
-        if get_origin(part) is Literal
-        for choice in get_args(part)
-    ]
-    near = get_close_matches(given.text, choices, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else such_as(leaf)
-    return f"{given.where} {given.text!r} must be {_rule(leaf.type)}{hint}"
+    return values
 
 
 _WORDS = {
@@ -333,4 +232,39 @@ def _rule(kind: Any) -> str:
         return f"one of {choices}" if len(get_args(kind)) > 1 else choices
     if get_origin(kind) is list:
         return f"a list of {_WORDS[get_args(kind)[0]].split(' ', 1)[1]}s"
-    return " or ".join(_rule(part) for part in get_args(kind))
+    return " or ".join(map(_rule, get_args(kind)))
+
+
+def _print_help(kind: Any, command: str) -> None:
+    """Print every setting in its group: those that do not change the result last."""
+    parser = argparse.ArgumentParser(
+        usage=f"{usage(kind, command)} [options]", description=title_of(kind)
+    )
+    file = "Read settings from a YAML file; options given beside it win. May be repeated."
+    parser.add_argument("--config", metavar="FILE.yaml", help=file)
+    parser.add_argument("--print_config", action="store_true", help="Print all settings as YAML.")
+    known, texts = leaves(kind), _texts(kind)
+    titles = [*GROUPS, *(leaf.group for leaf in known.values())]
+    titles = sorted(dict.fromkeys(titles), key=RUNTIME.__eq__)
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    for key, leaf in known.items():
+        shown = "" if leaf.default is MISSING else to_text(leaf.default) or "''"
+        default = f"default: {shown}" if shown else "required"
+        unnamed = " May be given without its name." if leaf.positional else ""
+        text = f"{texts[key]}{unnamed} ({_rule(leaf.type)}; {default})"
+        groups[leaf.group].add_argument(
+            f"--{key}", metavar=key.split(".")[-1].upper(), help=text.replace("%", "%%")
+        )
+    parser.print_help()
+
+
+def _texts(kind: Any, prefix: str = "") -> dict[str, str]:
+    """Return the string under each field, of the class or of the nearest one it inherits from."""
+    texts = {
+        prefix + item.arg_name: item.description or ""
+        for base in filter(is_dataclass, reversed(kind.__mro__))
+        for item in parse_from_object(base).params
+    }
+    for name, leaf in own_leaves(kind).items():
+        texts |= _texts(leaf.type, f"{name}.") if is_dataclass(leaf.type) else {}
+    return texts

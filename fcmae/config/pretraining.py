@@ -2,19 +2,17 @@
 
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar, Literal
+from typing import Literal
 
 from fcmae.config.fields import DATA, IMAGES, MODEL, WEIGHTS, Config, runtime, setting
-from fcmae.config.training import AugmentBase, OptimBase, Precision, TrainingConfig
-
-Engine = Literal["auto", "minkowski", "patch", "dense"]
+from fcmae.config.training import AugmentBase, OptimBase, TrainingConfig
 
 
 @dataclass
 class DecoderConfig(Config):
     """The decoder, discarded after pretraining."""
 
-    PREFIX: ClassVar[str] = "decoder."
+    PREFIX = "decoder."
 
     dim: int = setting(512, at_least=1)
     """Width of the decoder in channels. 512 is the paper's; 128 to 1024 differ little."""
@@ -45,7 +43,7 @@ class AugmentConfig(AugmentBase):
 class EpochProbeConfig(Config):
     """Frozen features measured at intervals during pretraining, on labelled images."""
 
-    PREFIX: ClassVar[str] = "probe."
+    PREFIX = "probe."
 
     data: str | None = setting(None, path=IMAGES)
     """Labelled images, train/CLASS and val/CLASS, on which nearest neighbours and a linear
@@ -63,12 +61,10 @@ class PretrainConfig(TrainingConfig):
     """Pretrain a sparse ConvNeXt V2 on unlabeled images by reconstructing hidden patches."""
 
     data: str | list[str]
-    """Images to learn from: a folder, flat or nested, or a text file of paths; several as
-    A B or '[A,B]'."""
+    """Images: a folder, flat or nested, or a text file of paths; several as A B or '[A,B]'."""
 
     model: str = setting("atto", group=MODEL)
-    """Size of the encoder: atto, femto, pico, nano, tiny, base, large or huge (3.7 to 660 million
-    weights)."""
+    """Encoder: atto, femto, pico, nano, tiny, base, large or huge (3.7 to 660 M weights)."""
 
     depths: list[int] | None = setting(None, group=MODEL, example="'[2,2,6,2]'")
     """Blocks in each of the four stages, '[2,2,6,2]'. null takes those of model."""
@@ -82,8 +78,7 @@ class PretrainConfig(TrainingConfig):
     decoder: DecoderConfig = setting(DecoderConfig)
 
     norm_pix_loss: bool = setting(True, group=MODEL)
-    """Predict each patch normalised by its own mean and deviation. A loss of 1.0 then means that
-    only the mean is predicted."""
+    """Normalise each patch by its mean and deviation. Predicting the mean alone gives loss 1.0."""
 
     use_grn: bool = setting(True, group=MODEL)
     """Global response normalisation in every block. Off only for ablations."""
@@ -97,35 +92,25 @@ class PretrainConfig(TrainingConfig):
     which needs thousands. The decoder starts with 0.02."""
 
     init_from: str | None = setting(None, path=WEIGHTS, group=MODEL)
-    """Start the encoder from these weights instead of random ones: a converted folder, an official
-    release or a timm file."""
+    """Initial weights of the encoder: a converted folder, an official release or a timm file."""
 
     optim: OptimConfig = setting(OptimConfig)
 
     augment: AugmentConfig = setting(AugmentConfig)
-
-    img_size: int | list[int] = 224
-    """Side of the square crops in pixels, or '[HEIGHT,WIDTH]'. Multiples of 32."""
 
     epochs: Literal["auto"] | int = "auto"
     """Passes over the images. auto takes 100 to 800, the more the fewer images there are: about 1.2
     million crops in all."""
 
     holdout: int = setting(32, at_least=0, group=DATA)
-    """Images never trained on, for figures and the held-out loss. Folders under 500 hold out
-    none."""
+    """Images never trained on, for figures and a loss. Folders under 500 hold out none."""
 
-    engine: Engine = runtime("auto")
-    """Sparse engine; all give the same numbers. auto is minkowski on the CPU where it is installed,
-    else patch."""
-
-    precision: Precision = "auto"
-    """fp32, bf16 (autocast; the weights stay float32) or auto, which takes bf16 on GPUs that have
-    it. CPUs with AVX512-BF16 or AMX are faster with it too; `fcmae bench` measures by how much."""
+    engine: Literal["auto", "minkowski", "patch", "dense"] = runtime("auto")
+    """All give the same numbers. auto is minkowski on the CPU where installed, else patch."""
 
     recompute: bool = runtime(False)
-    """Compute the widest layer of every block again in the backward pass instead of keeping it: the
-    same numbers, for less memory and somewhat more time."""
+    """Compute the widest layer of every block again in the backward pass: the same numbers,
+    for less memory and somewhat more time."""
 
     compile: bool = False
     """Compile the encoder with torch.compile: minutes at the start of a run for faster steps. Needs

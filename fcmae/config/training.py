@@ -2,30 +2,19 @@
 
 from dataclasses import KW_ONLY, dataclass
 from math import inf
-from typing import ClassVar, Literal
+from typing import Literal
 
-from fcmae.config.fields import (
-    DATA,
-    IMAGES,
-    OPTIMISATION,
-    SIDES,
-    Config,
-    DeviceConfig,
-    runtime,
-    setting,
-)
+from fcmae.config.fields import DATA, IMAGES, OPTIMISATION, Config, DeviceConfig, runtime, setting
 from fcmae.config.values import MAX_PIXELS
 from sparse.errors import InputError
 from sparse.sizes import PATCH
-
-Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass
 class OptimBase(Config):
     """AdamW with a warm-up and a cosine to zero, both per step."""
 
-    PREFIX: ClassVar[str] = "optim."
+    PREFIX = "optim."
 
     base_lr: float = setting(above=0, below=inf)
     """Learning rate at batch 256; the rate used is base_lr * batch_size / 256."""
@@ -34,8 +23,7 @@ class OptimBase(Config):
     """AdamW's weight decay. Biases, norms, GRN and the mask token are exempt."""
 
     betas: list[float] = setting([0.9, 0.95], length=2, at_least=0, below=1)
-    """AdamW's two averaging rates, '[FIRST,SECOND]'. 0.95 is the usual choice for masked images,
-    0.999 for labels."""
+    """Averaging rates, '[FIRST,SECOND]'. 0.95 is usual for masked images, 0.999 for labels."""
 
     warmup_epochs: float | None = setting(None, at_least=0, below=inf)
     """Epochs of linear warm-up. null takes 10 % of all steps, at most 40 epochs."""
@@ -48,7 +36,7 @@ class OptimBase(Config):
 class AugmentBase(Config):
     """How a training sample is cut from an image, and how pixels become numbers."""
 
-    PREFIX: ClassVar[str] = "augment."
+    PREFIX = "augment."
 
     crop_scale: list[float] = setting([0.2, 1.0], length=2, ascending=True, above=0, at_most=1)
     """Smallest and largest share of the image's area that a crop covers, '[LOW,HIGH]'."""
@@ -85,17 +73,15 @@ class TrainingConfig(DeviceConfig):
     data: str | list[str] = setting(path=IMAGES, positional=True, group=DATA)
 
     out: str = setting(runtime=True, group=DATA)
-    """Run folder to write: checkpoints, logs and, at the end, the model for timm. An unfinished run
-    that is there is resumed."""
+    """Run folder to write: checkpoints, logs, the model for timm. Resumes an unfinished run."""
 
     _: KW_ONLY
 
     in_chans: int = setting(3, at_least=1, group=DATA)
-    """Channels of the images: 1 reads them as grey, 3 as RGB, 4 as RGB and alpha; more
-    need .npy."""
+    """Channels: 1 reads images as grey, 3 as RGB, 4 as RGB and alpha; more need .npy."""
 
-    img_size: int | list[int] = setting(224, multiple=PATCH, example=SIDES, group=DATA)
-    """Side of the square crops in pixels, or '[HEIGHT,WIDTH]'."""
+    img_size: int | list[int] = setting(224, multiple=PATCH, group=DATA)
+    """Side of the square crops in pixels, or '[HEIGHT,WIDTH]'. Multiples of 32."""
 
     epochs: Literal["auto"] | int = setting("auto", at_least=1, group=OPTIMISATION)
 
@@ -103,8 +89,7 @@ class TrainingConfig(DeviceConfig):
     """Images per step, over all processes and accumulated parts together."""
 
     accumulate: int = setting(1, at_least=1, group=OPTIMISATION)
-    """Parts that a step is computed in, to save memory. Processes x accumulate divide
-    batch_size."""
+    """Parts of a step, to save memory. Processes x accumulate have to divide batch_size."""
 
     drop_path: float = setting(0.0, at_least=0, below=1, group=OPTIMISATION)
     """Largest share of samples for which a block is skipped; grows linearly with depth."""
@@ -116,18 +101,16 @@ class TrainingConfig(DeviceConfig):
 
     augment: AugmentBase = setting(AugmentBase)
 
-    precision: Precision = runtime("auto")
-    """fp32, bf16 (autocast; the weights stay float32) or auto, which takes bf16 where it is
-    faster."""
+    precision: Literal["auto", "fp32", "bf16"] = runtime("auto")
+    """fp32, bf16 (autocast; the weights stay float32) or auto, which takes bf16 on GPUs that have
+    it. CPUs with AVX512-BF16 or AMX are faster with it too; `fcmae bench` measures by how much."""
 
     compile: bool = runtime(False)
 
     workers: Literal["auto"] | int = runtime("auto", at_least=0)
     """Processes that read images, per training process; 0 reads in the training process."""
 
-    resume: str = runtime(
-        "auto", path="auto, never or the folder of a checkpoint", words=("auto", "never")
-    )
+    resume: str = runtime("auto", path="auto, never or a checkpoint", words=("auto", "never"))
     """auto resumes from the newest good checkpoint in out; never requires an empty out; or the path
     of a checkpoint."""
 
@@ -163,8 +146,6 @@ class TrainingConfig(DeviceConfig):
         for name in ("mean", "std"):
             values = getattr(self.augment, name)
             if not isinstance(values, str) and len(values) != self.in_chans:
-                example = "[" + ",".join(["0.5"] * self.in_chans) + "]"
-                raise InputError(
-                    f"augment.{name} {values} must have one number for each of the "
-                    f"{self.in_chans} channels (in_chans), such as {example}"
-                )
+                rule = f"must have a number for each of the {self.in_chans} channels (in_chans)"
+                example = ",".join(["0.5"] * self.in_chans)
+                raise InputError(f"augment.{name} {values} {rule}, such as [{example}]")

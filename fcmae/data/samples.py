@@ -6,6 +6,7 @@ validation image was ever seen in training, yet both splits show all parts of th
 """
 
 import json
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
@@ -16,7 +17,6 @@ from rich.progress import track
 
 from fcmae.atomic import atomic_write, check_out_folder
 from fcmae.commands.samples import SamplesConfig
-from fcmae.config.values import to_dict
 from fcmae.console import console
 from sparse.errors import InputError
 
@@ -187,7 +187,7 @@ def samples(config: SamplesConfig) -> Path:
         InputError: scikit-image is missing, or the folder holds something else.
     """
     root = check_out_folder(config.out)
-    settings = {key: value for key, value in to_dict(config).items() if key != "out"}
+    settings = {key: value for key, value in asdict(config).items() if key != "out"}
     photographs = {name: photograph(name) for name in PHOTOGRAPHS}
     total = len(photographs) * (config.per_class_train + config.per_class_val)
     if is_done(root, settings):

@@ -30,7 +30,7 @@ from fcmae.weights.export import export_folder
 from fcmae.weights.load import init_encoder
 from sparse import SparseConvNeXtV2
 from sparse.encoder import init_fan_in
-from sparse.engines import resolve_engine
+from sparse.engines import get_engine
 from sparse.errors import InputError
 from sparse.layouts import infer_architecture
 from sparse.sizes import resolve_size
@@ -63,9 +63,7 @@ class Pretraining(Task):
         img_size = height_width(config.img_size)
         check_mask_ratio(config.mask_ratio, grid_of(img_size))
         resolve_size(config.model, config.depths, config.dims)
-        self._engine, self._why = resolve_engine(
-            config.engine, device.type, compiled=config.compile
-        )
+        self._engine = get_engine(config.engine, device.type, compiled=config.compile)
         return img_size
 
     def find_images(self, start: SavedCheckpoint | None) -> Images:
@@ -107,11 +105,11 @@ class Pretraining(Task):
         config, encoder = self.config, self.model.encoder
         named = config.depths is None and config.dims is None
         name = config.model if named else f"of depths {encoder.depths} and dims {encoder.dims}"
-        why = f" ({self._why})" if self._why else ""
         h, w = grid_of(self.resolved.images.img_size)
         millions = sum(p.numel() for p in encoder.parameters()) / 1e6
+        why = f" ({self._engine.why})" if self._engine.why else ""
         lines = [
-            f"encoder {name}: {millions:.3g} M weights, engine {self._engine}{why}",
+            f"encoder {name}: {millions:.3g} M weights, engine {self._engine.name}{why}",
             f"{keep_count(h * w, config.mask_ratio)} of {h * w} patches are visible, the others "
             "are reconstructed",
         ]
@@ -132,7 +130,7 @@ class Pretraining(Task):
 
     def settings(self) -> dict[str, Any]:
         encoder = self.model.encoder
-        own = {"depths": [*encoder.depths], "dims": [*encoder.dims], "engine": self._engine}
+        own = {"depths": [*encoder.depths], "dims": [*encoder.dims], "engine": self._engine.name}
         return super().settings() | own
 
     def dataset(self) -> PretrainDataset:

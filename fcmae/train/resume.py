@@ -4,13 +4,14 @@ import json
 import logging
 import os
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fcmae.atomic import check_out_folder
 from fcmae.config.fields import leaves, own_leaves, runtime_keys
 from fcmae.config.files import read_yaml
-from fcmae.config.values import differences, flatten, to_dict
+from fcmae.config.values import differences, flatten
 from fcmae.data.file_list import FileList
 from fcmae.data.sources import Source
 from fcmae.train.checkpoint import (
@@ -107,7 +108,7 @@ def _check_same_run(config: Any, command: str, checkpoint: SavedCheckpoint) -> N
             "give another --out"
         )
     # A setting that is younger than the checkpoint had what is now its default.
-    defaults = to_dict(type(config)(data=config.data, out=config.out))
+    defaults = asdict(type(config)(data=config.data, out=config.out))
     stored = flatten(defaults) | flatten(checkpoint.state["asked"])
     changed = differences(asked_settings(config), stored, runtime_keys(type(config)))
     if changed:
@@ -124,10 +125,10 @@ def _check_same_run(config: Any, command: str, checkpoint: SavedCheckpoint) -> N
 
 def asked_settings(config: Any) -> dict[str, Any]:
     """The config as JSON, its paths absolute, so that it compares from any folder."""
-    asked = to_dict(config)
+    asked = asdict(config)
     for key, leaf in own_leaves(type(config)).items():
         value = asked[key]
-        if "path" in leaf.rules and value is not None and value not in leaf.rules.get("words", ()):
+        if leaf.path and value is not None and value not in leaf.words:
             paths = [value] if isinstance(value, str) else value
             absolute = [os.path.abspath(os.path.expanduser(path)) for path in paths]
             asked[key] = absolute if key == "data" else absolute[0]
@@ -141,9 +142,9 @@ def facts(config: Any, step: int, *sources: Source) -> dict[str, Any]:
     images behind the paths it is compared which they are.
     """
     known = leaves(type(config))
-    own = {"out", "device", "workers", *(key for key in known if "path" in known[key].rules)}
+    own = {"out", "device", "workers", *(key for key in known if known[key].path)}
     return {
-        **{key: value for key, value in flatten(to_dict(config)).items() if key not in own},
+        **{key: value for key, value in flatten(asdict(config)).items() if key not in own},
         "a first step after": step,
         **{f"files (list {n})": (len(s), s.fingerprint()) for n, s in enumerate(sources, 1)},
     }

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fcmae.config.values import to_dict
 from fcmae.data.file_list import FileList
 from fcmae.data.sources import Source
 from fcmae.data.statistics import MeanStd, Preprocessing
@@ -144,7 +143,7 @@ class Task(ABC):
         """The config with everything resolved, as checkpoints record it."""
         resolved = self.resolved
         return {
-            **to_dict(self.config),
+            **asdict(self.config),
             "epochs": resolved.plan.epochs,
             "img_size": list(resolved.images.img_size),
             "mean": list(resolved.images.mean),

@@ -1,21 +1,17 @@
-"""What an engine is, and what all engines share.
+"""What all engines share.
 
 Legend of shape suffixes used in this package: B images, N visible sites of a whole batch ("rows"),
 C channels, H and W a map's height and width in sites. A *site* is one position of a stage's map; a
 stage at stride s has H = height/s by W = width/s of them.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparse.devices import to_device
-from sparse.ops.windows import Windows, windowed_depthwise
+from sparse.ops.windows import Shape, Windows, windowed_depthwise
 from sparse.rows import ImageRows
 
 
@@ -28,41 +24,20 @@ class Sites(Protocol):
 
     images: ImageRows
 
-    @property
-    def visible_N1(self) -> Tensor | None:  # noqa: N802
-        """1 for a visible row, 0 for a hidden one, for engines that carry hidden rows."""
-        ...
+    visible_N1: Tensor | None
+    """1 for a visible row, 0 for a hidden one, for engines that carry hidden rows."""
 
     def stem(self, images_BCHW: Tensor, weight_OI44: Tensor, bias_O: Tensor) -> Tensor:
         """4×4 stride-4 convolution of the images at the visible sites → (N, O). First stage."""
-        ...
 
     def depthwise(self, x_NC: Tensor, weight_C1KK: Tensor, bias_C: Tensor) -> Tensor:
         """K×K depthwise convolution, zeros at hidden sites and outside the image → (N, C)."""
-        ...
 
     def downsample(self, x_NC: Tensor, weight_OI22: Tensor, bias_O: Tensor) -> Tensor:
         """2×2 stride-2 convolution → rows of the next stage (M, O)."""
-        ...
 
     def densify(self, x_NC: Tensor) -> Tensor:
         """Rows → the full map (B, C, H, W), zeros at hidden sites."""
-        ...
-
-
-class Engine(Protocol):
-    """Decides where the visible sites are and how spatial operations run on them. Stateless."""
-
-    name: str
-
-    def sites(self, mask_BHW: Tensor, device: torch.device) -> Sequence[Sites]:
-        """Lay out the four stages (strides 4, 8, 16, 32) for a batch of masks.
-
-        Args:
-            mask_BHW: bool on the CPU, one entry per 32×32 patch, True = hidden.
-            device: where images and parameters are.
-        """
-        ...
 
 
 def hide(sites: Sites, x_NC: Tensor) -> Tensor:
@@ -80,23 +55,15 @@ class PackedSites:
         index_N: int64 position of each row on the flattened (B, H, W) map, on the CPU.
         shape: (B, H, W) of this stage's map.
         side: sites along a patch's side.
-        images: which image each row belongs to.
-        device: where the rows will be.
+        images: which image each row belongs to, and where the rows will be.
     """
 
     visible_N1: Tensor | None = None
 
-    def __init__(
-        self,
-        index_N: Tensor,
-        shape: tuple[int, int, int],
-        side: int,
-        images: ImageRows,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, index_N: Tensor, shape: Shape, side: int, images: ImageRows) -> None:
         self.shape, self.side, self.images = shape, side, images
-        self.index_N = to_device(index_N, device)
-        self.windows = Windows(index_N, shape, side, device)
+        self.index_N = to_device(index_N, images.device)
+        self.windows = Windows(index_N, shape, side, images.device)
 
     def stem(self, images_BCHW: Tensor, weight_OI44: Tensor, bias_O: Tensor) -> Tensor:
         b, h, w = self.shape

@@ -4,8 +4,6 @@ Rows are all sites of the map, hidden ones included, in raster order; they are z
 depthwise convolution and in GRN's statistics.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,19 +19,17 @@ class DenseSites:
 
     Args:
         mask_BHW: bool on the CPU, one entry per patch, True = hidden.
-        sites_per_patch: sites along a patch's side at this stage.
+        side: sites along a patch's side at this stage.
         device: where the rows will be.
     """
 
-    def __init__(self, mask_BHW: Tensor, sites_per_patch: int, device: torch.device) -> None:
-        hidden = mask_BHW.repeat_interleave(sites_per_patch, 1).repeat_interleave(
-            sites_per_patch, 2
-        )
-        self.shape = (hidden.shape[0], hidden.shape[1], hidden.shape[2])
+    def __init__(self, mask_BHW: Tensor, side: int, device: torch.device) -> None:
+        hidden = mask_BHW.repeat_interleave(side, 1).repeat_interleave(side, 2)
+        self.shape = batch, height, width = hidden.shape
         self.visible_N1: Tensor | None = None
         if hidden.any():
             self.visible_N1 = to_device((~hidden).reshape(-1, 1), device, torch.float32)
-        self.images = ImageRows.equal(self.shape[0], self.shape[1] * self.shape[2], device)
+        self.images = ImageRows(batch, height * width, device)
 
     def map_of(self, x_NC: Tensor) -> Tensor:
         """Rows → (B, C, H, W), channels last in memory."""
@@ -61,10 +57,6 @@ def rows_of(x_BCHW: Tensor) -> Tensor:
     return x_BCHW.permute(0, 2, 3, 1).reshape(-1, x_BCHW.shape[1])
 
 
-class DenseEngine:
-    """Computes every site, hidden or not, and masks. Any device."""
-
-    name = "dense"
-
-    def sites(self, mask_BHW: Tensor, device: torch.device) -> list[DenseSites]:
-        return [DenseSites(mask_BHW, PATCH // stride, device) for stride in STRIDES]
+def dense_sites(mask_BHW: Tensor, device: torch.device) -> list[DenseSites]:
+    """Every site, hidden or not, masked. See `sparse.engines.Engine`."""
+    return [DenseSites(mask_BHW, PATCH // stride, device) for stride in STRIDES]

@@ -5,18 +5,14 @@ offsets), so the depthwise convolution is our own, over the positions of Minkows
 coordinates. It computes on the CPU and in float32 or float64.
 """
 
-from __future__ import annotations
-
-import collections
 import collections.abc
-import importlib
 import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sparse.engines.base import PackedSites, Sites
-from sparse.engines.patch import PatchEngine
+from sparse.engines.patch import patch_sites
+from sparse.ops.windows import Shape
 from sparse.rows import ImageRows
 from sparse.sizes import PATCH, STRIDES
 
@@ -72,19 +69,23 @@ def why_unavailable() -> str | None:
     return None
 
 
-class _Map:
-    """One coordinate map of MinkowskiEngine, and the order that puts its rows patch after patch.
+class MinkowskiSites(PackedSites):
+    """Visible sites of one stage, at MinkowskiEngine's coordinates, put patch after patch.
 
     The rows of a strided map come in hash order, and only its coordinates tell which is which.
 
     Args:
-        manager, key: of MinkowskiEngine.
-        shape: (B, H, W) of the stage's map.
-        side: sites along a patch's side.
+        manager, key: of MinkowskiEngine's coordinate map.
+        shape, side, images: as in `PackedSites`.
+
+    Attributes:
+        following: the next stage, if any.
     """
 
-    def __init__(self, manager: Any, key: Any, shape: tuple[int, int, int], side: int) -> None:
-        self.key, self.shape, self.side = key, shape, side
+    following: "MinkowskiSites"
+
+    def __init__(self, manager: Any, key: Any, shape: Shape, side: int, images: ImageRows) -> None:
+        self.manager, self.key = manager, key
         stride = PATCH // STRIDES[0] // side
         image, y, x = (manager.get_coordinates(key).long() // torch.tensor([1, stride, stride])).T
         _, h, w = shape
@@ -92,88 +93,64 @@ class _Map:
         self.order_N = ((patch * side + y % side) * side + x % side).argsort()
         self.inverse_N = torch.empty_like(self.order_N)
         self.inverse_N[self.order_N] = torch.arange(len(self.order_N))
-        self.index_N = ((image * h + y) * w + x)[self.order_N]
-
-
-class MinkowskiSites(PackedSites):
-    """Visible sites of one stage, at MinkowskiEngine's coordinates."""
-
-    def __init__(self, manager: Any, here: _Map, following: _Map | None, images: ImageRows) -> None:
-        super().__init__(here.index_N, here.shape, here.side, images, torch.device("cpu"))
-        self.manager, self.here, self.following = manager, here, following
+        super().__init__(((image * h + y) * w + x)[self.order_N], shape, side, images)
 
     def downsample(self, x_NC: Tensor, weight_OI22: Tensor, bias_O: Tensor) -> Tensor:
-        assert self.following is not None
         # In a kernel of MinkowskiEngine the first spatial coordinate, here y, runs fastest.
-        kernel_4IO = weight_OI22.permute(3, 2, 1, 0).flatten(0, 1)
-        engine, backend, kernel = _strided_convolution()
+        kernel_4IO = weight_OI22.permute(3, 2, 1, 0).flatten(0, 1).contiguous()
+        convolve, shape, mode = _strided_convolution()
         with torch.autocast(x_NC.device.type, enabled=False):
-            y_MO = engine.MinkowskiConvolutionFunction.apply(
-                x_NC.to(kernel_4IO.dtype).index_select(0, self.here.inverse_N),
-                kernel_4IO.contiguous(),
-                kernel,
-                backend.ConvolutionMode.DEFAULT,
-                self.here.key,
-                self.following.key,
-                self.manager,
+            rows_NC = x_NC.to(kernel_4IO.dtype).index_select(0, self.inverse_N)
+            y_MO = convolve(
+                rows_NC, kernel_4IO, shape, mode, self.key, self.following.key, self.manager
             )
             return y_MO.index_select(0, self.following.order_N) + bias_O
 
 
 @cache
-def _strided_convolution() -> tuple[ModuleType, ModuleType, Any]:
+def _strided_convolution() -> tuple[Any, Any, Any]:
+    """MinkowskiEngine's convolution, the shape of a 2×2 kernel of stride 2, and the mode."""
     engine = load_minkowski()
-    backend = importlib.import_module("MinkowskiEngineBackend._C")
-    return engine, backend, engine.KernelGenerator(kernel_size=2, stride=2, dimension=2)
+    mode = importlib.import_module("MinkowskiEngineBackend._C").ConvolutionMode.DEFAULT
+    shape = engine.KernelGenerator(kernel_size=2, stride=2, dimension=2)
+    return engine.MinkowskiConvolutionFunction.apply, shape, mode
 
 
-class MinkowskiEngine:
-    """Sparse convolution with MinkowskiEngine's coordinate maps; CPU only."""
+def minkowski_sites(mask_BHW: Tensor, device: torch.device) -> Sequence[Sites]:
+    """Visible sites at MinkowskiEngine's coordinates. See `sparse.engines.Engine`."""
+    visible = ~mask_BHW
+    if not visible.any():  # MinkowskiEngine crashes on zero coordinates, so none are made
+        return patch_sites(mask_BHW, device)
+    # Kernel maps that several threads build list their pairs in another order each time, which
+    # changes the last bits of what is convolved. And a coordinate manager sets OpenMP's thread
+    # count when it is made, which is also torch's.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        manager, keys = _coordinate_maps(visible)
+    finally:
+        torch.set_num_threads(threads)
+    (batch, rows, cols), per_image = visible.shape, visible.flatten(1).sum(1)
+    stages = []
+    for key, stride in zip(keys, STRIDES, strict=True):
+        side = PATCH // stride
+        images = ImageRows.of(per_image * side**2, device)
+        stages.append(MinkowskiSites(manager, key, (batch, rows * side, cols * side), side, images))
+    for finer, coarser in pairwise(stages):
+        finer.following = coarser
+    return stages
 
-    name = "minkowski"
 
-    def sites(self, mask_BHW: Tensor, device: torch.device) -> Sequence[Sites]:
-        visible = ~mask_BHW
-        if not visible.any():  # MinkowskiEngine crashes on zero coordinates, so none are made
-            return PatchEngine().sites(mask_BHW, device)
-        with _one_thread():
-            manager, maps = _coordinate_maps(visible)
-        per_image = visible.flatten(1).sum(1)
-        return [
-            MinkowskiSites(manager, here, following, ImageRows(per_image * here.side**2, device))
-            for here, following in zip(maps, [*maps[1:], None], strict=True)
-        ]
-
-
-def _coordinate_maps(visible_BHW: Tensor) -> tuple[Any, list[_Map]]:
-    """A coordinate manager with the maps of all stages, and the kernel maps between them."""
-    batch, rows, cols = visible_BHW.shape
-    finest, *coarser = [PATCH // stride for stride in STRIDES]
+def _coordinate_maps(visible_BHW: Tensor) -> tuple[Any, list[Any]]:
+    """A coordinate manager, the keys of all stages' maps, and the kernel maps between them."""
+    finest = PATCH // STRIDES[0]
     lattice = visible_BHW.repeat_interleave(finest, 1).repeat_interleave(finest, 2)
     engine = load_minkowski()
     manager = engine.CoordinateManager(
         D=2, num_threads=1, coordinate_map_type=engine.CoordinateMapType.CPU
     )
-    key, _ = manager.insert_and_map(lattice.nonzero().int().contiguous(), 1)
-    maps = [_Map(manager, key, (batch, rows * finest, cols * finest), finest)]
-    for side in coarser:
-        finer, key = key, manager.stride(key, 2)
-        manager.kernel_map(finer, key, stride=2, kernel_size=2)  # kept for the convolution
-        maps.append(_Map(manager, key, (batch, rows * side, cols * side), side))
-    return manager, maps
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread inside, on as many as before after.
-
-    Kernel maps that several threads build list their pairs in another order each time, which
-    changes the last bits of what is convolved. And a coordinate manager sets OpenMP's thread count
-    when it is made, which is also torch's.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    keys = [manager.insert_and_map(lattice.nonzero().int().contiguous(), 1)[0]]
+    for _ in STRIDES[1:]:
+        keys.append(manager.stride(keys[-1], 2))
+        manager.kernel_map(keys[-2], keys[-1], stride=2, kernel_size=2)  # kept for the convolution
+    return manager, keys

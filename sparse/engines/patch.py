@@ -1,7 +1,5 @@
 """The patch engine: plain PyTorch over the visible patches only. Any device, no compiler."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,22 +20,18 @@ class PatchSites(PackedSites):
         return F.linear(joined, weight_OI22.permute(0, 2, 3, 1).flatten(1), bias_O)
 
 
-class PatchEngine:
-    """Index tables from the mask, matrix products for all that is pointwise."""
-
-    name = "patch"
-
-    def sites(self, mask_BHW: Tensor, device: torch.device) -> list[PatchSites]:
-        batch, rows, cols = mask_BHW.shape
-        image, row, col = (~mask_BHW).nonzero().unbind(1)
-        counts = (~mask_BHW).flatten(1).sum(1)
-        stages = []
-        for stride in STRIDES:
-            side = PATCH // stride
-            h, w = rows * side, cols * side
-            corner_P = (image * h + row * side) * w + col * side
-            step = torch.arange(side)
-            index_N = (corner_P[:, None, None] + step[:, None] * w + step).flatten()
-            images = ImageRows(counts * side * side, device)
-            stages.append(PatchSites(index_N, (batch, h, w), side, images, device))
-        return stages
+def patch_sites(mask_BHW: Tensor, device: torch.device) -> list[PatchSites]:
+    """Index tables from the mask. See `sparse.engines.Engine`."""
+    batch, rows, cols = mask_BHW.shape
+    image, row, col = (~mask_BHW).nonzero().unbind(1)
+    counts = (~mask_BHW).flatten(1).sum(1)
+    stages = []
+    for stride in STRIDES:
+        side = PATCH // stride
+        h, w = rows * side, cols * side
+        corner_P = (image * h + row * side) * w + col * side
+        step = torch.arange(side)
+        index_N = (corner_P[:, None, None] + step[:, None] * w + step).flatten()
+        images = ImageRows.of(counts * side * side, device)
+        stages.append(PatchSites(index_N, (batch, h, w), side, images))
+    return stages

@@ -1,7 +1,5 @@
 """Depthwise convolution of dense maps, with a weight gradient that CPUs compute fast."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable

@@ -1,9 +1,5 @@
 """The MLP of a ConvNeXt V2 block as one function: LayerNorm, fc1, GELU, GRN, fc2."""
 
-from __future__ import annotations
-
-from typing import TypeAlias
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -14,7 +10,7 @@ from sparse.rows import ImageRows
 GRN_EPS = 1e-6
 LAYER_NORM_EPS = 1e-6
 
-Pair: TypeAlias = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
 """Weight and bias."""
 
 

@@ -5,8 +5,6 @@ patch has few sites and a window is (a large part of) an image. A window's sites
 `index_select` through a table that is made once per batch of masks.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -25,6 +23,10 @@ LARGEST = 16
 """Longest side of other windows, in sites."""
 
 
+Shape = tuple[int, int, int]
+"""(B, H, W) of a stage's map."""
+
+
 class Windows:
     """Index tables of one stage for one batch of masks.
 
@@ -38,9 +40,7 @@ class Windows:
         device: where the rows will be.
     """
 
-    def __init__(
-        self, index_N: Tensor, shape: tuple[int, int, int], side: int, device: torch.device
-    ) -> None:
+    def __init__(self, index_N: Tensor, shape: Shape, side: int, device: torch.device) -> None:
         batch, *lengths = shape
         patches = side >= SMALLEST_PATCH
         counts = [length // side if patches else -(-length // LARGEST) for length in lengths]
@@ -127,14 +127,8 @@ class _WindowedDepthwise(torch.autograd.Function):
         if grad_NC.device.type == "cpu":
             dweight = windows.weight_gradient(x_NC, grad_NC).to(weight.dtype)
         else:
-            dweight = _library_weight_gradient(windows, x_NC, cut, weight)
+            _, dweight, _ = torch.ops.aten.convolution_backward(
+                cut[:, :, HALO:-HALO, HALO:-HALO], windows.with_halo(x_NC), weight, None,
+                [1, 1], [0, 0], [1, 1], False, [0, 0], len(weight), [False, True, False],
+            )  # fmt: skip
         return dx_NC, dweight, grad_NC.sum(0), None
-
-
-def _library_weight_gradient(windows: Windows, x_NC: Tensor, cut: Tensor, weight: Tensor) -> Tensor:
-    inner = cut[:, :, HALO:-HALO, HALO:-HALO]
-    gradients = torch.ops.aten.convolution_backward(
-        inner, windows.with_halo(x_NC), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0],
-        len(weight), [False, True, False],
-    )  # fmt: skip
-    return gradients[1]
