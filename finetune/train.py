@@ -30,7 +30,6 @@ from finetune.model import (
     Start,
     build_model,
     check_part,
-    classifier_names,
     find_model,
     freeze_backbone,
     init_convnext,
@@ -200,15 +199,9 @@ class Finetuning:
     def _timm_config(self, resolved: Resolved) -> dict[str, Any]:
         """The config.json of the model that the run exports."""
         model: Any = self._model
-        classifier = classifier_names(model)
+        images, names = self._images(resolved), self.kind.describe().get("label_names", ())
         return timm_config(
-            self._origin.name,
-            self._args,
-            int(model.num_features),
-            self._images(resolved),
-            self.kind.describe().get("label_names", ()),
-            classifier[0] if len(classifier) == 1 else list(classifier),
-            model.pretrained_cfg.get("first_conv"),
+            self._origin.name, self._args, model.num_features, images, model.pretrained_cfg, names
         )
 
     def _images(self, resolved: Resolved) -> Preprocessing:
