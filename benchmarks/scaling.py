@@ -16,8 +16,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fcmae.inspect.benchmark import visible_share
-from fcmae.inspect.timing import example, make_step, peak_memory, time_in_turns
+from fcmae.inspect.benchmark import example, make_step, peak_memory, time_in_turns, visible_share
 from sparse import available_engines
 
 SIDES = (96, 160, 224, 320, 448)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fcmae.inspect.timing import example, make_step, time_in_turns
+from fcmae.inspect.benchmark import example, make_step, time_in_turns
 from sparse.engines.minkowski import load_minkowski, why_unavailable
 from sparse.sizes import SIZES
 

@@ -1,17 +1,15 @@
 """A trained classifier back from its folder."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fcmae.data.statistics import Preprocessing, default_preprocessing
-from fcmae.train.checkpoint import first_difference
 from fcmae.train.run_paths import RunPaths
+from fcmae.weights.load import read_preprocessing
 from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, read_json, read_state
 from finetune.blocks import speed_up
 from finetune.model import Start, build_model, timm_name
@@ -43,51 +41,24 @@ def load_classifier(
     """
     folder = weights_folder(source)
     config = read_json(folder / CONFIG_FILE)
-    given: dict[str, Any] = config.get("pretrained_cfg", config)
-    names = config.get("label_names", given.get("label_names"))
-    if not isinstance(names, list) or len(names) != config["num_classes"]:
+    name: Any = config.get("architecture")
+    args = config.get("model_args", {})
+    names: Any = config.get("label_names", config.get("pretrained_cfg", {}).get("label_names"))
+    described = isinstance(name, str) and isinstance(args, dict) and isinstance(names, list)
+    if not described or len(names) != config["num_classes"]:
         raise InputError(
-            f"{folder / CONFIG_FILE} must name its {config['num_classes']} classes as label_names: "
-            "give a folder that `fcmae finetune` exported"
+            f"{folder / CONFIG_FILE} must name timm's model as its architecture and its "
+            f"{config['num_classes']} classes as label_names: give a folder that `fcmae finetune` "
+            "exported"
         )
-    name, args = config.get("architecture"), config.get("model_args", {})
-    if not isinstance(name, str) or not isinstance(args, dict):
-        raise InputError(
-            f"{folder / CONFIG_FILE} must name timm's model as its architecture: give a folder "
-            "that `fcmae finetune` exported"
-        )
-    channels, height, width = given.get("input_size", (3, 224, 224))
-    defaults = default_preprocessing(channels)
-    images = Preprocessing(
-        img_size or (height, width),
-        tuple(given.get("mean", defaults.mean)),
-        tuple(given.get("std", defaults.std)),
-        given.get("crop_pct", defaults.crop_pct),
-        given.get("interpolation", defaults.interpolation),
-    )
-    start = Start(timm_name(name), args, origin=str(folder))
-    try:
-        model, _ = build_model(start, len(names), channels, images.img_size)
-    except TypeError as error:
-        raise InputError(
-            f"{folder / CONFIG_FILE}: model_args {args} do not suit {name} ({error})"
-        ) from error
+    images = read_preprocessing(folder / WEIGHTS_FILE) or default_preprocessing(3)
+    images = replace(images, img_size=img_size or images.img_size)
     state, _ = read_state(folder / WEIGHTS_FILE)
-    _load_all(model, state, folder)
+    start = Start(timm_name(name), args, state, str(folder), whole=True)
+    model, _ = build_model(start, len(names), len(images.mean), images.img_size)
     model = model.to(device).eval()
     speed_up(model)
     return Classifier(model, tuple(map(str, names)), images, folder)
-
-
-def _load_all(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
-    difference = first_difference(state, model.state_dict())
-    if difference is not None:
-        name, there, here = difference
-        raise InputError(
-            f"{folder}: {name} is {there} in {WEIGHTS_FILE} and {here} in the model that "
-            f"{CONFIG_FILE} describes: take both from one export, and leave img_size out"
-        )
-    model.load_state_dict(state)
 
 
 def weights_folder(source: str) -> Path:
@@ -99,20 +70,13 @@ def weights_folder(source: str) -> Path:
         InputError: nothing there, or nothing with a classifier.
     """
     path = Path(source)
-    if path.is_file() and path.name != WEIGHTS_FILE:
-        raise InputError(
-            f"{source!r} is not a {WEIGHTS_FILE} with its {CONFIG_FILE} beside it: give the folder "
-            "of both"
-        )
-    path = path.parent if path.is_file() else path
+    path = path.parent if path.name == WEIGHTS_FILE else path
     run = RunPaths(path)
     for folder in (run.best, run.exported, path):
         config = read_json(folder / CONFIG_FILE)
         if config.get("num_classes") and (folder / WEIGHTS_FILE).is_file():
             return folder
-    if run.config.exists() or (path / CONFIG_FILE).exists():
-        raise InputError(
-            f"{source!r} has no weights with a classifier: give a run of `fcmae finetune` after "
-            "its first epoch, or its exported folder"
-        )
-    raise InputError(f"{source!r} holds no run and no weights: give a run of `fcmae finetune`")
+    raise InputError(
+        f"{source!r} holds no classifier: give a run of `fcmae finetune` after its first epoch, "
+        f"its exported folder, or a {WEIGHTS_FILE} with its {CONFIG_FILE} beside it"
+    )

@@ -1,9 +1,6 @@
 """The dense model to train: timm's, with a new classifier, from weights or from scratch."""
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -17,9 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fcmae.data.statistics import Preprocessing
 from fcmae.train.checkpoint import first_difference
 from fcmae.weights.export import timm_variant
-from fcmae.weights.load import find_weights, load_weights
-from fcmae.weights.preprocessing import read_preprocessing
-from fcmae.weights.read import CONFIG_FILE, read_json, read_state
+from fcmae.weights.load import find_weights, load_weights, read_preprocessing
+from fcmae.weights.read import CONFIG_FILE, first_line, read_json, read_state
 from sparse.convert import encoder_part, to_timm
 from sparse.encoder import init_fan_in
 from sparse.errors import InputError
@@ -38,9 +34,10 @@ class Start:
     Attributes:
         name: timm's name of the model.
         args: what differs from that, such as depths and dims.
-        state: weights in timm's names, without classifier; None from scratch.
+        state: weights in timm's names; None from scratch.
         origin: where the weights are from, in words.
         images: how images were prepared for the weights, where that is known.
+        whole: the classifier is loaded too; else it keeps its initial weights.
     """
 
     name: str
@@ -48,6 +45,7 @@ class Start:
     state: dict[str, Tensor] | None = None
     origin: str = "scratch"
     images: Preprocessing | None = None
+    whole: bool = False
 
 
 def find_model(model: str | None, weights: str, in_chans: int) -> Start:
@@ -63,57 +61,46 @@ def find_model(model: str | None, weights: str, in_chans: int) -> Start:
     name = None if model is None else timm_name(model)
     if weights == "none":
         return Start(name or timm_name(DEFAULT_MODEL), {})
-    try:
-        file = find_weights(weights)
-    except InputError as error:
-        raise InputError(f"weights {error}; or none, to train from scratch") from error
-    images = read_preprocessing(file)
+    file = find_weights(weights)
     own = read_json(file.with_name(CONFIG_FILE))
-    theirs = own.get("architecture", name or V2)
-    wanted = name or theirs
-    if wanted != theirs and not (wanted.startswith(V2) and theirs.startswith(V2)):
-        raise InputError(
-            f"weights {weights!r} are of {theirs}, model is {model!r}: leave --model out, or give "
-            "weights of that model"
-        )
-    if not wanted.startswith(V2):
+    variant = own.get("architecture", name or V2)
+    if is_v2 := variant.startswith(V2):
+        state, architecture, origin, norm = load_weights(file)
+        if architecture.in_chans != in_chans:
+            raise InputError(
+                f"weights {weights!r} are for {architecture.in_chans} channels, in_chans is "
+                f"{in_chans}: give --in_chans {architecture.in_chans}"
+            )
+        variant, args = timm_variant(architecture)
+        state = to_timm(encoder_part(state))
+        state |= {f"head.norm.{kind}": tensor for kind, tensor in norm.items()}
+    else:
         state, _ = read_state(file)
-        args = dict(own.get("model_args", {}))
-        return Start(timm_name(wanted), args, state, str(file), images)
-    found = load_weights(file)
-    variant, args = timm_variant(found.architecture)
-    if name is not None and (name != variant or args):
-        sizes = "" if not args else f" with {', '.join(f'{k} {v}' for k, v in args.items())}"
+        args, origin = own.get("model_args", {}), str(file)
+    if name is not None and (name != variant or (is_v2 and args)):
+        sizes = "".join(f", {key} {value}" for key, value in args.items())
         raise InputError(
             f"weights {weights!r} are of {variant}{sizes}, model is {model!r}: leave --model out, "
             "or give weights of that model"
         )
-    if found.architecture.in_chans != in_chans:
-        raise InputError(
-            f"weights {weights!r} are for {found.architecture.in_chans} channels, in_chans is "
-            f"{in_chans}: give --in_chans {found.architecture.in_chans}"
-        )
-    state = to_timm(encoder_part(found.state))
-    state |= {f"head.norm.{kind}": tensor for kind, tensor in found.norm.items()}
-    return Start(variant, args, state, found.origin, images)
+    return Start(timm_name(variant), args, state, origin, read_preprocessing(file))
 
 
 def timm_name(model: str) -> str:
-    """Return timm's name of a model: sizes of ConvNeXt V2 are named for short.
+    """Return timm's name of a model: sizes of ConvNeXt V2 have short names.
 
     Raises:
         InputError: timm has no such model; names the nearest.
     """
     name = f"{V2}{model}" if model in SIZES else model
     base, _, tag = name.partition(".")
-    if timm.is_model(base) and tag:
+    if tag and timm.is_model(base):
         raise InputError(
             f"model {model!r} names published weights ({tag}), which are not downloaded: use {base}"
         )
     if not timm.is_model(name):
-        sizes = [str(size) for size in SIZES]
-        near = get_close_matches(model, [*sizes, *timm.list_models()], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"use {', '.join(sizes)} or a timm name"
+        near = get_close_matches(model, [*SIZES, *timm.list_models()], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use {', '.join(SIZES)} or a timm name"
         raise InputError(f"model {model!r} is unknown: {hint}")
     return name
 
@@ -128,15 +115,13 @@ def build_model(
     """Build the model with its initial weights, and return it with its arguments for timm.
 
     timm's models that are tied to an image size are built for `img_size`, and stochastic depth is
-    set where the model has it. The backbone's weights are loaded strictly; only the classifier
-    keeps its initial ones.
+    set where the model has it. Weights are loaded strictly.
 
     Raises:
         InputError: the weights are of another model, or it can't take images of this size.
     """
-    optional: dict[str, Any] = {"img_size": img_size}
-    if drop_path:
-        optional["drop_path_rate"] = drop_path
+    rate = {"drop_path_rate": drop_path} if drop_path else {}
+    optional: dict[str, Any] = {"img_size": img_size, **rate}
     model = None
     while model is None:
         try:
@@ -146,39 +131,53 @@ def build_model(
         except TypeError as error:
             refused = [key for key in optional if f"'{key}'" in str(error)]
             if not refused:
-                raise
+                raise InputError(
+                    f"{start.origin}: model_args {start.args} do not suit {start.name} ({error})"
+                ) from error
             del optional[refused[0]]
             if refused == ["drop_path_rate"]:
                 _log.warning("%s has no stochastic depth: drop_path is not used", start.name)
         except (ValueError, AssertionError) as error:
             raise _wrong_size(start.name, img_size, error) from error
     if start.state is not None:
-        load_backbone(model, start.state, start.origin)
-    _check_forward(model, start.name, in_chans, img_size, num_classes)
+        load_state(model, start.state, start.origin, start.whole)
+    model.eval()
+    try:
+        with torch.no_grad():
+            out = model(torch.zeros(1, in_chans, *img_size))
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        raise _wrong_size(start.name, img_size, error) from error
+    if not isinstance(out, Tensor) or out.shape != (1, num_classes):
+        raise InputError(
+            f"model {start.name!r} gives no scores for {num_classes} classes: choose another"
+        )
     optional.pop("drop_path_rate", None)
     return model, start.args | optional
 
 
-def load_backbone(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Load all weights but the classifier's, which are left as they are.
+def load_state(
+    model: nn.Module, state: dict[str, Tensor], origin: str, whole: bool = False
+) -> None:
+    """Load all weights, or all but the classifier's, which are left as they are.
 
     Raises:
         InputError: names or shapes differ; prints both sides of the first difference.
     """
-    heads = tuple(f"{name}." for name in classifier_names(model))
+    heads = () if whole else tuple(f"{name}." for name in classifier_names(model))
     own = model.state_dict()
-    given = {name: tensor for name, tensor in state.items() if not name.startswith(heads)}
-    expected = {name: tensor for name, tensor in own.items() if not name.startswith(heads)}
-    difference = first_difference(given, expected)
-    if difference is not None:
+    given, expected = (
+        {name: tensor for name, tensor in tensors.items() if not name.startswith(heads)}
+        for tensors in (state, own)
+    )
+    if (difference := first_difference(given, expected)) is not None:
         name, there, here = difference
         raise InputError(
             f"{origin}: {name} is {there} there and {here} in this model: give weights of the "
-            "same --model, --in_chans and --img_size"
+            "same --model and --in_chans, made for this --img_size"
         )
     model.load_state_dict(own | given)
-    fresh = sorted(own.keys() - given.keys())
-    _log.info("weights from %s; left at their initial values: %s", origin, ", ".join(fresh))
+    if fresh := sorted(own.keys() - given.keys()):
+        _log.info("weights from %s; left at their initial values: %s", origin, ", ".join(fresh))
 
 
 def classifier_names(model: Any) -> tuple[str, ...]:
@@ -240,21 +239,7 @@ def set_training(model: nn.Module, frozen: bool) -> None:
             part.train(name in heads)
 
 
-@torch.no_grad()
-def _check_forward(
-    model: nn.Module, name: str, in_chans: int, img_size: tuple[int, int], num_classes: int
-) -> None:
-    model.eval()
-    try:
-        out = model(torch.zeros(1, in_chans, *img_size))
-    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-        raise _wrong_size(name, img_size, error) from error
-    if not isinstance(out, Tensor) or out.shape != (1, num_classes):
-        raise InputError(f"model {name!r} gives no scores for {num_classes} classes: take another")
-
-
 def _wrong_size(name: str, img_size: tuple[int, int], error: Exception) -> InputError:
     own = timm.get_pretrained_cfg(name)
     hint = f"; it is made for {list(own.input_size[1:])}" if own else ""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return InputError(f"img_size {list(img_size)} does not suit {name} ({reason}){hint}")
+    return InputError(f"img_size {list(img_size)} does not suit {name} ({first_line(error)}){hint}")

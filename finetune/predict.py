@@ -1,7 +1,5 @@
 """`fcmae predict`: the best classes of each image, as a CSV file."""
 
-from __future__ import annotations
-
 import csv
 import logging
 import os
@@ -12,7 +10,7 @@ import torch
 from fcmae.atomic import out_file
 from fcmae.commands.predict import PredictConfig
 from fcmae.data.file_list import FileList
-from fcmae.inspect.prologue import batches, images_of, set_up
+from fcmae.inspect.prologue import set_up
 from finetune.classifier import load_classifier
 
 _log = logging.getLogger(__name__)
@@ -29,39 +27,33 @@ def predict(config: PredictConfig) -> Path:
         InputError: the weights, the images or `out` is wrong.
         RunError: no image could be read, or `out` could not be written.
     """
-    setting = set_up(config, load_classifier, images_of(config), ".csv")
-    names, source = setting.model.names, setting.images.source
-    top, written = min(config.top, len(names)), 0
-    assert setting.out is not None
+    setting = set_up(config, config.source, load_classifier, ".csv")
+    split, model, names = setting.find_images(), setting.model.model, setting.model.names
+    top, written, out = min(config.top, len(names)), 0, setting.out
+    assert out is not None
     # Names that are not UTF-8 go back to the bytes they are.
     with (
         torch.no_grad(),
-        out_file(setting.out) as path,
+        out_file(out) as path,
         path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         rows = csv.writer(file)
-        rows.writerow(_columns(top))
-        for batch, images in batches(setting, config, report_all=True):
-            best = setting.model.model(images).cpu().softmax(1).topk(top)
-            for index, values, places in zip(
+        further = [f"{kind}{place}" for place in range(2, top + 1) for kind in ("label", "score")]
+        rows.writerow(["path", "label", "score", *further])
+        for batch, images in setting.batches(split, report_all=True):
+            best = model(images).cpu().softmax(1).topk(top)
+            for index, scores, places in zip(
                 batch.indices.tolist(), best.values.tolist(), best.indices.tolist(), strict=True
             ):
-                row: list[str] = [_path(source, index, config.images)]
-                for value, place in zip(values, places, strict=True):
-                    row += [names[place], f"{value:.6f}"]
+                row = [_path(split.source, index, config.images)]
+                for score, place in zip(scores, places, strict=True):
+                    row += [names[place], f"{score:.6f}"]
                 rows.writerow(row)
                 written += 1
-    skipped = len(source) - written
-    _log.info(
-        "%s: %d images%s", setting.out, written,
-        f"; {skipped} could not be read" if skipped else "",
-    )  # fmt: skip
-    return setting.out
-
-
-def _columns(top: int) -> list[str]:
-    further = [f"{kind}{place}" for place in range(2, top + 1) for kind in ("label", "score")]
-    return ["path", "label", "score", *further]
+    skipped = len(split.source) - written
+    more = f"; {skipped} could not be read" if skipped else ""
+    _log.info("%s: %d images%s", out, written, more)
+    return out
 
 
 def _path(files: FileList, index: int, images: str) -> str:

@@ -32,7 +32,6 @@ from finetune.model import (
     Start,
     build_model,
     check_part,
-    classifier_names,
     find_model,
     freeze_backbone,
     init_convnext,
@@ -157,12 +156,9 @@ class Finetuning(Task):
         pin = world.device.type == "cuda"
         self._validation = make_loader(dataset, batches, resolved.workers, pin)
         model: Any = self.model
-        classifier = classifier_names(model)
         self._timm_config = timm_config(
-            self._origin.name, self._args, int(model.num_features), images,
+            self._origin.name, self._args, model.num_features, images, model.pretrained_cfg,
             self.kind.describe().get("label_names", ()),
-            classifier[0] if len(classifier) == 1 else list(classifier),
-            model.pretrained_cfg.get("first_conv"),
         )  # fmt: skip
         self.ema = None if config.ema_decay is None else make_ema(model, config.ema_decay)
         set_training(model, config.freeze == "backbone")

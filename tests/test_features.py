@@ -18,17 +18,16 @@ from torch import Tensor, nn
 from fcmae.cli import main
 from fcmae.commands.embed import EmbedConfig
 from fcmae.config.pretraining import AugmentConfig, DecoderConfig, PretrainConfig
-from fcmae.data.evaluation import EvalDataset
+from fcmae.data.evaluation import EvalDataset, each_batch
 from fcmae.data.file_list import FileList, find_images
 from fcmae.data.labelled import Split
 from fcmae.data.statistics import Preprocessing, default_preprocessing
-from fcmae.inspect.embedding import embed
-from fcmae.inspect.features import extract, pooled
+from fcmae.inspect.embedding import Features, embed, extract, pooled
 from fcmae.train.checkpoint import list_checkpoints
 from fcmae.train.plan import Plan
 from fcmae.train.pretraining import pretrain
-from fcmae.train.processes import World
-from fcmae.train.task import Interrupted, Resolved
+from fcmae.train.processes import ALONE, World
+from fcmae.train.task import Resolved
 from fcmae.weights.export import timm_variant
 from fcmae.weights.load import Backbone, load_backbone, random_backbone
 from finetune.config import FinetuneConfig
@@ -194,6 +193,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 GOOD = [0, 1, 2, 3, 5, 6, 7, 8]
 
 
+def features_of(
+    backbone: Backbone, split: Split, batch_size: int, workers: int, world: World = ALONE
+) -> Features:
+    batches = each_batch(split, backbone.images, backbone.device, batch_size, workers, world)
+    return extract(backbone.encoder, batches, world)
+
+
 @torch.no_grad()
 def one_by_one(backbone: Backbone, files: FileList) -> Tensor:
     """What timm makes of the files in `GOOD`."""
@@ -207,7 +213,7 @@ def one_by_one(backbone: Backbone, files: FileList) -> Tensor:
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 0), (64, 0), (4, 2)])
 def test_features_of_files_in_order(folder: Path, batch_size: int, workers: int) -> None:
     backbone, files = backbone_of(random_encoder("patch", 3, **SMALL)), find_images(str(folder))
-    found = extract(backbone, Split(files, "val/"), batch_size, workers)
+    found = features_of(backbone, Split(files, "val/"), batch_size, workers)
     assert_close(found.values, one_by_one(backbone, files))
     assert found.indices.tolist() == GOOD
     assert [name for name, _ in found.bad] == ["val/0004.png"]
@@ -215,7 +221,7 @@ def test_features_of_files_in_order(folder: Path, batch_size: int, workers: int)
 
 def test_two_processes_share_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, files = backbone_of(random_encoder("patch", 3, **SMALL)), find_images(str(folder))
-    one = extract(backbone, Split(files), 2, 0)
+    one = features_of(backbone, Split(files), 2, 0)
     parts: dict[int, Any] = {}
 
     def note(world: World, item: Any) -> list[Any]:
@@ -223,10 +229,10 @@ def test_two_processes_share_the_work(folder: Path, monkeypatch: pytest.MonkeyPa
         return [item]
 
     monkeypatch.setattr(World, "gather", note)
-    shares = [extract(backbone, Split(files), 2, 0, World(rank, 2, CPU)) for rank in (0, 1)]
+    shares = [features_of(backbone, Split(files), 2, 0, World(rank, 2, CPU)) for rank in (0, 1)]
     assert [share.indices.tolist() for share in shares] == [[0, 2, 6, 8], [1, 3, 5, 7]]
     monkeypatch.setattr(World, "gather", lambda *_: [parts[0], parts[1]])
-    both = extract(backbone, Split(files), 2, 0, World(1, 2, CPU))
+    both = features_of(backbone, Split(files), 2, 0, World(1, 2, CPU))
     assert_close(both.values, one.values)
     assert both.indices.tolist() == one.indices.tolist()
     assert both.bad == one.bad
@@ -234,15 +240,8 @@ def test_two_processes_share_the_work(folder: Path, monkeypatch: pytest.MonkeyPa
 
 def test_nothing_readable_is_no_features(folder: Path) -> None:
     files = find_images(str(folder)).select([4])
-    found = extract(backbone_of(random_encoder("patch", 3, **SMALL)), Split(files), 4, 0)
+    found = features_of(backbone_of(random_encoder("patch", 3, **SMALL)), Split(files), 4, 0)
     assert (found.values.shape, len(found.indices), len(found.bad)) == ((0, 32), 0, 1)
-
-
-def test_a_stop_is_heeded_between_batches(folder: Path) -> None:
-    asked = iter([False, True])
-    backbone = backbone_of(random_encoder("patch", 3, **SMALL))
-    with pytest.raises(Interrupted):
-        extract(backbone, Split(find_images(str(folder))), 1, 0, stop=lambda: next(asked))
 
 
 def test_one_channel_reads_pictures_as_grey(folder: Path, tmp_path: Path) -> None:
@@ -250,8 +249,8 @@ def test_one_channel_reads_pictures_as_grey(folder: Path, tmp_path: Path) -> Non
         with Image.open(folder / name) as picture:
             picture.convert("L").save(tmp_path / name)
     backbone = backbone_of(random_encoder("patch", 1, **SMALL))
-    colour = extract(backbone, Split(find_images(str(folder)).select([0, 1])), 2, 0)
-    grey = extract(backbone, Split(find_images(str(tmp_path))), 2, 0)
+    colour = features_of(backbone, Split(find_images(str(folder)).select([0, 1])), 2, 0)
+    grey = features_of(backbone, Split(find_images(str(tmp_path))), 2, 0)
     assert torch.equal(colour.values, grey.values)
 
 
@@ -280,10 +279,10 @@ def test_a_reader_that_died_is_told_with_the_way_out(
     killed = failing("DataLoader worker (pid 1) is killed by signal: Killed. ")
     monkeypatch.setattr("fcmae.data.evaluation.make_loader", killed)
     with pytest.raises(RunError, match=r"\(pid 1\) is killed by signal.*fewer --workers"):
-        extract(backbone, Split(files), 4, 2)
+        features_of(backbone, Split(files), 4, 2)
     monkeypatch.setattr("fcmae.data.evaluation.make_loader", failing("something else"))
     with pytest.raises(RuntimeError, match="something else"):
-        extract(backbone, Split(files), 4, 2)
+        features_of(backbone, Split(files), 4, 2)
 
 
 def test_embed_writes_features_and_paths(
@@ -296,7 +295,7 @@ def test_embed_writes_features_and_paths(
     config = EmbedConfig(str(run), str(tmp_path / "images"), str(out), batch_size=4, workers=0)
     assert embed(config) == out
     assert "skipped, since it can't be read: deep/0004.png" in capsys.readouterr().err
-    expected = extract(load_backbone(str(run), CPU), Split(find_images(config.images)), 64, 0)
+    expected = features_of(load_backbone(str(run), CPU), Split(find_images(config.images)), 64, 0)
     with np.load(out) as file:
         assert set(file) == {"features", "paths"}
         assert file["features"].dtype == np.float32

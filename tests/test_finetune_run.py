@@ -503,7 +503,7 @@ def test_a_run_stands_for_its_best_weights(run: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "out", "message"),
     [
-        ("nowhere", "x.csv", "holds no run and no weights"),
+        ("nowhere", "x.csv", "holds no classifier: give a run"),
         ("run", "x.txt", "must be a file ending in .png or .csv"),
     ],
 )
@@ -532,7 +532,9 @@ def test_a_wrong_config_beside_the_weights_is_refused(
 
 
 def test_only_the_weights_of_a_folder_stand_for_it(run: Path, classes: Path) -> None:
-    with pytest.raises(InputError, match=r"is not a model\.safetensors with its config\.json"):
+    with pytest.raises(
+        InputError, match=r"no classifier: .* model\.safetensors with its config\.json"
+    ):
         evaluate(EvaluateConfig(str(run / "exported" / "config.json"), str(classes), workers=0))
 
 

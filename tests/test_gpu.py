@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fcmae import FCMAE
-from fcmae.inspect.timing import example, gpu_peak, make_step
+from fcmae.inspect.benchmark import example, gpu_peak, make_step
 from fcmae.train.pretraining import pretrain
 from tests.cli import metrics
 from tests.test_engines import MASKS, make_mask, random_encoder

@@ -19,17 +19,15 @@ from fcmae.cli import main
 from fcmae.commands.probe import ProbeConfig
 from fcmae.data.file_list import find_images
 from fcmae.data.labelled import Split
-from fcmae.inspect import probes as probing
-from fcmae.inspect.features import extract
-from fcmae.inspect.probes import PENALTIES, Labelled, fit_linear, knn, linear_probe, wilson
-from fcmae.inspect.probing import probe
+from fcmae.inspect import probing
+from fcmae.inspect.probing import PENALTIES, Labelled, fit_linear, knn, linear_probe, probe, wilson
 from fcmae.weights.load import load_backbone, random_backbone
 from finetune.train import finetune
 from sparse import SparseConvNeXtV2
 from sparse.encoder import init_fan_in
 from sparse.errors import InputError, RunError
 from tests.conftest import write_classes, write_pictures
-from tests.test_features import CPU, SMALL, finetune_config
+from tests.test_features import CPU, SMALL, features_of, finetune_config
 
 Array = npt.NDArray[Any]
 
@@ -65,7 +63,7 @@ def test_neighbours_against_a_computation_by_hand(monkeypatch: pytest.MonkeyPatc
     expected = [knn_by_hand(train.numpy(), labels.numpy(), val.numpy(), k, 6) for k in ks]
     assert len({*map(tuple, expected)}) > 2
     assert [guess.tolist() for guess in knn(train, labels, val, ks, 6)] == expected
-    monkeypatch.setattr("fcmae.inspect.probes._AT_ONCE", 200)
+    monkeypatch.setattr("fcmae.inspect.probing._AT_ONCE", 200)
     assert [guess.tolist() for guess in knn(train, labels, val, ks, 6)] == expected
 
 
@@ -194,7 +192,7 @@ def test_one_json_object_with_all_results(
     given = load_backbone(str(source), CPU, (32, 32))
     for backbone, found in ((given, result), (random_backbone(given), result["random"])):
         features = [
-            extract(backbone, Split(find_images(str(classes / split))), 8, 0).values.numpy()
+            features_of(backbone, Split(find_images(str(classes / split))), 8, 0).values.numpy()
             for split in ("train", "val")
         ]
         labels, truth = np.repeat([0, 1, 2], 8), np.repeat([0, 1, 2], 4)

@@ -13,19 +13,18 @@ from fcmae.cli import main
 from fcmae.commands.probe import ProbeConfig
 from fcmae.config.pretraining import EpochProbeConfig, PretrainConfig
 from fcmae.config.values import MAX_PIXELS
-from fcmae.data.evaluation import EvalDataset
+from fcmae.data.evaluation import EvalDataset, each_batch
 from fcmae.data.labelled import find_labelled
 from fcmae.data.statistics import Preprocessing
-from fcmae.inspect.probes import labelled_features, measure
-from fcmae.inspect.probing import probe
+from fcmae.inspect.probing import labelled_features, measure, probe
 from fcmae.inspect.watch import NEIGHBOURS, ProbeWatcher
 from fcmae.train.checkpoint import list_checkpoints
 from fcmae.train.pretraining import pretrain
 from fcmae.train.processes import World
-from fcmae.weights.load import Backbone
+from fcmae.train.task import Interrupted
 from tests.cli import TINY, metrics, weights
 from tests.conftest import write_pictures
-from tests.test_features import pretrain_config, resolved
+from tests.test_features import CPU, pretrain_config, resolved
 
 KEYS = ("probe_knn5", "probe_knn20", "probe_linear")
 
@@ -111,10 +110,22 @@ def test_features_are_taken_with_nothing_dropped(classes: Path) -> None:
     assert model.training
     assert model.encoder.training
     images = Preprocessing((64, 64), tuple(mean), tuple(std))
-    features, _ = labelled_features(Backbone(model.encoder.eval(), images, ""), data, 24, 0)
+    features = labelled_features(
+        model.encoder.eval(), data, lambda split: each_batch(split, images, CPU, 24, 0)
+    )
     expected = {f"probe_{name}": v["top1"] for name, v in measure(features, NEIGHBOURS).items()}
     assert found == expected
     assert tuple(found) == KEYS
+
+
+def test_a_stop_is_handled_between_batches(classes: Path) -> None:
+    asked = iter([False, True])
+    model = FCMAE.from_size("atto", depths=[1, 1, 1, 1], dims=[8, 16, 24, 32], engine="patch")
+    data = find_labelled(str(classes), 0.0)
+    watcher = ProbeWatcher(data, resolved((64, 64), [0.5] * 3, [0.25] * 3), 1, MAX_PIXELS)
+    with pytest.raises(Interrupted):
+        watcher(model.train(), 1, lambda: next(asked))
+    assert model.training
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ from PIL import Image
 
 from fcmae.commands.report import ReportConfig
 from fcmae.inspect import figures
-from fcmae.inspect.reporting import render, report
-from fcmae.train.run_data import read_runs
+from fcmae.inspect.reporting import read_runs, render, report
 from sparse.errors import InputError
 from tests.browser import open_page
 from tests.cli import TINY, begin, metrics, run, until
@@ -171,7 +170,7 @@ def test_blocks_of_encoders_of_other_depths_are_side_by_side(tmp_path):
     """Three blocks in the first stage beside two: the second stage begins at the same place."""
     deep = {f"stages.{stage}.blocks.{block}": 0.4 for stage in (0, 1) for block in range(3)}
     flat = {name: 0.3 for name in deep if not name.endswith("2")}
-    figure = figures.diversity([("deep", deep), ("none", {}), ("flat", flat)])
+    figure = figures.diversity({"deep": deep, "none": {}, "flat": flat})
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == [
         "0.0", "0.1", "0.2", "1.0", "1.1", "1.2"

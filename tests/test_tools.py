@@ -16,11 +16,9 @@ from fcmae.commands.reconstruct import ReconstructConfig
 from fcmae.config.parsing import parse
 from fcmae.config.pretraining import DecoderConfig, PretrainConfig
 from fcmae.data.statistics import Preprocessing
-from fcmae.inspect.benchmark import bench, visible_share
+from fcmae.inspect.benchmark import bench, macs, visible_share
 from fcmae.inspect.diagnosis import doctor, parity
-from fcmae.inspect.reconstructing import reconstruct
-from fcmae.inspect.reconstructions import COLUMNS, grid, reconstruct_batch
-from fcmae.inspect.timing import macs
+from fcmae.inspect.reconstructing import COLUMNS, grid, reconstruct, reconstruct_batch
 from fcmae.train.pretraining import pretrain
 from finetune.config import FinetuneConfig
 from sparse import available_engines

@@ -22,8 +22,7 @@ from fcmae.commands.convert import ConvertConfig
 from fcmae.data.statistics import Preprocessing
 from fcmae.train.checkpoint import save_checkpoint
 from fcmae.weights.export import convert, export_folder
-from fcmae.weights.load import adapt_in_chans, find_weights, load_weights
-from fcmae.weights.preprocessing import read_preprocessing
+from fcmae.weights.load import adapt_in_chans, find_weights, load_weights, read_preprocessing
 from sparse import SparseConvNeXtV2
 from sparse.convert import to_minkowski, to_timm
 from sparse.errors import InputError
@@ -361,14 +360,14 @@ def test_convert_minkowski_there_and_back(tmp_path: Path) -> None:
 
 def test_convert_refuses_to_overwrite_a_run_or_a_file(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "run", 7, random_encoder(), {})
-    for out in (tmp_path / "run", checkpoint):
-        with pytest.raises(InputError, match="holds a run or a checkpoint"):
+    for out, name in ((tmp_path / "run", "checkpoints"), (checkpoint, r"manifest\.json")):
+        with pytest.raises(InputError, match=f"holds '{name}': give a new or empty folder"):
             convert(ConvertConfig(str(tmp_path / "run"), str(out)))
     with pytest.raises(InputError, match="is a file"):
         convert(ConvertConfig(str(tmp_path / "run"), str(checkpoint / "state.json")))
     with pytest.raises(InputError, match=r"state\.json is a file, not a folder"):
         convert(ConvertConfig(str(tmp_path / "run"), str(checkpoint / "state.json" / "out")))
-    with pytest.raises(InputError, match="one file"):
+    with pytest.raises(InputError, match=r"must be a file ending in \.pth or \.pt or"):
         convert(ConvertConfig(str(tmp_path / "run"), str(tmp_path / "x"), layout="minkowski"))
 
 
@@ -379,15 +378,15 @@ def test_convert_refuses_to_replace_another_model(tmp_path: Path) -> None:
     for _ in range(2):  # the same kind of encoder again is no other model
         convert(ConvertConfig(str(tmp_path / "a.safetensors"), str(out)))
     before = (out / "model.safetensors").read_bytes()
-    with pytest.raises(InputError, match=r"another model \(convnextv2_tiny, 3 channels\)"):
+    with pytest.raises(InputError, match=r"another model: convnextv2_tiny.* 0 classes, 3 chan"):
         convert(ConvertConfig(str(tmp_path / "b.safetensors"), str(out)))
     described = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(described | {"num_classes": 4}))
-    with pytest.raises(InputError, match="holds a classifier of 4 classes"):
+    with pytest.raises(InputError, match=r"another model: convnextv2_tiny, .* 4 classes"):
         convert(ConvertConfig(str(tmp_path / "a.safetensors"), str(out)))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "1.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match=r"holds '1\.jpg' and no model"):
+    with pytest.raises(InputError, match=r"holds '1\.jpg': give a new or empty folder"):
         convert(ConvertConfig(str(tmp_path / "a.safetensors"), str(tmp_path / "photos")))
     assert (out / "model.safetensors").read_bytes() == before
 

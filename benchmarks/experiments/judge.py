@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.experiments.folders import shrink, tenth
 from benchmarks.experiments.study import Study, last_holdout_loss, logged, speed
-from fcmae.inspect.probes import Labelled, knn, linear_probe
+from fcmae.inspect.probing import Labelled, knn, linear_probe
 
 FOLDS = 10
 NOTHING = "no pretraining"

@@ -1,37 +1,45 @@
-"""`fcmae bench`: the engines side by side on this machine, every ratio from one process."""
+"""`fcmae bench`: the engines side by side on this machine, every ratio from one process.
 
-from __future__ import annotations
+Times are medians over rounds in which every contestant takes one turn, so that a machine whose
+speed drifts affects all of them equally. Memory is measured in a process of its own.
+"""
 
-import json
+import ctypes
 import os
 import platform
 import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from rich.console import Console
-from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fcmae.commands.bench import BenchConfig
 from fcmae.config.values import height_width
-from fcmae.inspect.timing import (
-    BF16,
-    GEMM_FLOPS,
-    TIMM,
-    WHOLE,
-    example,
-    gemm_step,
-    gpu_peak,
-    macs,
-    make_step,
-    peak_memory,
-    time_in_turns,
-)
-from fcmae.model.mask import check_mask_ratio, grid_of, keep_count
+from fcmae.inspect.printing import print_result, print_table
+from fcmae.model.fcmae import FCMAE
+from fcmae.model.mask import check_mask_ratio, grid_of, keep_count, random_masks
 from fcmae.train.machine import versions
+from fcmae.train.optimizer import parameter_groups
 from fcmae.train.processes import resolve_device
+from sparse import SparseConvNeXtV2
 from sparse.engines import available_engines
+from sparse.sizes import PATCH, resolve_size
+
+TIMM = "timm, unmasked"
+BF16 = ", bf16"
+WHOLE = ", whole step"
+GEMM_SIDE = 2048
+GEMM_FLOPS = 2 * GEMM_SIDE**3
 
 PASSES = 3
 """A backward pass multiplies twice as much as the forward pass."""
@@ -45,6 +53,123 @@ RATIOS = {
 }
 """Speeds to compare, in images/s."""
 
+Step = Callable[[], object]
+ImageStep = Callable[[Tensor, Tensor], None]
+
+
+def example(
+    batch: int, img_size: tuple[int, int], mask_ratio: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Random images on the device and random masks on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, *img_size, generator=generator).to(device)
+    return images, random_masks(batch, grid_of(img_size), mask_ratio, generator)
+
+
+def make_step(name: str, model: str, device: torch.device) -> ImageStep:
+    """Forward and backward pass of a model, on images (B, 3, H, W) and a mask (B, H/32, W/32).
+
+    Args:
+        name: an engine's, by itself, followed by `BF16` for autocast, or followed by `WHOLE` for a
+            step of pretraining: with decoder, loss, gradient norm and AdamW. Or `TIMM`: timm's own
+            dense model of the size, which takes no mask and is what `dense` is compared with.
+    """
+    whole, engine = name.endswith(WHOLE), name.removesuffix(WHOLE).removesuffix(BF16)
+    net: Any
+    if name == TIMM:
+        net = timm.create_model(f"convnextv2_{resolve_size(model).name}", num_classes=0)
+    else:
+        net = (FCMAE if whole else SparseConvNeXtV2).from_size(model, engine=engine)
+    net = net.to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(net, 0.05), fused=True) if whole else None
+
+    def step(images: Tensor, mask: Tensor) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=name.endswith(BF16)):
+            out = net.forward_features(images) if name == TIMM else net(images, mask)
+        (out.loss if whole else out.float().square().mean()).backward()
+        if optimizer is not None:
+            nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+            optimizer.step()
+        net.zero_grad(set_to_none=True)
+
+    return step
+
+
+def gemm_step(device: torch.device) -> Step:
+    """A float32 product of square matrices, `GEMM_FLOPS` operations: the device at its best."""
+    a = torch.randn(GEMM_SIDE, GEMM_SIDE, device=device)
+    return lambda: a @ a
+
+
+def macs(model: str, img_size: tuple[int, int]) -> float:
+    """Multiply-adds of one image's forward pass, nothing hidden."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        net = timm.create_model(f"convnextv2_{resolve_size(model).name}", num_classes=0)
+        net(torch.empty(1, 3, *img_size))
+    return counter.get_total_flops() / 2
+
+
+def time_in_turns(steps: Mapping[str, Step], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each step over rounds in which all take a turn, after one warm-up each."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_number in range(rounds + 1):
+        for name, step in steps.items():
+            _wait(device)
+            began = time.perf_counter()
+            step()
+            _wait(device)
+            if round_number:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(
+    name: str, model: str, batch: int, img_size: tuple[int, int], mask_ratio: float
+) -> float | None:
+    """Megabytes by which one step raises a fresh process above the loaded model; Linux only."""
+    if not os.path.exists("/proc/self/clear_refs"):
+        return None
+    call = f"_one_step{(name, model, batch, img_size, mask_ratio)!r}"
+    script = f"from fcmae.inspect.benchmark import _one_step; print({call})"
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def _one_step(
+    name: str, model: str, batch: int, img_size: tuple[int, int], mask_ratio: float
+) -> float:
+    device = torch.device("cpu")
+    step = make_step(name, model, device)
+    # The first step loads kernels, makes thread pools and the optimizer's state; what it freed is
+    # given back, so that all memory of the next one counts.
+    step(*example(1, (2 * PATCH, 2 * PATCH), 0.5, device))
+    images, mask = example(batch, img_size, mask_ratio, device)
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # sets the high-water mark to what is in use now
+    before = _status("VmRSS")
+    step(images, mask)
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    """A line of this process's memory statistics, in KiB."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return int(re.findall(rf"{key}:\s+(\d+) kB", file.read())[0])
+
+
+def gpu_peak(step: Step, device: torch.device) -> float:
+    """Megabytes by which one step raises what is allocated on a GPU."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
 
 def bench(config: BenchConfig) -> dict[str, Any]:
     """Measure, print a table or JSON, and return what was measured.
@@ -55,7 +180,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     img_size = height_width(config.img_size)
     check_mask_ratio(config.mask_ratio, grid_of(img_size))
     device = resolve_device(config.device)
-    result: dict[str, Any] = {
+    models = {model: measure(model, config, img_size, device) for model in config.models}
+    result = {
         "machine": {
             "processor": _processor(),
             "device": str(device),
@@ -69,12 +195,17 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             "rounds": config.rounds,
             "visible_share": visible_share(img_size, config.mask_ratio),
         },
-        "models": {},
+        "models": models,
+        "ratios": {
+            model: {
+                text: rows[a]["images_per_s"] / rows[b]["images_per_s"]
+                for text, (a, b) in RATIOS.items()
+                if a in rows and b in rows
+            }
+            for model, rows in models.items()
+        },
     }
-    for model in config.models:
-        result["models"][model] = measure(model, config, img_size, device)
-    result["ratios"] = {model: _ratios(rows) for model, rows in result["models"].items()}
-    print(json.dumps(result)) if config.json else _show(result)
+    print_result(result, config.json, True, _print_tables)
     return result
 
 
@@ -88,11 +219,13 @@ def measure(
     model: str, config: BenchConfig, img_size: tuple[int, int], device: torch.device
 ) -> dict[str, Any]:
     """Images/s, arithmetic as a share of a matrix product's, and peak memory of each step."""
-    names = [*available_engines(device.type), TIMM, f"patch{BF16}", f"patch{WHOLE}"]
+    engines = available_engines(device.type)
+    names = [*engines, TIMM, f"patch{BF16}", f"patch{WHOLE}"]
     batch = config.batch_size
     images, mask = example(batch, img_size, config.mask_ratio, device)
     steps = {name: partial(make_step(name, model, device), images, mask) for name in names}
-    seconds = time_in_turns({**steps, "gemm": gemm_step(device)}, config.rounds, device)
+    contestants: dict[str, Step] = {**steps, "gemm": gemm_step(device)}
+    seconds = time_in_turns(contestants, config.rounds, device)
     peak = GEMM_FLOPS / seconds["gemm"]
     visible = visible_share(img_size, config.mask_ratio)
     rows = {}
@@ -110,54 +243,40 @@ def measure(
     return rows
 
 
-def _ratios(rows: dict[str, Any]) -> dict[str, float]:
-    return {
-        text: rows[a]["images_per_s"] / rows[b]["images_per_s"]
-        for text, (a, b) in RATIOS.items()
-        if a in rows and b in rows
-    }
-
-
 def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = re.findall(r"model name\s*:\s*(.+)", file.read())
-    except OSError:
-        names = []
+    described = Path("/proc/cpuinfo")
+    text = described.read_text(encoding="utf-8") if described.exists() else ""
+    names = re.findall(r"model name\s*:\s*(.+)", text)
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
 
 
-def _show(result: dict[str, Any]) -> None:
-    console = Console()
+def _print_tables(result: dict[str, Any]) -> None:
+    console = Console(highlight=False)
     machine, settings = result["machine"], result["settings"]
     console.print(
         f"{machine['processor']}, {machine['threads']} threads, {machine['device']}, torch "
-        f"{machine['torch']}",
-        highlight=False,
+        f"{machine['torch']}"
     )
     for model, rows in result["models"].items():
         h, w = settings["img_size"]
-        table = Table(
-            title=f"{model}: encoder, forward and backward, float32, batch "
-            f"{settings['batch_size']}, {h}×{w}, {settings['visible_share']:.0%} visible"
+        print_table(
+            ("", "images/s", "÷ dense", "of GEMM", "peak MB", "÷ dense"),
+            [_cells(name, row, rows["dense"]["peak_mb"]) for name, row in rows.items()],
+            f"{model}: encoder, forward and backward, float32, batch {settings['batch_size']}, "
+            f"{h}×{w}, {settings['visible_share']:.0%} visible",
         )
-        for heading in ("", "images/s", "÷ dense", "of GEMM", "peak MB", "÷ dense"):
-            table.add_column(heading, justify="right" if heading else "left")
-        dense = rows["dense"]
-        for name, row in rows.items():
-            memory, share = row["peak_mb"], row["gemm_share"]
-            table.add_row(
-                name, f"{row['images_per_s']:.1f}", f"{row['times_dense']:.2f}",
-                "–" if share is None else f"{share:.0%}",
-                "–" if memory is None else f"{memory:.0f}",
-                "–" if memory is None else f"{memory / dense['peak_mb']:.2f}",
-            )  # fmt: skip
-        console.print(table)
         for text, ratio in result["ratios"][model].items():
-            console.print(f"{text}: {ratio:.2f}", highlight=False)
+            console.print(f"{text}: {ratio:.2f}")
     console.print(
         f"the most that skipping hidden patches can give is {1 / settings['visible_share']:.2f} "
-        f"times dense; medians of {settings['rounds']} rounds in turns",
-        highlight=False,
+        f"times dense; medians of {settings['rounds']} rounds in turns"
     )
+
+
+def _cells(name: str, row: dict[str, Any], dense_mb: float) -> list[str]:
+    share, memory = row["gemm_share"], row["peak_mb"]
+    speeds = [f"{row['images_per_s']:.1f}", f"{row['times_dense']:.2f}"]
+    speeds.append("–" if share is None else f"{share:.0%}")
+    peak = ["–", "–"] if memory is None else [f"{memory:.0f}", f"{memory / dense_mb:.2f}"]
+    return [name, *speeds, *peak]

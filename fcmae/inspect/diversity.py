@@ -11,28 +11,23 @@ takes no part in that image's mean, and the share of such channels is reported b
 on which all are zero takes no part at all; a block of which that holds for every image has 0.
 """
 
-from __future__ import annotations
-
-import json
 import logging
+import statistics
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from fcmae.atomic import out_file
 from fcmae.commands.diversity import DiversityConfig
 from fcmae.data.labelled import Split
 from fcmae.data.sources import split_holdout
 from fcmae.inspect import figures
-from fcmae.inspect.features import pooled
+from fcmae.inspect.embedding import pooled
 from fcmae.inspect.figures import block_order
-from fcmae.inspect.prologue import Setting, batches, images_of, set_up
+from fcmae.inspect.printing import print_result, print_table
+from fcmae.inspect.prologue import Setting, set_up
 from fcmae.weights.load import Backbone, load_backbone
 from sparse import SparseConvNeXtV2
 from sparse.block import SparseBlock
@@ -57,50 +52,38 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
         RunError: no image could be read, or `out` could not be written.
     """
     sources = [config.source] if isinstance(config.source, str) else config.source
-    find = images_of(config)
-    settings = {
-        source: set_up(replace(config, source=source), load_backbone, find, ".png", ".svg")
-        for source in sources
-    }
+    settings = [set_up(config, source, load_backbone, ".png", ".svg") for source in sources]
+    split = settings[0].find_images()
+    if len(split.source) > config.count:
+        chosen = split_holdout(split.source, config.count, 0)[1]
+        split = split._replace(source=split.source.select(chosen))
     result = {
-        source: _measured(setting._replace(images=_chosen(setting.images, config.count)), config)
-        for source, setting in settings.items()
+        source: _measured(setting, split) for source, setting in zip(sources, settings, strict=True)
     }
-    if show and config.json:
-        print(json.dumps(result))
-    elif show:
-        _print_table(result)
-    out = settings[sources[0]].out
+    print_result(result, config.json, show, _print_table)
+    out = settings[0].out
     if out is not None:
+        lines = {
+            source: {name: block["diversity"] for name, block in entry["blocks"].items()}
+            for source, entry in result.items()
+        }
         with out_file(out) as path:
-            lines = [
-                (source, {name: block["diversity"] for name, block in entry["blocks"].items()})
-                for source, entry in result.items()
-            ]
             figures.diversity(lines, (7, 3.5)).savefig(path, format=out.suffix[1:], dpi=150)
         _log.info("plot: %s", out)
     return result
 
 
-def _chosen(split: Split, count: int) -> Split:
-    """At most `count` of the images, chosen by a hash."""
-    if len(split.source) <= count:
-        return split
-    return split._replace(source=split.source.select(split_holdout(split.source, count, 0)[1]))
+def _measured(setting: Setting[Backbone], split: Split) -> dict[str, Any]:
+    counts: list[int] = []
 
+    def images() -> Iterator[Tensor]:
+        for _, batch in setting.batches(split, "diversity"):
+            counts.append(len(batch))
+            yield batch
 
-def _measured(setting: Setting[Backbone, Split], config: DiversityConfig) -> dict[str, Any]:
-    count = 0
-
-    def shown() -> Iterator[Tensor]:
-        nonlocal count
-        for batch, images in batches(setting, config, "diversity"):
-            count += len(batch)
-            yield images
-
-    blocks = block_diversity(setting.model.encoder, shown())
-    mean = float(np.mean([block["diversity"] for block in blocks.values()]))
-    return {"blocks": blocks, "mean": mean, "images": count}
+    blocks = block_diversity(setting.model.encoder, images())
+    mean = statistics.fmean(block["diversity"] for block in blocks.values())
+    return {"blocks": blocks, "mean": mean, "images": sum(counts)}
 
 
 def block_diversity(
@@ -111,22 +94,16 @@ def block_diversity(
     Args:
         batches: normalised images (B, C, H, W), nothing hidden.
     """
-    sums: dict[str, Tensor] = {}
-    hooks = []
+    blocks = {name: m for name, m in encoder.named_modules() if isinstance(m, SparseBlock)}
+    sums: dict[nn.Module, Tensor] = {}
 
-    def watch(name: str, block: SparseBlock) -> None:
-        def look(_: Any, arguments: tuple[Tensor, Sites]) -> None:
-            x_NC, sites = arguments
-            found = channel_diversity(
-                block.hidden(x_NC, sites).view(sites.images.batch, -1, 4 * x_NC.shape[1])
-            )
-            sums[name] = sums.get(name, 0) + found
+    def look(block: nn.Module, arguments: tuple[Tensor, Sites]) -> None:
+        assert isinstance(block, SparseBlock)
+        hidden_NC, sites = block.hidden(*arguments), arguments[1]
+        found = channel_diversity(hidden_NC.view(sites.images.batch, -1, hidden_NC.shape[1]))
+        sums[block] = sums.get(block, 0) + found
 
-        hooks.append(block.register_forward_pre_hook(look))
-
-    for name, module in encoder.named_modules():
-        if isinstance(module, SparseBlock):
-            watch(name, module)
+    hooks = [block.register_forward_pre_hook(look) for block in blocks.values()]
     was_training = encoder.training
     encoder.eval()
     count = 0
@@ -138,13 +115,11 @@ def block_diversity(
         encoder.train(was_training)
         for hook in hooks:
             hook.remove()
-    return {
-        name: {
-            "diversity": float(total[0] / total[2].clamp_min(1)),
-            "zero": float(total[1]) / count,
-        }
-        for name, total in sums.items()
-    }
+    result = {}
+    for name, block in blocks.items():
+        distance, zero, images_with_any = sums[block].tolist()
+        result[name] = {"diversity": distance / max(images_with_any, 1), "zero": zero / count}
+    return result
 
 
 def channel_diversity(x_BNC: Tensor) -> Tensor:
@@ -160,28 +135,21 @@ def channel_diversity(x_BNC: Tensor) -> Tensor:
     count_B = live_BC.sum(1).clamp_min(1)
     together_B = unit_BNC.sum(2).square().sum(1)
     diversity_B = (1 - together_B / count_B**2) / 2
-    some_B = live_BC.any(1)
+    any_B = live_BC.any(1)
     zero_B = 1 - live_BC.float().mean(1)
-    return torch.stack([(diversity_B * some_B).sum(), zero_B.sum(), some_B.sum()]).cpu()
+    return torch.stack([(diversity_B * any_B).sum(), zero_B.sum(), any_B.sum()]).cpu()
 
 
 def _print_table(result: dict[str, Any]) -> None:
-    table = Table(title="mean cosine distance: 0 collapsed, 0.5 unrelated")
-    table.add_column("block")
-    for source in result:
-        table.add_column(source, justify="right")
-        table.add_column("zero %", justify="right")
-    for name in sorted(
-        {name for entry in result.values() for name in entry["blocks"]}, key=block_order
-    ):
+    entries = result.values()
+    rows = []
+    for name in sorted({name for entry in entries for name in entry["blocks"]}, key=block_order):
         row = [name]
-        for entry in result.values():
-            block = entry["blocks"].get(name)
-            row += ["", ""] if block is None else [
-                f"{block['diversity']:.3f}", f"{100 * block['zero']:.1f}"
-            ]  # fmt: skip
-        table.add_row(*row)
-    table.add_section()
-    means = [cell for entry in result.values() for cell in (f"{entry['mean']:.3f}", "")]
-    table.add_row("mean", *means)
-    Console(highlight=False).print(table, markup=False)
+        for block in (entry["blocks"].get(name) for entry in entries):
+            row += (
+                [f"{block['diversity']:.3f}", f"{100 * block['zero']:.1f}"] if block else ["", ""]
+            )
+        rows.append(row)
+    rows += [[], ["mean", *(cell for entry in entries for cell in (f"{entry['mean']:.3f}", ""))]]
+    headings = ["block", *(heading for source in result for heading in (source, "zero %"))]
+    print_table(headings, rows, "mean cosine distance: 0 collapsed, 0.5 unrelated")

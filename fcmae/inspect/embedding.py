@@ -1,17 +1,70 @@
-"""`fcmae embed`: the features of images, as numpy arrays."""
+"""Frozen features, what an encoder makes of whole images, and `fcmae embed`, which writes them.
 
-from __future__ import annotations
+An image's feature is the mean over the positions of the last stage's map, before any norm or head.
+"""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fcmae.atomic import out_file
 from fcmae.commands.embed import EmbedConfig
-from fcmae.inspect.features import pooled
-from fcmae.inspect.prologue import batches, images_of, set_up
+from fcmae.data.labelled import Labels
+from fcmae.data.sample import Batch
+from fcmae.inspect.prologue import set_up
+from fcmae.train.processes import ALONE, World
 from fcmae.weights.load import load_backbone
+from sparse import SparseConvNeXtV2, get_engine
+from sparse.sizes import PATCH
+
+
+class Features(NamedTuple):
+    """Features (N, C) float32 on the CPU, of which images (N,), and what could not be read."""
+
+    values: Tensor
+    indices: Labels
+    bad: list[tuple[str, str]]
+
+
+@torch.no_grad()
+def pooled(encoder: SparseConvNeXtV2, images_BCHW: Tensor) -> Tensor:
+    """Features of normalised images (B, C, H, W) → (B, dims[-1]) float32, whatever engine is set.
+
+    The dense engine computes them: with nothing hidden there is nothing to skip.
+    """
+    batch, _, height, width = images_BCHW.shape
+    nothing = torch.zeros(batch, height // PATCH, width // PATCH, dtype=torch.bool)
+    sites = get_engine("dense", images_BCHW.device.type).sites(nothing, images_BCHW.device)
+    return SparseConvNeXtV2.encode(encoder, images_BCHW, sites).mean((2, 3)).float()
+
+
+def extract(
+    encoder: SparseConvNeXtV2, batches: Iterable[tuple[Batch, Tensor]], world: World = ALONE
+) -> Features:
+    """Compute the features of images, in their order; those that can't be read are skipped.
+
+    Args:
+        encoder: in evaluation mode.
+        batches: this process's share, with normalised images on the encoder's device; maybe empty.
+        world: the processes that share the work, each with all features in the end.
+    """
+    values, indices, bad = [torch.empty(0, encoder.dims[-1])], [], []
+    for batch, images in batches:
+        bad += batch.bad
+        if len(batch):
+            values.append(pooled(encoder, images).cpu())
+            indices += batch.indices.tolist()
+    parts = world.gather((torch.cat(values), indices, bad))
+    order = np.array([index for part in parts for index in part[1]], np.int64)
+    joined = torch.cat([part[0] for part in parts])
+    places = np.argsort(order)
+    return Features(joined[places], order[places], [entry for part in parts for entry in part[2]])
+
 
 _log = logging.getLogger(__name__)
 
@@ -26,15 +79,12 @@ def embed(config: EmbedConfig) -> Path:
         InputError: the weights, the images or `out` is wrong.
         RunError: no image could be read, or `out` could not be written.
     """
-    setting = set_up(config, load_backbone, images_of(config), ".npz")
-    backbone, source = setting.model, setting.images.source
-    features, paths = [], []
-    for batch, images in batches(setting, config, "features"):
-        features.append(pooled(backbone.encoder, images).cpu().numpy())
-        paths += [source.name(index) for index in batch.indices.tolist()]
-    values = np.concatenate(features)
-    assert setting.out is not None
-    with out_file(setting.out) as path, path.open("wb") as file:
-        np.savez(file, features=values, paths=np.array(paths))
-    _log.info("%s: %d images, %d channels, from %s", setting.out, *values.shape, backbone.origin)
-    return setting.out
+    setting = set_up(config, config.source, load_backbone, ".npz")
+    split, backbone, out = setting.find_images(), setting.model, setting.out
+    found = extract(backbone.encoder, setting.batches(split, "features"))
+    paths = np.array([split.source.name(index) for index in found.indices])
+    assert out is not None
+    with out_file(out) as path, path.open("wb") as file:
+        np.savez(file, features=found.values.numpy(), paths=paths)
+    _log.info("%s: %d images, %d channels, from %s", out, *found.values.shape, backbone.origin)
+    return out

@@ -1,18 +1,14 @@
 """Plots of runs and encoders."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from fcmae.train.run_data import Point
-
+Point = tuple[int, float]
 SIZE = (4.8, 3.0)
 
 SMOOTHED = 0.02
@@ -20,47 +16,43 @@ SMOOTHED = 0.02
 
 
 def curves(
-    lines: Sequence[tuple[str, Sequence[Point]]], label: str, level: tuple[float, str] | None = None
+    lines: Mapping[str, Sequence[Point]], label: str, level: tuple[float, str] | None = None
 ) -> str:
     """Curves over steps, the points thin and their running mean thick → SVG.
 
     Args:
-        lines: (name, points) each; its place decides the colour, also of those without points.
+        lines: points by name; its place decides a line's colour, also of those without points.
         label: of the y axis.
         level: a value to draw a line at, and what it means.
     """
-    figure, axes = _axes(label)
-    for place, (name, points) in enumerate(lines):
+    figure, axes = _axes(label, "step")
+    for place, (name, points) in enumerate(lines.items()):
         if not points:
             continue
         steps, values = np.array(points).T
         width = max(1, int(len(values) * SMOOTHED))
         smooth = np.convolve(values, np.ones(width) / width, "valid")
-        marker = "o" if len(values) < 30 else None
-        style = {"color": f"C{place}", "marker": marker, "markersize": 3}
+        style = {"color": f"C{place}", "marker": "o" if len(values) < 30 else None, "markersize": 3}
         axes.plot(steps[width - 1 :], smooth, label=name, **style)
         if width > 1:
             axes.plot(steps, values, color=f"C{place}", alpha=0.25, linewidth=0.7)
     if level is not None:
         axes.axhline(level[0], color="grey", linestyle="--", linewidth=0.8, label=level[1])
-    axes.set_xlabel("step")
     axes.legend(fontsize="small")
     return svg(figure)
 
 
-def diversity(
-    found: Sequence[tuple[str, Mapping[str, float]]], size: tuple[float, float] = SIZE
-) -> Figure:
+def diversity(lines: Mapping[str, Mapping[str, float]], size: tuple[float, float] = SIZE) -> Figure:
     """A line for every encoder, over the blocks that any of them has.
 
     Args:
-        found: (name, diversity by the name of the block) each; its place decides the colour, also
-            of those without blocks.
+        lines: by name, the diversity by the name of the block; its place decides a line's colour,
+            also of those without blocks.
         size: width and height in inches.
     """
-    figure, axes = _axes("mean cosine distance of channels", size)
-    names = sorted({name for _, blocks in found for name in blocks}, key=block_order)
-    for place, (name, blocks) in enumerate(found):
+    figure, axes = _axes("mean cosine distance of channels", "block (stage.number)", size)
+    names = sorted({name for blocks in lines.values() for name in blocks}, key=block_order)
+    for place, (name, blocks) in enumerate(lines.items()):
         there = [at for at, block in enumerate(names) if block in blocks]
         if there:
             values = [blocks[names[at]] for at in there]
@@ -68,7 +60,6 @@ def diversity(
     short = [name.removeprefix("stages.").replace(".blocks", "") for name in names]
     axes.set_xticks(range(len(names)), short, rotation=90 if len(names) > 20 else 0)
     axes.set_ylim(0, 0.52)
-    axes.set_xlabel("block (stage.number)")
     axes.legend(fontsize="small")
     return figure
 
@@ -78,18 +69,17 @@ def block_order(name: str) -> list[int]:
     return [int(part) for part in name.split(".") if part.isdigit()]
 
 
-def _axes(label: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Any]:
+def _axes(y: str, x: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Any]:
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_ylabel(label)
+    axes = figure.add_subplot(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     return figure, axes
 
 
 def svg(figure: Figure) -> str:
     """A figure as SVG, the same bytes from one run to the next."""
+    content = io.StringIO()
     # Text stays text.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fcmae"}):
-        content = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(content, metadata={"Date": None})
+        figure.savefig(content, format="svg", metadata={"Date": None})
     return content.getvalue()

@@ -1,26 +1,220 @@
-"""`fcmae probe`: what frozen features are worth on labelled images."""
+"""`fcmae probe`: what frozen features are worth on labelled images.
 
-from __future__ import annotations
+Nearest neighbours vote with weight exp(cosine / 0.07) (Wu et al., arXiv 1805.01978, section 3.4).
+The linear probe is multinomial logistic regression on standardised features.
+"""
 
-import json
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
-from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
 
 from fcmae.commands.probe import ProbeConfig
+from fcmae.console import tracked
 from fcmae.data.duplicates import report_duplicates
-from fcmae.data.evaluation import report_skipped
-from fcmae.data.labelled import LabelledData, check_known, find_labelled
-from fcmae.inspect.probes import labelled_features, measure
-from fcmae.inspect.prologue import set_up
-from fcmae.train.checkpoint import STATE
-from fcmae.train.machine import resolve_workers
-from fcmae.train.processes import World
+from fcmae.data.labelled import LabelledData, Split, check_known, find_labelled, split_by_hash
+from fcmae.data.sample import Batch
+from fcmae.inspect.embedding import extract
+from fcmae.inspect.printing import print_result, print_table
+from fcmae.inspect.prologue import Setting, set_up
+from fcmae.train.processes import ALONE, World
 from fcmae.weights.load import Backbone, load_backbone, random_backbone
-from fcmae.weights.read import CONFIG_FILE, read_json
-from sparse.errors import InputError
+from sparse import SparseConvNeXtV2
+from sparse.errors import InputError, RunError
+
+TEMPERATURE = 0.07
+PENALTIES = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
+"""Weight penalties tried, strongest first."""
+
+KEPT_BACK = 0.2
+"""Share of the training images that decides between them."""
+
+_Z95 = 1.959964
+_AT_ONCE = 1 << 24
+
+
+class NothingToRead(RunError):
+    """No image of a split can be read."""
+
+
+class Labelled(NamedTuple):
+    """Features (N, C) and classes (N,) of the images to learn from and of those to measure on.
+
+    chosen: places among the training images that decide on the penalty; maybe none.
+    bad: (name, reason) of the images that can't be read.
+    """
+
+    train: Tensor
+    train_labels: Tensor
+    val: Tensor
+    val_labels: Tensor
+    classes: int
+    chosen: Tensor
+    bad: Sequence[tuple[str, str]] = ()
+
+
+def labelled_features(
+    encoder: SparseConvNeXtV2,
+    data: LabelledData,
+    read: Callable[[Split], Iterable[tuple[Batch, Tensor]]],
+    world: World = ALONE,
+) -> Labelled:
+    """Extract the features of a labelled folder.
+
+    Args:
+        encoder: in evaluation mode.
+        data: the labelled images.
+        read: gives the batches of a split; see `fcmae.inspect.embedding.extract`.
+        world: the processes that share the work.
+
+    Raises:
+        NothingToRead: nothing to learn from, or to measure on.
+    """
+    parts, labels, bad = [], [], []
+    for split in (data.train, data.val):
+        found = extract(encoder, read(split), world)
+        bad += found.bad
+        if not len(found.indices):
+            raise NothingToRead(f"none of the images can be read ({': '.join(found.bad[0])})")
+        parts.append(found)
+        assert split.labels is not None
+        labels.append(torch.from_numpy(split.labels[found.indices]))
+    train, val = parts
+    chosen = torch.empty(0, dtype=torch.int64)
+    if int(torch.bincount(labels[0]).max()) > 1:
+        kept = data.train.source.select(train.indices)
+        chosen = torch.from_numpy(split_by_hash(kept, labels[0].numpy(), KEPT_BACK)[1])
+    return Labelled(train.values, labels[0], val.values, labels[1], len(data.names), chosen, bad)
+
+
+def measure(
+    features: Labelled,
+    neighbours: Sequence[int],
+    device: torch.device | str = "cpu",
+    shown: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Top-1 in percent with its 95 % interval, of `knnK` for each K and of `linear`.
+
+    `linear` also has the penalty that was chosen.
+
+    Args:
+        features: of the images to learn from and to measure on.
+        neighbours: each K.
+        device: where the linear probe is fitted.
+        shown: with a progress bar, on terminals.
+    """
+    labels = features.val_labels
+    guesses = knn(features.train, features.train_labels, features.val, neighbours, features.classes)
+    scores = {f"knn{k}": _score(each, labels) for k, each in zip(neighbours, guesses, strict=True)}
+    guess, penalty = linear_probe(features, device, shown)
+    return {**scores, "linear": {**_score(guess, labels), "penalty": penalty}}
+
+
+def knn(
+    train_NC: Tensor, labels_N: Tensor, val_MC: Tensor, neighbours: Sequence[int], classes: int
+) -> list[Tensor]:
+    """Classes (M,) by the K training images of the largest cosine, for each K in `neighbours`."""
+    most = min(max(neighbours), len(train_NC))
+    # In double: where features share a large offset, their cosines are all next to 1.
+    train = F.normalize(train_NC.double(), dim=1)
+    guesses: list[list[Tensor]] = [[] for _ in neighbours]
+    for some in F.normalize(val_MC.double(), dim=1).split(_rows(len(train) + classes)):
+        near = (some @ train.T).topk(most)
+        weights, voted = (near.values / TEMPERATURE).exp(), labels_N[near.indices]
+        for k, into in zip(neighbours, guesses, strict=True):
+            votes = near.values.new_zeros(len(some), classes)
+            into.append(votes.scatter_add_(1, voted[:, :k], weights[:, :k]).argmax(1))
+    return [torch.cat(parts) for parts in guesses]
+
+
+def linear_probe(
+    features: Labelled, device: torch.device | str = "cpu", shown: bool = False
+) -> tuple[Tensor, float]:
+    """Classes (M,) of a linear classifier, and the weight penalty it was fitted with.
+
+    The penalty is the one with the lowest loss on a fifth of the training images, the first that
+    the next weaker one does not better; or 0.01 where every class has a single image.
+    """
+    std, mean = torch.std_mean(features.train, dim=0, correction=0)
+    scale = torch.where(std > 0, 1 / std, 0.0)
+    train, val = (((part - mean) * scale).to(device) for part in (features.train, features.val))
+    labels, classes = features.train_labels.to(device), features.classes
+    penalty, best = 0.01, None
+    if len(features.chosen):
+        kept = torch.ones(len(train), dtype=torch.bool)
+        kept[features.chosen] = False
+        fitted, held = (train[kept], labels[kept]), (train[~kept], labels[~kept])
+        least = math.inf
+        for candidate in tracked(PENALTIES, len(PENALTIES), "linear probe" if shown else None):
+            found = fit_linear(*fitted, classes, candidate, best)
+            loss = _cross_entropy(*held, *found)
+            if loss >= least:
+                break
+            penalty, best, least = candidate, found, loss
+    weight, bias = fit_linear(train, labels, classes, penalty, best)
+    guesses = [torch.addmm(bias, some, weight).argmax(1) for some in val.split(_rows(classes))]
+    return torch.cat(guesses).cpu(), penalty
+
+
+def fit_linear(
+    x_NC: Tensor, labels_N: Tensor, classes: int, penalty: float,
+    start: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Minimise mean cross-entropy + penalty / 2 · |W|² by L-BFGS → W (C, classes), b (classes,)."""
+    weight, bias = start or (x_NC.new_zeros(x_NC.shape[1], classes), x_NC.new_zeros(classes))
+    weight, bias = (t.clone().requires_grad_() for t in (weight, bias))
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-9, history_size=10,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        shrinkage = penalty / 2 * weight.square().sum()
+        shrinkage.backward()
+        return shrinkage.item() + _cross_entropy(x_NC, labels_N, weight, bias, backward=True)
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+def _cross_entropy(
+    x_NC: Tensor, labels_N: Tensor, weight: Tensor, bias: Tensor, backward: bool = False
+) -> float:
+    """The mean; a million images of a thousand classes have 4 GB of logits: some at a time."""
+    rows = _rows(weight.shape[1])
+    mean = 0.0
+    for x, labels in zip(x_NC.split(rows), labels_N.split(rows), strict=True):
+        logits = torch.addmm(bias, x, weight)
+        part = F.cross_entropy(logits, labels, reduction="sum") / len(x_NC)
+        if backward:
+            part.backward()
+        mean += part.item()
+    return mean
+
+
+def _rows(columns: int) -> int:
+    return max(1, _AT_ONCE // columns)
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion, in percent."""
+    share, square = hits / n, _Z95**2
+    middle = (share + square / (2 * n)) / (1 + square / n)
+    half = _Z95 / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
+    return 100 * (middle - half), 100 * (middle + half)
+
+
+def _score(guess: Tensor, labels: Tensor) -> dict[str, float]:
+    hits, n = int((guess == labels).sum()), len(labels)
+    low, high = wilson(hits, n)
+    return {"top1": 100 * hits / n, "low": max(low, 0.0), "high": min(high, 100.0)}
 
 
 def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
@@ -41,62 +235,43 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
         InputError: the weights or the data are wrong.
         RunError: no image could be read.
     """
-    setting = set_up(config, load_backbone, lambda backbone: _find_labelled(config, backbone))
-    backbone, data = setting.model, setting.images
-    world = World(0, 1, setting.device)
-    alike = {}
+    setting = set_up(config, config.source, load_backbone)
+    data = find_labelled(config.data, config.val_fraction, exclude=config.source)
+    if setting.model.label_names and not config.other_classes:
+        try:
+            names = setting.model.label_names
+            check_known(Path(config.data), data.names, names, "the fine-tuned model")
+        except InputError as error:
+            raise InputError(
+                f"{error}; to probe its features on other classes, --other_classes"
+            ) from error
+    duplicates = None
     if config.near_duplicates is not None:  # first, since a wrong folder ends the command
-        found = report_duplicates(config.near_duplicates, data, config.workers, world)
-        alike["near_duplicates"] = [entry._asdict() for entry in found]
-    result = _measured(backbone, data, config)
+        world = World(0, 1, setting.device)
+        duplicates = report_duplicates(config.near_duplicates, data, config.workers, world)
+    result = _measured(setting, setting.model, data)
     if config.baseline:
-        result["random"] = _measured(random_backbone(backbone), data, config)
-    result |= alike
-    if show and config.json:
-        print(json.dumps(result))
-    elif show:
-        _print_table(result)
+        result["random"] = _measured(setting, random_backbone(setting.model), data)
+    if duplicates is not None:
+        result["near_duplicates"] = [entry._asdict() for entry in duplicates]
+    print_result(result, config.json, show, _print_table)
     return result
 
 
-def _find_labelled(config: ProbeConfig, backbone: Backbone) -> LabelledData:
-    data = find_labelled(config.data, config.val_fraction, exclude=config.source)
-    if backbone.file is not None and not config.other_classes:
-        _check_classes(config, backbone.file, data)
-    return data
-
-
-def _measured(backbone: Backbone, data: LabelledData, config: ProbeConfig) -> dict[str, Any]:
-    workers = resolve_workers(config.workers, backbone.device)
-    features, bad = labelled_features(backbone, data, config.batch_size, workers, shown=True)
-    report_skipped(bad)
+def _measured(setting: Setting[Backbone], backbone: Backbone, data: LabelledData) -> dict[str, Any]:
+    features = labelled_features(
+        backbone.encoder, data, lambda split: setting.batches(split, "features")
+    )
+    train, val = len(features.train), len(features.val)
     return {
-        **measure(features, config.neighbours, backbone.device, shown=True),
-        "train": len(features.train),
-        "val": len(features.val),
+        **measure(features, setting.config.neighbours, setting.device, shown=True),
+        "train": train,
+        "val": val,
         "classes": features.classes,
-        "unreadable": len(bad),
+        "unreadable": len(data.train.source) + len(data.val.source) - train - val,
         "weights": backbone.origin,
         "img_size": list(backbone.images.img_size),
     }
-
-
-def _check_classes(config: ProbeConfig, file: Path, data: LabelledData) -> None:
-    """Refuse weights that were fine-tuned for other classes, which is most likely a mistake.
-
-    Raises:
-        InputError: the config or checkpoint beside the weight file names other classes.
-    """
-    state = read_json(file.with_name(STATE)).get("settings", {})
-    names = read_json(file.with_name(CONFIG_FILE)).get("label_names", state.get("label_names"))
-    if not isinstance(names, list):
-        return
-    try:
-        check_known(Path(config.data), data.names, names, "the fine-tuned model")
-    except InputError as error:
-        raise InputError(
-            f"{error}; to probe its features on other classes, --other_classes"
-        ) from error
 
 
 def _print_table(result: dict[str, Any]) -> None:
@@ -106,16 +281,10 @@ def _print_table(result: dict[str, Any]) -> None:
         f"{result['train']} images to learn from, {result['val']} to measure on, "
         f"{result['classes']} classes"
     )
-    table = Table()
-    for name in ("probe", "top-1 %", "95 %"):
-        table.add_column(name, justify="left" if name == "probe" else "right")
-    if "random" in result:
-        table.add_column("random weights", justify="right")
+    random = result.get("random")
+    rows = []
     for name, entry in result.items():
-        if not isinstance(entry, dict) or "top1" not in entry:
-            continue
-        row = [name, f"{entry['top1']:.1f}", f"{entry['low']:.1f} to {entry['high']:.1f}"]
-        if "random" in result:
-            row.append(f"{result['random'][name]['top1']:.1f}")
-        table.add_row(*row)
-    out.print(table, markup=False)
+        if isinstance(entry, dict) and "top1" in entry:
+            row = [name, f"{entry['top1']:.1f}", f"{entry['low']:.1f} to {entry['high']:.1f}"]
+            rows.append([*row, f"{random[name]['top1']:.1f}"] if random else row)
+    print_table(("probe", "top-1 %", "95 %", *(["random weights"] if random else [])), rows)

@@ -1,11 +1,9 @@
-"""What every command that reads weights and images does first."""
-
-from __future__ import annotations
+"""What commands on weights and images share: what they check and load first, and their batches."""
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,108 +19,92 @@ from fcmae.data.statistics import Preprocessing
 from fcmae.train.machine import resolve_workers
 from fcmae.train.processes import resolve_device
 from sparse.errors import RunError
-from sparse.sizes import PATCH
+
+Model = TypeVar("Model")
 
 
-class Prepared(Protocol):
-    """A model that says how it wants images."""
+@dataclass(frozen=True)
+class Setting(Generic[Model]):
+    """What a command works with.
 
-    @property
-    def images(self) -> Preprocessing: ...
+    Attributes:
+        config: the command's.
+        model: what it loaded.
+        images: how the model wants images.
+        device: where the model is.
+        out: the file to write, if any.
+    """
 
-
-Model = TypeVar("Model", bound=Prepared)
-Found = TypeVar("Found")
-
-
-class Setting(NamedTuple, Generic[Model, Found]):
-    """What a command works with: the model, the images, where to write, and the device."""
-
+    config: Any
     model: Model
-    images: Found
-    out: Path | None
+    images: Preprocessing
     device: torch.device
+    out: Path | None
+
+    def find_images(self) -> Split:
+        """Find the images of `config.images`.
+
+        Raises:
+            InputError: there are none, or `out` is one of them.
+        """
+        split = Split(find_images(self.config.images, setting="images"))
+        self.refuse_to_replace(split)
+        return split
+
+    def refuse_to_replace(self, split: Split) -> None:
+        """Raise InputError if `out` is one of the images."""
+        if self.out is not None:
+            refuse_to_replace(self.out, split.source)
+
+    def batches(
+        self, split: Split, shown: str | None = None, report_all: bool = False
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield the batches that have images, and these normalised on the device.
+
+        Images that can't be read are reported.
+
+        Args:
+            split: the images.
+            shown: the name of a progress bar, on terminals; None shows none.
+            report_all: report every unreadable image at once; else the first 20 at the end.
+
+        Raises:
+            RunError: no image could be read, or a process that reads them died.
+        """
+        workers = resolve_workers(self.config.workers, self.device)
+        bad: list[tuple[str, str]] = []
+        for batch, images in each_batch(
+            split, self.images, self.device, self.config.batch_size, workers, shown=shown
+        ):
+            bad += batch.bad
+            if report_all:
+                report_skipped(batch.bad, len(batch.bad))
+            if len(batch):
+                yield batch, images
+        if not report_all:
+            report_skipped(bad)
+        if len(bad) == len(split.source):
+            example = ": ".join(bad[0])
+            raise RunError(f"none of the {len(bad)} images can be read ({example})")
 
 
-def set_up(
-    config: Any,
-    load: Callable[[str, torch.device, tuple[int, int] | None], Model],
-    find: Callable[[Model], Found],
-    *suffixes: str,
-    multiple: int = PATCH,
-) -> Setting[Model, Found]:
-    """Check where to write, load the model and find the images, in this order.
+def set_up(config: Any, source: str, load: Callable[..., Model], *suffixes: str) -> Setting[Model]:
+    """Check where to write, then load the model.
 
     Args:
-        config: a command's, with `source`, `device` and, where it has them, `out` and `img_size`.
-        load: from `config.source`, the device and the image size, if one is asked for, to a model.
-        find: finds the images; see `images_of`.
+        config: a command's, with `device` and, where it has them, `out` and `img_size`.
+        source: what to load.
+        load: from `source`, the device and the image size, if one is asked for, to a model whose
+            `images` says how it wants images.
         suffixes: what `config.out` may end in.
-        multiple: what the sides of an image size are multiples of.
 
     Raises:
         InputError: one of them is wrong; nothing was written.
     """
     show_logs()
-    out = getattr(config, "out", None)
+    out, size = getattr(config, "out", None), getattr(config, "img_size", None)
     path = None if out is None else check_out_file(out, *suffixes)
-    size = getattr(config, "img_size", None)
-    sides = None if size is None else height_width(size, multiple=multiple)
+    sides = [] if size is None else [height_width(size, multiple=1)]
     device = resolve_device(config.device)
-    model = load(config.source, device, sides)
-    found = find(model)
-    if path is not None and isinstance(found, Split):
-        refuse_to_replace(path, found.source)
-    return Setting(model, found, path, device)
-
-
-def images_of(config: Any) -> Callable[[object], Split]:
-    """How to find the images of `config.images`, whatever the model: once."""
-
-    @cache
-    def find() -> Split:
-        return Split(find_images(config.images, setting="images"))
-
-    return lambda _: find()
-
-
-def batches(
-    setting: Setting[Any, Split],
-    config: Any,
-    shown: str | None = None,
-    report_all: bool = False,
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield the batches of a command that have images, and these normalised on the device.
-
-    Images that can't be read are reported.
-
-    Args:
-        setting: the command's.
-        config: has `batch_size` and `workers`.
-        shown: what stands beside a progress bar, on terminals; None shows none.
-        report_all: every unreadable image is reported, as it is met; else the first 20 at the end.
-
-    Raises:
-        RunError: no image could be read, or a process that reads them died.
-    """
-    split = setting.images
-    workers = resolve_workers(config.workers, setting.device)
-    bad: list[tuple[str, str]] = []
-    count = 0
-    for batch, images in each_batch(
-        split, setting.model.images, setting.device, config.batch_size, workers, shown=shown
-    ):
-        bad += batch.bad
-        if report_all:
-            report_skipped(batch.bad, len(batch.bad))
-        if len(batch):
-            count += len(batch)
-            yield batch, images
-    if not report_all:
-        report_skipped(bad)
-    if not count:
-        raise RunError(f"none of the {len(split.source)} images can be read{_example(bad)}")
-
-
-def _example(bad: list[tuple[str, str]]) -> str:
-    return f" ({': '.join(bad[0])})" if bad else ""
+    model: Any = load(source, device, *sides)
+    return Setting(config, model, model.images, device, path)

@@ -1,24 +1,109 @@
-"""`fcmae reconstruct`: what a pretrained model makes of images of which it sees a part."""
-
-from __future__ import annotations
+"""What was learned, in images: original, masked, reconstruction and pasted; `fcmae reconstruct`."""
 
 import logging
+import math
+from collections.abc import Sequence
 
-from PIL import Image
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
 
-from fcmae.atomic import check_out_file, out_file
+from fcmae.atomic import out_file
 from fcmae.commands.reconstruct import ReconstructConfig
-from fcmae.console import show_logs
 from fcmae.data.evaluation import report_skipped
-from fcmae.data.file_list import find_images, refuse_to_replace
 from fcmae.data.holdout import HoldoutSet
 from fcmae.data.sample import normalise
-from fcmae.inspect.reconstructions import grid, reconstruct_batch
-from fcmae.train.processes import resolve_device
+from fcmae.data.statistics import Preprocessing
+from fcmae.inspect.prologue import set_up
+from fcmae.model.fcmae import FCMAE
+from fcmae.model.loss import to_pixels
 from fcmae.weights.load import load_pretrained
 from sparse.errors import InputError
+from sparse.sizes import PATCH
+
+COLUMNS = ("original", "masked", "reconstruction", "pasted")
+GREY = 0.5
+GAP = 4
+HEAD = 18
+NARROWEST = 96
+"""Narrower columns are enlarged: their headings need this many pixels."""
+
+DIM = 0.25
+"""Range of pixels under which nothing could be seen."""
+
+MOST_VALUES = 1_000_000
+
 
 _log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def reconstruct_batch(
+    model: FCMAE, images_BCHW: Tensor, mask_BHW: Tensor, preprocessing: Preprocessing
+) -> tuple[list[Tensor], float]:
+    """Reconstruct normalised images.
+
+    Args:
+        model: what reconstructs.
+        images_BCHW: on the model's device.
+        mask_BHW: on the CPU, True = hidden.
+        preprocessing: how the images were normalised, to undo it.
+
+    Returns:
+        Four tensors (B, C, H, W) on the CPU with pixels from 0 to 1, in the order of `COLUMNS`, and
+        the loss. The reconstruction shows the hidden patches: for visible ones nothing is learned,
+        and what the decoder gives there is noise. With patch-normalised targets a prediction is
+        given back its patch's own mean and deviation, so contrast and tone of hidden patches are
+        the original's, not predicted. Images that use a small part of the range from 0 to 1, as
+        16-bit ones often do, or that exceed it, are stretched to it, all alike.
+    """
+    was_training = model.training
+    model.eval()
+    out = model(images_BCHW, mask_BHW)
+    model.train(was_training)
+    scale = torch.tensor(preprocessing.std).view(1, -1, 1, 1)
+    shift = torch.tensor(preprocessing.mean).view(1, -1, 1, 1)
+    original = images_BCHW.float().cpu() * scale + shift
+    predicted = to_pixels(out.pred, images_BCHW, model.norm_pix_loss).cpu() * scale + shift
+    original, predicted = _stretched(original, predicted)
+    hidden = mask_BHW.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)[:, None]
+    masked = torch.where(hidden, GREY, original)
+    reconstruction = torch.where(hidden, predicted, GREY)
+    pasted = torch.where(hidden, predicted, original)
+    columns = [column.clamp(0, 1) for column in (original, masked, reconstruction, pasted)]
+    return columns, float(out.loss)
+
+
+def _stretched(original: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    """Spread what lies between the original's percentiles 1 and 99 over 0 to 1, where needed."""
+    values = original.flatten()
+    sampled = values[:: max(1, len(values) // MOST_VALUES)]
+    low, high = sampled.quantile(0.01), sampled.quantile(0.99)
+    if high - low >= DIM and low > -DIM and high < 1 + DIM:
+        return original, predicted
+    spread = (high - low).clamp_min(1e-6)
+    return (original - low) / spread, (predicted - low) / spread
+
+
+def grid(columns: Sequence[Tensor]) -> npt.NDArray[np.uint8]:
+    """Lay out the result of `reconstruct_batch`, an image a row under headings → (H, W, 3) uint8.
+
+    One channel is shown as grey; of more than three the first three are shown.
+    """
+    times = math.ceil(NARROWEST / columns[0].shape[3])
+    columns = [c.repeat_interleave(times, 2).repeat_interleave(times, 3) for c in columns]
+    cells = [F.pad(column, (0, GAP, 0, GAP), value=1.0) for column in columns]
+    rows_CHW = torch.cat(cells, 3).transpose(0, 1).flatten(1, 2)[:, :-GAP, :-GAP]
+    whole_CHW = F.pad(rows_CHW, (0, 0, HEAD, 0), value=1.0)
+    shown = whole_CHW[:3] if len(whole_CHW) >= 3 else whole_CHW[:1].expand(3, -1, -1)
+    image = Image.fromarray((shown.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=12)
+    for place, name in enumerate(COLUMNS):
+        draw.text((place * cells[0].shape[3] + 2, 2), name, fill="black", font=font)
+    return np.asarray(image)
 
 
 def reconstruct(config: ReconstructConfig) -> float:
@@ -31,30 +116,28 @@ def reconstruct(config: ReconstructConfig) -> float:
         The mean loss over the images drawn; 1.0 means that each patch's mean is predicted.
 
     Raises:
-        InputError: no pretraining run, no readable image, or `out` is no PNG file.
+        InputError: no pretraining run, no readable image, or `out` is not a PNG file.
         RunError: `out` could not be written.
     """
-    show_logs()
-    out = check_out_file(config.out, ".png")
-    device = resolve_device(config.device)
-    model, preprocessing, settings, step = load_pretrained(config.run, device)
-    files = find_images(config.images, setting="images")
-    refuse_to_replace(out, files)
+    setting = set_up(config, config.run, load_pretrained, ".png")
+    model, images, step = setting.model
+    files = setting.find_images().source
     shown = HoldoutSet(
-        files.select(range(min(config.count, len(files)))), preprocessing.img_size,
-        settings["in_chans"], settings["mask_ratio"], config.seed,
+        files.select(range(min(config.count, len(files)))), images.img_size,
+        model.encoder.in_chans, model.mask_ratio, config.seed,
     )  # fmt: skip
     batch = next(shown.batches(config.count), None)
     report_skipped(shown.bad)
     if batch is None:
         raise InputError(f"images {config.images!r}: none of the first {config.count} can be read")
-    images = normalise(batch.images, preprocessing.mean, preprocessing.std, device)
+    pixels = normalise(batch.images, images.mean, images.std, setting.device)
     assert batch.masks is not None
-    columns, loss = reconstruct_batch(model, images, batch.masks, preprocessing)
-    with out_file(out) as path:
+    columns, loss = reconstruct_batch(model, pixels, batch.masks, images)
+    assert setting.out is not None
+    with out_file(setting.out) as path:
         Image.fromarray(grid(columns)).save(path, format="PNG")
     _log.info(
         "%s: %d images after %d steps, loss %.4f (1.0: only each patch's mean is predicted)",
-        out, len(images), step, loss,
+        setting.out, len(pixels), step, loss,
     )  # fmt: skip
     return loss

@@ -1,10 +1,10 @@
 """`fcmae report`: runs as one static page that opens from disk, with no network and no script."""
 
-from __future__ import annotations
-
 import base64
 import io
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,36 +15,153 @@ from PIL import Image
 from fcmae import __version__
 from fcmae.atomic import check_out_file, out_file
 from fcmae.commands.report import ReportConfig
+from fcmae.config.files import read_yaml
+from fcmae.config.values import flatten
 from fcmae.console import show_logs
 from fcmae.inspect import figures
-from fcmae.train.run_data import RunData, read_runs
+from fcmae.inspect.figures import Point
+from fcmae.train.checkpoint import STATE, list_checkpoints
+from fcmae.train.run_folder import read_lines
+from fcmae.train.run_paths import RunPaths
+from fcmae.weights.read import read_json
+from sparse.errors import InputError
+
+TAG = "reconstructions"
+
 
 SHOWN = 50
 """Most lines of a table of files."""
 
 MEAN = (1.0, "each patch's mean")
 
-CURVES = (
-    ("loss", "pretraining loss", MEAN, "pretrain"),
-    ("holdout_loss", "held-out loss", MEAN, "pretrain"),
-    ("probe_linear", "linear probe, top-1 %", None, None),
-    ("probe_knn20", "20 nearest neighbours, top-1 %", None, None),
-    ("probe_knn5", "5 nearest neighbours, top-1 %", None, None),
-    ("loss", "fine-tuning loss", None, "finetune"),
-    ("val_loss", "validation loss", None, None),
-    ("val_top1", "validation top-1 %", None, None),
-    ("ema_top1", "validation top-1 %, averaged weights", None, None),
-    ("lr", "learning rate", None, None),
-    ("grad_norm", "gradient norm", None, None),
-    ("images_per_s", "images/s", None, None),
-)
-"""Metric, title, a level with its meaning, and the command that the curve is of (None: any)."""
+CURVES: list[tuple[str, str, str | None, list[str]]] = [
+    ("loss", "pretraining loss", "pretrain", ["last"]),
+    ("holdout_loss", "held-out loss", "pretrain", ["last"]),
+    ("probe_linear", "linear probe, top-1 %", None, ["last"]),
+    ("probe_knn20", "20 nearest neighbours, top-1 %", None, ["last"]),
+    ("probe_knn5", "5 nearest neighbours, top-1 %", None, ["last"]),
+    ("loss", "fine-tuning loss", "finetune", ["last"]),
+    ("val_loss", "validation loss", None, ["last"]),
+    ("val_top1", "validation top-1 %", None, ["last", "best"]),
+    ("ema_top1", "validation top-1 %, averaged weights", None, ["last", "best"]),
+    ("lr", "learning rate", None, []),
+    ("grad_norm", "gradient norm", None, []),
+    ("images_per_s", "images/s", None, ["median"]),
+]
+"""Metric, title, the command that the curve is of (None: any), and what the summary says of it."""
+
+STATISTICS: dict[str, Callable[[list[float]], str]] = {
+    "last": lambda values: f"{values[-1]:.4g}",
+    "best": lambda values: f"{max(values):.4g}",
+    "median": lambda values: f"{np.median(values):.0f}",
+}
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class RunData:
+    """A run of pretraining or fine-tuning.
+
+    Attributes:
+        name: the folder's name, made longer where several runs share it.
+        paths: where its files are.
+        config: what was asked, by dotted key.
+        state: that of the newest checkpoint; {} where there is none.
+        metrics: the objects of metrics.jsonl.
+        bad, nonfinite: those of bad_images.jsonl and nonfinite.jsonl.
+    """
+
+    name: str
+    paths: RunPaths
+    config: dict[str, Any]
+    state: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    bad: list[dict[str, Any]]
+    nonfinite: list[dict[str, Any]]
+
+    @property
+    def command(self) -> str:
+        return self.state.get("command") or ("finetune" if "weights" in self.config else "pretrain")
+
+    @property
+    def status(self) -> str:
+        there = (self.paths.exported / "config.json").is_file()
+        return "finished" if there else "not finished"
+
+    @property
+    def steps(self) -> str:
+        return str(self.metrics[-1]["step"]) if self.metrics else "none"
+
+    @property
+    def model(self) -> str:
+        own = [f"{key} {self.config[key]}" for key in ("depths", "dims") if self.config.get(key)]
+        return ", ".join(own) or str(self.config.get("model") or "that of the weights")
+
+    def series(self, key: str) -> list[Point]:
+        """(step, value) of the lines that have `key` as a number."""
+        return [
+            (line["step"], float(line[key]))
+            for line in self.metrics
+            if isinstance(line.get("step"), int) and isinstance(line.get(key), int | float)
+        ]
+
+    def last(self, prefix: str) -> dict[str, float]:
+        """The last value of each metric named `prefix…`, by the rest of its name."""
+        names = dict.fromkeys(key for line in self.metrics for key in line)
+        return {
+            name.removeprefix(prefix): self.series(name)[-1][1]
+            for name in names
+            if name.startswith(prefix)
+        }
+
+    def reconstructions(self) -> list[tuple[int, Image.Image]]:
+        """(step, figure) of the reconstructions given to TensorBoard, oldest first."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        if not self.paths.tensorboard.is_dir():
+            return []
+        events = EventAccumulator(str(self.paths.tensorboard), {"images": 0, "scalars": 1})
+        events.Reload()
+        if TAG not in events.Tags()["images"]:
+            return []
+        shown = {event.step: event.encoded_image_string for event in events.Images(TAG)}
+        return [(step, Image.open(io.BytesIO(content))) for step, content in sorted(shown.items())]
+
+
+def read_runs(folders: list[str]) -> list[RunData]:
+    """Read run folders.
+
+    Raises:
+        InputError: a folder that is not a run, or was given twice.
+    """
+    paths = [Path(folder) for folder in folders]
+    parts = [path.resolve().parts for path in paths]
+    if len({*parts}) < len(parts):
+        raise InputError(f"runs {', '.join(folders)}: one is given twice")
+    length = 1  # of the shortest ends of the paths that tell them apart
+    while len({part[-length:] for part in parts}) < len(parts):
+        length += 1
+    return [
+        _read_run(path, "/".join(part[-length:])) for path, part in zip(paths, parts, strict=True)
+    ]
+
+
+def _read_run(path: Path, name: str) -> RunData:
+    paths = RunPaths(path)
+    if not paths.config.is_file():
+        raise InputError(
+            f"{str(path)!r} is not a run: it has no config.yaml; give the --out folder of "
+            "`fcmae pretrain` or `fcmae finetune`"
+        )
+    newest = next(iter(list_checkpoints(paths.checkpoints)), path)
+    lines = (read_lines(file) for file in (paths.metrics, paths.bad_images, paths.nonfinite))
+    config = flatten(read_yaml(paths.config))
+    return RunData(name, paths, config, read_json(newest / STATE), *lines)
+
+
 class Figure(NamedTuple):
-    """A picture in the page: its title, what it says in words, and its content as a data URI."""
+    """A figure in the page: its title, what it says in words, and its content as a data URI."""
 
     title: str
     alt: str
@@ -55,154 +172,94 @@ def report(config: ReportConfig) -> Path:
     """Write a page on one run or on several side by side, and return it.
 
     Raises:
-        InputError: a folder that is no run, or an `out` that is no .html file.
+        InputError: a folder that is not a run, or an `out` that is not an .html file.
         RunError: the page could not be written.
     """
     show_logs()
-    folders = [config.runs] if isinstance(config.runs, str) else config.runs
-    runs = read_runs(folders)
-    out = check_out_file(
-        runs[0].paths.root / "report.html" if config.out is None else config.out, ".html"
-    )
+    runs = read_runs([config.runs] if isinstance(config.runs, str) else config.runs)
+    wanted = runs[0].paths.root / "report.html" if config.out is None else config.out
+    out = check_out_file(wanted, ".html")
     page = render(runs)
     with out_file(out) as path:
         path.write_text(page, encoding="utf-8", errors="backslashreplace")
-    _log.info(
-        "%s: %d run%s, %.1f MB",
-        out,
-        len(runs),
-        "" if len(runs) == 1 else "s",
-        out.stat().st_size / 1e6,
-    )
+    _log.info("report: %s (%.1f MB)", out, out.stat().st_size / 1e6)
     return out
 
 
 def render(runs: list[RunData]) -> str:
     """The page as HTML."""
-    environment = Environment(
-        loader=PackageLoader("fcmae.inspect"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = PackageLoader("fcmae.inspect")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     return environment.get_template("report.html").render(
         version=__version__,
         runs=runs,
-        summary=_summary(runs),
+        scores=_scores(runs),
         curves=_curves(runs),
         diversity=_diversity(runs),
-        pictures=[(run, _pictures(run)) for run in runs],
+        reconstructions=_reconstructions(runs),
         settings=_settings(runs),
         shown=SHOWN,
     )
 
 
-def _summary(runs: list[RunData]) -> dict[str, list[str]]:
-    """Rows of the first table: what, and for each run a cell."""
-    rows: dict[str, list[str]] = {}
+def _lines(runs: list[RunData], key: str, command: str | None) -> dict[str, list[Point]]:
+    """The points of one of `CURVES` by the name of the run; none of runs of another command."""
+    return {run.name: run.series(key) if command in (None, run.command) else [] for run in runs}
 
-    def add(name: str, cells: list[str]) -> None:
-        if any(cells):
-            rows[name] = cells
 
-    add("command", [run.command for run in runs])
-    add("model", [_model(run) for run in runs])
-    add("state", ["finished" if run.finished else "not finished" for run in runs])
-    add("steps", [str(run.metrics[-1]["step"]) if run.metrics else "none" for run in runs])
-    add("epochs asked", [str(run.config.get("epochs", "")) for run in runs])
-    for key, title, _, command in CURVES:
-        if key in ("lr", "grad_norm"):
-            continue
-        series = [
-            [value for _, value in run.series(key)] if command in (None, run.command) else []
-            for run in runs
-        ]
-        if key == "images_per_s":
-            add(f"{title}, median", [f"{np.median(s):.0f}" if s else "" for s in series])
-            continue
-        add(f"{title}, last", [f"{values[-1]:.4g}" if values else "" for values in series])
-        if key.endswith("top1"):
-            add(f"{title}, best", [f"{max(values):.4g}" if values else "" for values in series])
-    for key in ("engine", "precision"):
-        add(key, [str(run.state.get("settings", {}).get(key, "")) for run in runs])
-    add("threads", [str(run.state.get("threads", "")) for run in runs])
-    add("torch", [str(run.state.get("versions", {}).get("torch", "")) for run in runs])
-    add("unreadable files", [str(len(run.bad)) for run in runs])
-    add("updates not applied", [str(len(run.nonfinite) or "") for run in runs])
+def _scores(runs: list[RunData]) -> dict[str, list[str]]:
+    """Rows of the summary: what is said of a curve, and a cell for each run."""
+    rows = {}
+    for key, title, command, kinds in CURVES:
+        series = [[y for _, y in points] for points in _lines(runs, key, command).values()]
+        for kind in kinds if any(series) else ():
+            cells = [STATISTICS[kind](values) if values else "" for values in series]
+            rows[f"{title}, {kind}"] = cells
     return rows
-
-
-def _model(run: RunData) -> str:
-    own = [f"{key} {run.config[key]}" for key in ("depths", "dims") if run.config.get(key)]
-    return ", ".join(own) or str(run.config.get("model") or "that of the weights")
 
 
 def _curves(runs: list[RunData]) -> list[Figure]:
     found = []
-    for key, title, level, command in CURVES:
-        lines = [
-            (run.name, run.series(key) if command in (None, run.command) else []) for run in runs
-        ]
-        if not any(points for _, points in lines):
-            continue
-        svg = figures.curves(lines, title, level)
-        ends = ", ".join(f"{name}: {points[-1][1]:.4g}" for name, points in lines if points)
-        found.append(_svg_figure(title, f"{title} over steps; at the end {ends}", svg))
+    for key, title, command, _ in CURVES:
+        lines = _lines(runs, key, command)
+        ends = ", ".join(f"{name}: {points[-1][1]:.4g}" for name, points in lines.items() if points)
+        if ends:
+            svg = figures.curves(lines, title, MEAN if command == "pretrain" else None)
+            found.append(_figure(title, f"{title} over steps; at the end {ends}", svg))
     return found
 
 
 def _diversity(runs: list[RunData]) -> Figure | None:
-    if not any(run.keys("diversity/") for run in runs):
+    lines = {run.name: run.last("diversity/") for run in runs}
+    if not any(lines.values()):
         return None
-    title = "diversity of features"
-    found = [
-        (
-            run.name,
-            {
-                key.removeprefix("diversity/"): run.series(key)[-1][1]
-                for key in run.keys("diversity/")
-            },
-        )
-        for run in runs
-    ]
-    svg = figures.svg(figures.diversity(found))
-    return _svg_figure(title, f"{title}, a point for each block", svg)
+    title, svg = "diversity of features", figures.svg(figures.diversity(lines))
+    return _figure(title, f"{title}, a point for each block", svg)
 
 
-def _pictures(run: RunData) -> list[Figure]:
-    """The first and the last reconstructions."""
-    pictures = run.pictures()
-    chosen = pictures[-1:] if len(pictures) < 2 else [pictures[-1], pictures[0]]
-    return [
-        Figure(
-            f"after step {step}",
-            f"original, masked, reconstructed and pasted pictures of {run.name} after step {step}",
-            _jpeg(picture),
-        )
-        for step, picture in chosen
-    ]
+def _reconstructions(runs: list[RunData]) -> list[Figure]:
+    """The last and the first reconstructions of each run."""
+    found = []
+    for run in runs:
+        drawn = run.reconstructions()
+        for step, image in dict(drawn[-1:] + drawn[:1]).items():
+            content = io.BytesIO()
+            image.convert("RGB").save(content, "JPEG", quality=88)
+            what = f"original, masked, reconstructed and pasted images of {run.name}"
+            title = f"{run.name}, after step {step}"
+            found.append(_figure(title, f"{what} after step {step}", content.getvalue()))
+    return found
 
 
 def _settings(runs: list[RunData]) -> list[tuple[str, list[str], bool]]:
     """(key, a cell for each run, whether they differ), those that differ first."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
-    rows = []
-    for key in keys:
-        cells = [str(run.config.get(key, "–")) for run in runs]
-        rows.append((key, cells, len(set(cells)) > 1))
+    cells = {key: [str(run.config.get(key, "–")) for run in runs] for key in keys}
+    rows = [(key, values, len(set(values)) > 1) for key, values in cells.items()]
     return sorted(rows, key=lambda row: not row[2])
 
 
-def _svg_figure(title: str, alt: str, svg: str) -> Figure:
-    return Figure(title, alt, _uri("image/svg+xml", svg.encode()))
-
-
-def _jpeg(picture: Image.Image) -> str:
-    content = io.BytesIO()
-    picture.convert("RGB").save(content, "JPEG", quality=88)
-    return _uri("image/jpeg", content.getvalue())
-
-
-def _uri(kind: str, content: bytes) -> Any:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def _figure(title: str, alt: str, content: str | bytes) -> Figure:
+    """A figure of SVG text or of the bytes of a JPEG file."""
+    kind, data = ("svg+xml", content.encode()) if isinstance(content, str) else ("jpeg", content)
+    return Figure(title, alt, f"data:image/{kind};base64,{base64.b64encode(data).decode()}")

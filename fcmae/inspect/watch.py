@@ -1,26 +1,24 @@
-"""What pretraining looks at between epochs; none of it changes what is learnt."""
-
-from __future__ import annotations
+"""What pretraining looks at between epochs; none of it changes what is learned."""
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fcmae.config.pretraining import PretrainConfig
+from fcmae.data.evaluation import each_batch
 from fcmae.data.holdout import HoldoutSet
-from fcmae.data.labelled import LabelledData
-from fcmae.data.sample import normalise
+from fcmae.data.labelled import LabelledData, Split
+from fcmae.data.sample import Batch, normalise
 from fcmae.data.sources import Source
 from fcmae.inspect.diversity import block_diversity
-from fcmae.inspect.probes import NothingToRead, labelled_features, measure
-from fcmae.inspect.reconstructions import grid, reconstruct_batch
+from fcmae.inspect.probing import NothingToRead, labelled_features, measure
+from fcmae.inspect.reconstructing import grid, reconstruct_batch
 from fcmae.model.fcmae import FCMAE
 from fcmae.train.run_folder import RunFolder
-from fcmae.train.task import Resolved
-from fcmae.weights.load import Backbone
+from fcmae.train.task import Interrupted, Resolved
 
 _log = logging.getLogger(__name__)
 
@@ -28,50 +26,40 @@ SHOWN = 8
 NEIGHBOURS = (5, 20)
 
 
-class Watcher(Protocol):
-    """Looks at the model every `epochs` epochs (0: never) and after the last one."""
-
-    epochs: int
-
-    def __call__(self, model: FCMAE, step: int, stop: Callable[[], bool]) -> dict[str, float]:
-        """Return what to log. May raise `Interrupted` when `stop()` turns true."""
-        ...
-
-
+@dataclass
 class HoldoutWatcher:
     """Loss and reconstructions of held-out images, and the diversity of every block's channels.
 
     Args:
-        batches: normalised images with their masks, always the same.
+        batches: normalised images with their masks, always the same; maybe none.
         resolved: how images are prepared.
-        epochs: between two looks.
+        epochs: between two looks; 0 never looks.
         folder: where the main process records; None on the others.
     """
 
-    def __init__(
-        self,
-        batches: Sequence[tuple[Tensor, Tensor]],
-        resolved: Resolved,
-        epochs: int,
-        folder: RunFolder | None,
-    ) -> None:
-        self.epochs = epochs if batches else 0
-        self._batches, self._images, self._folder = batches, resolved.images, folder
+    batches: Sequence[tuple[Tensor, Tensor]]
+    resolved: Resolved
+    epochs: int
+    folder: RunFolder | None
 
     def __call__(self, model: FCMAE, step: int, stop: Callable[[], bool]) -> dict[str, float]:
-        total, count, shown = 0.0, 0, None
-        for images, masks in self._batches:
-            columns, loss = reconstruct_batch(model, images, masks, self._images)
-            total, count = total + loss * len(images), count + len(images)
-            shown = columns if shown is None else shown
-        if self._folder is not None and shown is not None:
-            drawn = grid([column[:SHOWN] for column in shown])
-            self._folder.trackers.image("reconstructions", drawn, step)
-        blocks = block_diversity(model.encoder, (images for images, _ in self._batches))
+        """Return what to log after `step` steps."""
+        if not self.batches:
+            return {}
+        total, shown = 0.0, None
+        for images, masks in self.batches:
+            columns, loss = reconstruct_batch(model, images, masks, self.resolved.images)
+            total += loss * len(images)
+            shown = shown or [column[:SHOWN] for column in columns]
+        if self.folder is not None and shown:
+            self.folder.trackers.image("reconstructions", grid(shown), step)
+        count = sum(len(images) for images, _ in self.batches)
+        blocks = block_diversity(model.encoder, (images for images, _ in self.batches))
         spread = {f"diversity/{name}": block["diversity"] for name, block in blocks.items()}
         return {"holdout_loss": total / count, **spread}
 
 
+@dataclass
 class ProbeWatcher:
     """Top-1 in percent of nearest neighbours and a linear classifier on frozen features.
 
@@ -82,36 +70,50 @@ class ProbeWatcher:
         max_pixels: images with more pixels count as unreadable.
     """
 
-    def __init__(
-        self, data: LabelledData, resolved: Resolved, epochs: int, max_pixels: int
-    ) -> None:
-        self.epochs, self._max_pixels = epochs, max_pixels
-        self._data, self._resolved = data, resolved
-        self._reported = not resolved.world.is_main
+    data: LabelledData
+    resolved: Resolved
+    epochs: int
+    max_pixels: int
+    _reported: bool = False
 
     def __call__(self, model: FCMAE, step: int, stop: Callable[[], bool]) -> dict[str, float]:
-        resolved, was_training = self._resolved, model.training
+        """Return what to log after `step` steps.
+
+        Raises:
+            Interrupted: `stop()` turned true.
+        """
+        run, world, was_training = self.resolved, self.resolved.world, model.training
+
+        def read(split: Split) -> Iterator[tuple[Batch, Tensor]]:
+            batches = each_batch(
+                split, run.images, world.device, run.part, run.workers, world, self.max_pixels
+            )
+            for batch in batches:
+                if stop():
+                    raise Interrupted
+                yield batch
+
         model.eval()
         try:
-            features, bad = labelled_features(
-                Backbone(model.encoder, resolved.images, "this run"), self._data, resolved.part,
-                resolved.workers, resolved.world, stop, max_pixels=self._max_pixels,
-            )  # fmt: skip
+            features = labelled_features(model.encoder, self.data, read, world)
         except NothingToRead as error:
             _log.warning("the features were not probed: %s", error)
             return {}
         finally:
             model.train(was_training)
-        if bad and not self._reported:
+        if features.bad and world.is_main and not self._reported:
             self._reported = True
             _log.warning(
-                "%d labelled images can't be read and are not probed, as %s: %s", len(bad), *bad[0]
+                "%d labelled images can't be read, as %s: %s", len(features.bad), *features.bad[0]
             )
         # Fitted on every process: the threads and the sums are the same, so all log the same.
-        device = resolved.world.device
-        with torch.autocast(device.type, enabled=False):
-            scores = measure(features, NEIGHBOURS, device)
+        with torch.autocast(world.device.type, enabled=False):
+            scores = measure(features, NEIGHBOURS, world.device)
         return {f"probe_{name}": score["top1"] for name, score in scores.items()}
+
+
+Watcher = HoldoutWatcher | ProbeWatcher
+"""Looks at the model every `epochs` epochs (0: never) and after the last one."""
 
 
 def make_watchers(

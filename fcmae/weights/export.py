@@ -13,15 +13,12 @@ from torch import Tensor
 from fcmae.atomic import atomic_write, check_out_file, check_out_folder
 from fcmae.commands.convert import ConvertConfig
 from fcmae.data.statistics import Preprocessing, default_preprocessing
-from fcmae.train.checkpoint import MANIFEST, STATE
-from fcmae.train.run_paths import RunPaths
-from fcmae.weights.load import find_weights, load_weights
-from fcmae.weights.preprocessing import read_preprocessing
+from fcmae.weights.load import find_weights, load_weights, read_preprocessing
 from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, read_json
 from sparse.convert import CONV_MLP_WIDTHS, encoder_part, to_minkowski, to_timm
 from sparse.errors import InputError, RunError
 from sparse.layouts import Architecture
-from sparse.sizes import PATCH, SIZES
+from sparse.sizes import SIZES
 
 
 def convert(config: ConvertConfig) -> Path:
@@ -34,24 +31,23 @@ def convert(config: ConvertConfig) -> Path:
         InputError: an unreadable or unfitting source, or an `out` that must not be overwritten.
         RunError: `out` could not be written.
     """
-    out = Path(config.out)
-    _check_out(out, config.layout)
+    out, layout = Path(config.out), config.layout
+    if layout == "minkowski":
+        check_out_file(out, ".pth", ".pt", ".safetensors")
     file = find_weights(config.source)
     weights = load_weights(file)
-    if config.layout == "timm":
-        _check_same_model(out, weights.architecture)
+    kind = weights.architecture
     try:
-        if config.layout == "minkowski":
-            export_minkowski(weights.state, out)
+        if layout == "timm":
+            _check_out(out, kind)
+            images = read_preprocessing(file) or default_preprocessing(kind.in_chans)
+            export_folder(encoder_part(weights.state), kind, out, images)
         else:
-            architecture = weights.architecture
-            images = read_preprocessing(file) or default_preprocessing(architecture.in_chans)
-            encoder = encoder_part(weights.state)
-            export_folder(encoder, architecture, out, images)
+            export_minkowski(weights.state, out)
     except OSError as error:
         raise RunError(f"out {out} could not be written: {error}") from error
     print(f"{out}: written from {weights.origin}")
-    if config.layout == "timm":
+    if layout == "timm":
         print(f'load it with timm.create_model("local-dir:{out}", pretrained=True)')
     return out
 
@@ -78,15 +74,15 @@ def export_folder(
         InputError: mean or std of another length than the input channels, or names and shapes that
             do not make one whole encoder.
     """
-    for name, values in (("mean", images.mean), ("std", images.std)):
-        if len(values) != architecture.in_chans:
-            raise InputError(
-                f"{name} {list(values)} must have one number for each of the "
-                f"{architecture.in_chans} input channels"
-            )
+    channels = architecture.in_chans
+    if not len(images.mean) == len(images.std) == channels:
+        raise InputError(
+            f"mean {list(images.mean)} and std {list(images.std)} must have one number for each of "
+            f"the {channels} input channels"
+        )
     name, model_args = timm_variant(architecture)
-    config = timm_config(name, model_args, architecture.dims[3], images)
-    config["pretrained_cfg"]["pool_size"] = [side // PATCH for side in images.img_size]
+    layers = {"classifier": "head.fc", "first_conv": "stem.0"}
+    config = timm_config(name, model_args, architecture.dims[3], images, layers)
     return write_timm_folder(to_timm(encoder_state), config, Path(out_dir))
 
 
@@ -115,7 +111,7 @@ def export_minkowski(state: Mapping[str, Tensor], path: Path) -> Path:
         {name if name.startswith("decoder.") else f"encoder.{name}": state[name] for name in state}
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         _save_tensors(converted, path)
     else:
         with atomic_write(path) as temporary:
@@ -128,9 +124,8 @@ def timm_config(
     model_args: Mapping[str, Any],
     num_features: int,
     images: Preprocessing,
+    layers: Mapping[str, Any],
     label_names: Sequence[str] = (),
-    classifier: str | Sequence[str] = "head.fc",
-    first_conv: str | Sequence[str] | None = "stem.0",
 ) -> dict[str, Any]:
     """Return the config.json of a timm folder, with or without a classifier.
 
@@ -139,37 +134,32 @@ def timm_config(
         model_args: what differs from that variant.
         num_features: width of what the classifier sees.
         images: how images are prepared.
+        layers: names of the `classifier` and of the `first_conv`, as timm's own configs give them.
         label_names: the classes in the order of the classifier's outputs; none without one.
-        classifier: names of the classifier's layers in the state dict.
-        first_conv: names of the layers that see the image.
     """
     channels = len(images.mean)
-    config: dict[str, Any] = {
+    config = {
         "architecture": name,
         "num_classes": len(label_names),
         "num_features": num_features,
+        "global_pool": "avg" if name.startswith("convnext") else "",
+        "model_args": dict(model_args),
+        "label_names": list(label_names),
+        "pretrained_cfg": {
+            "input_size": [channels, *images.img_size],
+            "fixed_input_size": "img_size" in model_args,
+            "interpolation": images.interpolation,
+            "crop_pct": images.crop_pct,
+            "mean": list(images.mean),
+            "std": list(images.std),
+            "num_classes": len(label_names),
+            "classifier": layers["classifier"],
+            # Early timm 1.0 treats any named first layer as one of 3 channels, and would replace
+            # ours by random numbers; without the name it loads the layer as it is.
+            **({"first_conv": layers.get("first_conv")} if channels == 3 else {}),
+        },
     }
-    if name.startswith("convnext"):
-        config["global_pool"] = "avg"
-    if model_args:
-        config["model_args"] = dict(model_args)
-    if label_names:
-        config["label_names"] = list(label_names)
-    config["pretrained_cfg"] = {
-        "input_size": [channels, *images.img_size],
-        "fixed_input_size": "img_size" in model_args,
-        "interpolation": images.interpolation,
-        "crop_pct": images.crop_pct,
-        "mean": list(images.mean),
-        "std": list(images.std),
-        "num_classes": len(label_names),
-        "classifier": classifier,
-    }
-    if channels == 3:
-        # Early timm 1.0 takes any named first layer for one of 3 channels, and would replace ours
-        # by random numbers; without the name it loads the layer as it is.
-        config["pretrained_cfg"]["first_conv"] = first_conv
-    return config
+    return {key: value for key, value in config.items() if value or key == "num_classes"}
 
 
 def timm_variant(architecture: Architecture) -> tuple[str, dict[str, Any]]:
@@ -177,15 +167,10 @@ def timm_variant(architecture: Architecture) -> tuple[str, dict[str, Any]]:
 
     Free sizes build on a variant that stores the MLP in the shape that `to_timm` gives it.
     """
-    width = architecture.dims[0]
-    shape = (architecture.depths, architecture.dims)
+    shape, width = (architecture.depths, architecture.dims), architecture.dims[0]
     same = [size for size in SIZES.values() if (size.depths, size.dims) == shape]
-    if same:
-        base = same[0]
-    elif width in CONV_MLP_WIDTHS:
-        base = next(size for size in SIZES.values() if size.dims[0] == width)
-    else:
-        base = SIZES["tiny"]
+    as_wide = [size for size in SIZES.values() if size.dims[0] == width in CONV_MLP_WIDTHS]
+    base = [*same, *as_wide, SIZES["tiny"]][0]
     arguments: dict[str, Any] = {}
     if base.depths != architecture.depths:
         arguments["depths"] = list(architecture.depths)
@@ -208,45 +193,23 @@ def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
             raise OSError(str(error)) from error
 
 
-def _check_same_model(out: Path, architecture: Architecture) -> None:
-    """Refuse to put a model in the place of another one, or of something else.
+def _check_out(out: Path, architecture: Architecture) -> None:
+    """Refuse any folder but a new one, an empty one, or an earlier conversion of the same model.
 
     Raises:
-        InputError: the folder holds no model, a classifier, or an encoder of another kind.
+        InputError: names what `out` holds.
     """
-    names = sorted(p.name for p in out.iterdir() if p.name[0] != ".") if out.is_dir() else []
+    check_out_folder(out)
+    names = {path.name for path in out.iterdir() if path.name[0] != "."} if out.is_dir() else set()
     if not names:
         return
     there = read_json(out / CONFIG_FILE)
-    if "architecture" not in there:
-        what = f"{names[0]!r} and no model"
-    elif there.get("num_classes"):
-        what = f"a classifier of {there['num_classes']} classes"
+    channels = there.get("pretrained_cfg", {}).get("input_size", [None])[0]
+    found = [there.get("architecture"), there.get("model_args", {}), there.get("num_classes")]
+    if other := sorted(names - {WEIGHTS_FILE, CONFIG_FILE}):
+        what = repr(other[0])
+    elif [*found, channels] != [*timm_variant(architecture), 0, architecture.in_chans]:
+        what = f"another model: {found[0]}, {found[1]}, {found[2]} classes, {channels} channels"
     else:
-        name, args = timm_variant(architecture)
-        size = there.get("pretrained_cfg", {}).get("input_size", [architecture.in_chans])
-        same = there["architecture"] == name and there.get("model_args", {}) == args
-        if same and size[0] == architecture.in_chans:
-            return
-        what = f"another model ({there['architecture']}, {size[0]} channels)"
-    raise InputError(f"out {out} holds {what}: give a new or empty folder")
-
-
-def _check_out(out: Path, layout: str) -> None:
-    if layout == "minkowski":
-        if out.suffix not in (".pth", ".pt", ".safetensors") or out.is_dir():
-            raise InputError(
-                f"out {out}: the minkowski layout is one file; name it .pth, .pt or .safetensors"
-            )
-        check_out_file(out)
         return
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out {out} is a file; give a folder for {WEIGHTS_FILE} and {CONFIG_FILE}")
-    check_out_folder(out)
-    run = RunPaths(out)
-    for path in (run.checkpoints, run.config, out / STATE, out / MANIFEST):
-        if path.exists():
-            raise InputError(
-                f"out {out} holds a run or a checkpoint ({path.name}); give another folder, "
-                f"such as {run.exported}"
-            )
+    raise InputError(f"out {out} holds {what}: give a new or empty folder")

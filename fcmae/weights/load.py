@@ -1,32 +1,19 @@
 """Finding weights and loading models, from a run, a checkpoint, a timm folder or a file."""
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fcmae.data.statistics import Preprocessing, default_preprocessing
+from fcmae.data.statistics import CROP_PCT, Preprocessing, default_preprocessing
 from fcmae.model.fcmae import FCMAE
-from fcmae.train.checkpoint import (
-    MANIFEST,
-    damage,
-    list_checkpoints,
-    load_checkpoint,
-    load_model_tensors,
-    newest_checkpoint,
-    newest_good,
-)
+from fcmae.train import checkpoint
 from fcmae.train.run_paths import RunPaths
-from fcmae.weights.preprocessing import read_preprocessing
-from fcmae.weights.read import WEIGHTS_FILE, read_state
+from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, read_json, read_state
 from sparse import SparseConvNeXtV2
-from sparse.block import SparseBlock
 from sparse.convert import canonical, encoder_part
 from sparse.encoder import init_fan_in
 from sparse.errors import InputError
@@ -42,7 +29,7 @@ _log = logging.getLogger(__name__)
 class Weights(NamedTuple):
     """Weights in our names (the encoder's without prefix, `decoder.*` where there is a decoder),
     the architecture that they belong to, and where they come from, in words. The final norm that
-    fine-tuning learnt is no part of an encoder: `norm` has its weight and bias, or nothing."""
+    fine-tuning learned is not part of an encoder: `norm` has its weight and bias, or nothing."""
 
     state: dict[str, Tensor]
     architecture: Architecture
@@ -72,17 +59,12 @@ def load_weights(source: str | Path) -> Weights:
         )
     if {"head.fc.weight", "head.weight"} & state.keys():
         notes.append("without its classifier")
-    origin = f"{path}, {', '.join(notes)}" if notes else str(path)
-    return Weights(weights, infer_architecture(weights), origin, _final_norm(state))
-
-
-def _final_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The `weight` and `bias` between pooling and classifier, in timm's or the official names."""
-    return {
+    norm = {  # between pooling and classifier, in timm's or the official names
         name.rpartition(".")[2]: tensor
         for name, tensor in state.items()
         if name.rpartition(".")[0] in ("head.norm", "norm")
     }
+    return Weights(weights, infer_architecture(weights), ", ".join([str(path), *notes]), norm)
 
 
 def find_weights(source: str | Path) -> Path:
@@ -96,18 +78,17 @@ def find_weights(source: str | Path) -> Path:
         InputError: nothing there that can be read.
     """
     path = Path(source)
-    if path.is_file():
-        return path
+    run = RunPaths(path)
+    for file in (path, run.best / WEIGHTS_FILE):
+        if file.is_file():
+            return file
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder; give a run, a timm folder or a file")
-    run = RunPaths(path)
-    if (run.best / WEIGHTS_FILE).is_file():
-        return run.best / WEIGHTS_FILE
-    for folder in (newest_good(run.checkpoints), run.exported, path):
+    for folder in (checkpoint.newest_good(run.checkpoints), run.exported, path):
         if folder is not None and (folder / WEIGHTS_FILE).is_file():
             return folder / WEIGHTS_FILE
-    if damaged := list_checkpoints(run.checkpoints):
-        reason = damage(damaged[0])
+    if damaged := checkpoint.list_checkpoints(run.checkpoints):
+        reason = checkpoint.damage(damaged[0])
         raise InputError(
             f"{path}: all {len(damaged)} checkpoints are damaged (the newest: {reason}); "
             "pretrain anew, or give another run"
@@ -160,15 +141,50 @@ def adapt_in_chans(stem_weight: Tensor, in_chans: int) -> Tensor:
     return stem_weight[:, turns] * (before / in_chans)
 
 
+def read_settings(weights_file: Path) -> dict[str, Any]:
+    """Return what was recorded beside weights: the settings in the state.json of a checkpoint, else
+    the config.json of a timm folder, else {}.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    settings = read_json(weights_file.with_name(checkpoint.STATE)).get("settings")
+    return settings or read_json(weights_file.with_name(CONFIG_FILE))
+
+
+def read_preprocessing(weights_file: Path) -> Preprocessing | None:
+    """Return how images were prepared for weights, or None where nothing beside them says it.
+
+    Raises:
+        InputError: the file beside them is damaged.
+    """
+    known: Any = read_settings(weights_file)
+    known = {**known.get("augment", {}), **known.get("pretrained_cfg", {}), **known}
+    size = known.get("img_size", known.get("input_size", [])[1:])
+    size = [size, size] if isinstance(size, int) else size
+    mean, std = known.get("mean"), known.get("std")
+    if not all(isinstance(values, list) and values for values in (size, mean, std)):
+        return None
+    crop_pct = known.get("crop_pct", CROP_PCT)
+    kind = "bilinear" if known.get("interpolation") == "bilinear" else "bicubic"
+    return Preprocessing((size[0], size[1]), tuple(mean), tuple(std), crop_pct, kind)
+
+
 @dataclass(frozen=True)
 class Backbone:
-    """An encoder in evaluation mode, how it wants images, and where it comes from: in words, and
-    the weight file, if any."""
+    """An encoder in evaluation mode.
+
+    Attributes:
+        encoder: the encoder.
+        images: how it wants images.
+        origin: where its weights come from, in words.
+        label_names: the classes that it was fine-tuned for, if any.
+    """
 
     encoder: SparseConvNeXtV2
     images: Preprocessing
     origin: str
-    file: Path | None = None
+    label_names: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -183,52 +199,49 @@ def load_backbone(
     Images are prepared as they were for these weights, where their source says it.
 
     Args:
-        img_size: (height, width), multiples of 32; None takes what the source says, else 224.
+        source: see `find_weights`.
+        device: where the encoder will be.
+        img_size: (height, width), multiples of 32; None takes the multiples nearest to what the
+            source says, else 224.
 
     Raises:
         InputError: nothing there, damaged, or not a ConvNeXt.
     """
     file = find_weights(source)
     weights = load_weights(file)
-    kind = weights.architecture
-    encoder = SparseConvNeXtV2(
-        kind.depths, kind.dims, kind.in_chans, use_grn=kind.use_grn,
-        layer_scale=1.0 if kind.layer_scale else None,
-    )  # fmt: skip
+    encoder = build_encoder(weights.architecture)
     encoder.load_state_dict(encoder_part(weights.state))
-    images = read_preprocessing(file) or default_preprocessing(kind.in_chans)
-    height, width = img_size or (_whole(images.img_size[0]), _whole(images.img_size[1]))
-    images = Preprocessing((height, width), images.mean, images.std)
-    return Backbone(encoder.to(device).eval(), images, weights.origin, file)
+    images = read_preprocessing(file) or default_preprocessing(encoder.in_chans)
+    height, width = img_size or (max(round(n / PATCH), 1) * PATCH for n in images.img_size)
+    images = replace(images, img_size=(height, width))
+    names = read_settings(file).get("label_names")
+    names = tuple(names) if isinstance(names, list) else ()
+    return Backbone(encoder.to(device).eval(), images, weights.origin, names)
 
 
-def random_backbone(like: Backbone, seed: int = 0) -> Backbone:
+def random_backbone(like: Backbone) -> Backbone:
     """The same architecture with the random weights that pretraining starts from."""
-    given = like.encoder
-    block = next(module for module in given.modules() if isinstance(module, SparseBlock))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        encoder = SparseConvNeXtV2(
-            given.depths, given.dims, given.in_chans,
-            use_grn=block.mlp.grn is not None,
-            layer_scale=None if block.gamma is None else V1_LAYER_SCALE,
-        )  # fmt: skip
+        torch.manual_seed(0)
+        encoder = build_encoder(infer_architecture(like.encoder.state_dict()))
         init_fan_in(encoder)
     return Backbone(encoder.to(like.device).eval(), like.images, "random weights")
 
 
-def _whole(side: int) -> int:
-    """The nearest multiple of 32: weights that were fine-tuned by timm may name another size."""
-    return max(round(side / PATCH), 1) * PATCH
+def build_encoder(kind: Architecture) -> SparseConvNeXtV2:
+    """An encoder of this architecture with the initial weights of its layers."""
+    return SparseConvNeXtV2(
+        kind.depths, kind.dims, kind.in_chans, use_grn=kind.use_grn,
+        layer_scale=V1_LAYER_SCALE if kind.layer_scale else None,
+    )  # fmt: skip
 
 
 class Pretrained(NamedTuple):
-    """A pretrained model with its decoder, in evaluation mode, and how it was trained: how images
-    were prepared, the resolved settings, and the completed steps."""
+    """A pretrained model with its decoder, in evaluation mode, how images were prepared for it, and
+    the completed steps."""
 
     model: FCMAE
     images: Preprocessing
-    settings: dict[str, Any]
     step: int
 
 
@@ -239,27 +252,25 @@ def load_pretrained(run: str, device: torch.device) -> Pretrained:
         InputError: there is no good checkpoint, or it is not of pretraining.
     """
     path = Path(run)
-    named = (path / MANIFEST).exists()
-    checkpoint = load_checkpoint(path) if named else newest_checkpoint(RunPaths(path).checkpoints)
-    if checkpoint is None:
+    named = (path / checkpoint.MANIFEST).exists()
+    checkpoints = RunPaths(path).checkpoints
+    saved = checkpoint.load_checkpoint(path) if named else checkpoint.newest_checkpoint(checkpoints)
+    if saved is None:
         raise InputError(
             f"{run!r} holds no good checkpoint: give the --out folder of `fcmae pretrain`"
         )
-    command, settings = checkpoint.state.get("command"), checkpoint.state["settings"]
+    command, settings = saved.state.get("command"), saved.state["settings"]
     if command != "pretrain":
         raise InputError(
             f"{run!r} is a run of `fcmae {command}`, which has no decoder: give one of "
             "`fcmae pretrain`"
         )
-    encoder = SparseConvNeXtV2(
-        settings["depths"], settings["dims"], settings["in_chans"],
-        use_grn=settings["use_grn"], layer_scale=settings["layer_scale"],
-    )  # fmt: skip
+    tensors = saved.tensors("model")
     model = FCMAE(
-        encoder, settings["decoder"]["dim"], settings["decoder"]["depth"], settings["mask_ratio"],
-        settings["norm_pix_loss"],
+        build_encoder(infer_architecture(tensors)), settings["decoder"]["dim"],
+        settings["decoder"]["depth"], settings["mask_ratio"], settings["norm_pix_loss"],
     )  # fmt: skip
-    load_model_tensors(model, checkpoint.tensors("model"))
+    model.load_state_dict(tensors)
     height, width = settings["img_size"]
     images = Preprocessing((height, width), tuple(settings["mean"]), tuple(settings["std"]))
-    return Pretrained(model.to(device).eval(), images, settings, checkpoint.state["step"])
+    return Pretrained(model.to(device).eval(), images, saved.state["step"])

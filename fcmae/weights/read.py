@@ -41,7 +41,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             return _unwrap(load_file(path)), []
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"{path}: damaged or no safetensors file ({_line(error)}); copy it again"
+                f"{path}: damaged or not a safetensors file ({first_line(error)}); copy it again"
             ) from error
     if path.suffix not in PICKLED:
         raise InputError(
@@ -77,7 +77,7 @@ def _load_pickled(path: Path) -> Any:
                 "safetensors.torch.save_file"
             ) from error
         raise InputError(
-            f"{path}: damaged, or no file that torch.save wrote ({_line(error)}); copy it again"
+            f"{path}: damaged, or not written by torch.save ({first_line(error)}); copy it again"
         ) from error
 
 
@@ -108,10 +108,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged ({_line(error)}); copy it again") from error
+        raise InputError(f"{path}: damaged ({first_line(error)}); copy it again") from error
     return values if isinstance(values, dict) else {}
 
 
-def _line(error: BaseException) -> str:
-    """Return the first line of a message, since an error of ours is one line."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error, or its type: a message to the user is one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
