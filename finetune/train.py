@@ -183,10 +183,7 @@ class Finetuning:
         return lines
 
     def dataset(self, resolved: Resolved) -> TrainDataset:
-        config = self.config
-        return TrainDataset(
-            self.kind.data.train, resolved.images, config.augment, config.seed, config.max_pixels
-        )
+        return TrainDataset(self.kind.data.train, self._images(resolved), self.config)
 
     def export(self, folder: RunFolder) -> None:
         self._task.write_best(folder.paths.exported)

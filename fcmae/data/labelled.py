@@ -37,6 +37,14 @@ class Split(NamedTuple):
     prefix: str = ""
     labels: Labels | None = None
 
+    def name(self, index: int) -> str:
+        """Return what messages call an image."""
+        return self.prefix + self.source.name(index)
+
+    def target(self, index: int) -> int | None:
+        """Return an image's class, or None where there are no labels."""
+        return None if self.labels is None else int(self.labels[index])
+
 
 class LabelledData(NamedTuple):
     """What there is to train and to validate on, and the classes in order."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from PIL import Image
 
 from fcmae.atomic import check_out_file, out_file
 from fcmae.commands.reconstruct import ReconstructConfig
 from fcmae.console import show_logs
-from fcmae.data.evaluation import report_skipped
+from fcmae.data.evaluation import each_batch, held_out_masks, report_skipped
 from fcmae.data.file_list import find_images, refuse_to_replace
-from fcmae.data.holdout import HoldoutSet
-from fcmae.data.sample import normalise
+from fcmae.data.labelled import Split
 from fcmae.inspect.reconstructions import grid, reconstruct_batch
 from fcmae.train.processes import resolve_device
 from fcmae.weights.load import load_pretrained
@@ -40,17 +40,15 @@ def reconstruct(config: ReconstructConfig) -> float:
     model, preprocessing, settings, step = load_pretrained(config.run, device)
     files = find_images(config.images, setting="images")
     refuse_to_replace(out, files)
-    shown = HoldoutSet(
-        files.select(range(min(config.count, len(files)))), preprocessing.img_size,
-        settings["in_chans"], settings["mask_ratio"], config.seed,
-    )  # fmt: skip
-    batch = next(shown.batches(config.count), None)
-    report_skipped(shown.bad)
-    if batch is None:
+    shown = files.select(range(min(config.count, len(files))))
+    whole = replace(preprocessing, crop_pct=1.0)
+    ((batch, images),) = each_batch(Split(shown), whole, device, len(shown), workers=0)
+    report_skipped(batch.bad)
+    if not len(batch):
         raise InputError(f"images {config.images!r}: none of the first {config.count} can be read")
-    images = normalise(batch.images, preprocessing.mean, preprocessing.std, device)
-    assert batch.masks is not None
-    columns, loss = reconstruct_batch(model, images, batch.masks, preprocessing)
+    size, ratio = preprocessing.img_size, settings["mask_ratio"]
+    masks = held_out_masks(shown, batch.indices, size, ratio, config.seed)
+    columns, loss = reconstruct_batch(model, images, masks, preprocessing)
     with out_file(out) as path:
         Image.fromarray(grid(columns)).save(path, format="PNG")
     _log.info(

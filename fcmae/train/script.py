@@ -226,7 +226,8 @@ def _resolve(
     if start is None:
         mean, std = resolve_mean_std(config, img_size, train_images, job.named_mean_std())
         if world.is_main:
-            warn_if_far_off(config, img_size, train_images, mean, std)
+            images = Preprocessing(img_size, tuple(mean), tuple(std))
+            warn_if_far_off(config, images, train_images)
     else:
         mean, std = start.state["settings"]["mean"], start.state["settings"]["std"]
     return Resolved(
