@@ -99,10 +99,7 @@ def _candidates(index: int, n: int, seed: int) -> Iterator[int]:
 
 
 def make_loader(
-    dataset: Dataset[Any],
-    batches: Iterable[list[Any]],
-    workers: int,
-    pin_memory: bool = False,
+    dataset: Dataset[Any], batches: Iterable[list[Any]], workers: int, pin_memory: bool = False
 ) -> DataLoader[Any]:
     """Return an iterable of `Batch`es: of the samples of each of `batches`.
 
@@ -127,36 +124,27 @@ def make_loader(
 def lost_workers(then: str = "") -> Iterator[None]:
     """Turn what torch raises, at whatever line, for a worker that died or has no room: RunError.
 
-    `then` ends its message.
+    torch notices a death; what it was just then sending breaks off inside multiprocessing. `then`
+    ends the message.
     """
     try:
         yield
     except RunError:
         raise
     except (RuntimeError, ConnectionError, EOFError) as error:
-        what = _lost(error)
-        if what is None:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        named = re.search(r"DataLoader worker \(pid.*|unable to allocate shared mem.*", str(error))
+        if isinstance(error, RuntimeError) and named:
+            what = named[0].strip(" .")
+        elif frame.f_globals.get("__name__", "").startswith("multiprocessing."):
+            what = f"{type(error).__name__} while it sent images"
+        else:
             raise
         raise RunError(
             f"a process that reads images failed ({what}), out of memory or of "
             "room in /dev/shm: give the same command with fewer --workers (0 reads in the "
             f"process itself) or enlarge /dev/shm (docker run --shm-size 8g){then}"
         ) from error
-
-
-def _lost(error: Exception) -> str | None:
-    """Say what happened to a worker, or None where the error is about something else.
-
-    torch notices a death; what it was just then sending breaks off inside multiprocessing.
-    """
-    if isinstance(error, RuntimeError):
-        found = re.search(
-            r"DataLoader worker \(pid.*|unable to allocate shared memory.*", str(error)
-        )
-        return found[0].strip(" .") if found else None
-    *_, last = traceback.walk_tb(error.__traceback__)
-    inside = last[0].f_globals.get("__name__", "").startswith("multiprocessing.")
-    return f"{type(error).__name__} while it sent images" if inside else None
 
 
 def _collate_shared(samples: list[Sample]) -> Batch:
