@@ -11,17 +11,18 @@ import io
 import math
 import os
 import stat
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fcmae.data.augment import Box
-from fcmae.data.bad import BadImage, reading
 from fcmae.data.resize import Pixels, Raster, resize, strips, to_unit
 from fcmae.data.sources import PathOrFile
 
@@ -35,6 +36,37 @@ DECODER_SHARE = {"WEBP": 0.3, "JPEG2000": 0.25, "AVIF": 0.5, "progressive JPEG":
 _GREY = ("1", "L", "LA", "La")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+class BadImage(Exception):
+    """An image that can't be used; `reason` says why, in one line."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@contextmanager
+def reading(max_pixels: int) -> Iterator[None]:
+    """Turn what a broken file raises into BadImage; hold Pillow to `max_pixels` in the meantime."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except BadImage:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage(f"more pixels than max_pixels {max_pixels}") from error
+    except UnidentifiedImageError as error:
+        raise BadImage("not an image of a known format") from error
+    except Exception as error:  # decoders raise nearly anything, MemoryError included
+        text = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise BadImage(" ".join(f"{type(error).__name__}: {text}".split())) from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 @dataclass(frozen=True)

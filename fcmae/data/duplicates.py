@@ -23,9 +23,8 @@ from torch.utils.data import Dataset
 from fcmae.atomic import atomic_write
 from fcmae.config.values import MAX_PIXELS
 from fcmae.console import tracked
-from fcmae.data.bad import BadImage
-from fcmae.data.decode import read_image
-from fcmae.data.evaluation import SHOWN, batches_of
+from fcmae.data.decode import BadImage, read_image
+from fcmae.data.evaluation import batches_of, warn_of_first
 from fcmae.data.file_list import find_images
 from fcmae.data.labelled import LabelledData
 from fcmae.data.loader import lost_workers, make_loader
@@ -136,11 +135,8 @@ def report_duplicates(
     found = find_duplicates(files, data.val.source, processes, world, shown=world.is_main)
     if not world.is_main:
         return found
-    for entry in found[:SHOWN]:
-        other = data.val.prefix + entry.of
-        _log.warning("near-duplicate of a validation image: %s is like %s", entry.path, other)
-    if len(found) > SHOWN:
-        _log.warning("and %d more", len(found) - SHOWN)
+    near = [f"{entry.path} is like {data.val.prefix}{entry.of}" for entry in found]
+    warn_of_first([f"near-duplicate of a validation image: {pair}" for pair in near])
     _log.info(
         f"{len(found)} of {len(files)} images in {images} are near-duplicates of "
         f"{len({entry.of for entry in found})} of the {len(data.val.source)} images in val"

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from fcmae import rng
 from fcmae.config.values import MAX_PIXELS
 from fcmae.console import tracked
-from fcmae.data.bad import BadImage
+from fcmae.data.decode import BadImage
 from fcmae.data.labelled import Split
 from fcmae.data.loader import lost_workers, make_loader
 from fcmae.data.sample import Batch, Sample, normalise
@@ -57,10 +57,15 @@ class EvalDataset(Dataset[Sample]):
 
 def report_skipped(bad: Sequence[tuple[str, str]], most: int = SHOWN) -> None:
     """Log the (name, reason) of images that can't be read, the first `most` of them."""
-    for name, reason in bad[:most]:
-        _log.warning("skipped, since it can't be read: %s: %s", name, reason)
-    if len(bad) > most:
-        _log.warning("and %d more", len(bad) - most)
+    warn_of_first([f"skipped, since it can't be read: {': '.join(entry)}" for entry in bad], most)
+
+
+def warn_of_first(lines: Sequence[str], most: int = SHOWN) -> None:
+    """Log the first lines as warnings, and how many more there are."""
+    for line in lines[:most]:
+        _log.warning("%s", line)
+    if len(lines) > most:
+        _log.warning("and %d more", len(lines) - most)
 
 
 def batches_of(n: int, batch_size: int, rank: int = 0, size: int = 1) -> list[list[int]]:

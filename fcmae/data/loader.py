@@ -24,8 +24,7 @@ from fcmae import rng
 from fcmae.config.pretraining import PretrainConfig
 from fcmae.config.training import TrainingConfig
 from fcmae.data.augment import random_geometry
-from fcmae.data.bad import BadImage
-from fcmae.data.decode import read_image
+from fcmae.data.decode import BadImage, read_image
 from fcmae.data.labelled import Split
 from fcmae.data.order import Key
 from fcmae.data.sample import Batch, Sample, collate

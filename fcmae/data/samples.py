@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -79,16 +80,12 @@ def cells(width: int, height: int, random: Random) -> dict[str, list[Box]]:
     margin = max(1, round(GAP * min(width, height) / 2))
     keys = [random.random() for _ in range(GRID)]  # of all streams, Python never changes this one
     val_columns = sorted(range(GRID), key=keys.__getitem__)
+    x, y = ([i * side // GRID for i in range(GRID + 1)] for side in (width, height))
     split: dict[str, list[Box]] = {"train": [], "val": []}
-    for row in range(GRID):
-        for column in range(GRID):
-            box = Box(
-                column * width // GRID + margin,
-                row * height // GRID + margin,
-                (column + 1) * width // GRID - margin,
-                (row + 1) * height // GRID - margin,
-            )
-            split["val" if val_columns[row] == column else "train"].append(box)
+    for row, column in product(range(GRID), repeat=2):
+        left, top = x[column] + margin, y[row] + margin
+        box = Box(left, top, x[column + 1] - margin, y[row + 1] - margin)
+        split["val" if val_columns[row] == column else "train"].append(box)
     return split
 
 

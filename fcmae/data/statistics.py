@@ -9,8 +9,7 @@ import numpy as np
 
 from fcmae import rng
 from fcmae.data.augment import Geometry, center_box
-from fcmae.data.bad import BadImage
-from fcmae.data.decode import read_image
+from fcmae.data.decode import BadImage, read_image
 from fcmae.data.resize import Pixels
 from fcmae.data.sample import as_float
 from fcmae.data.sources import Source
