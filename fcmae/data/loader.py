@@ -115,7 +115,6 @@ def make_loader(
         worker_init_fn=_init_worker if workers else None,
         multiprocessing_context="fork" if fork else None,
         generator=torch.Generator(),
-        prefetch_factor=2 if workers else None,
     )
 
 
