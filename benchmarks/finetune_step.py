@@ -64,7 +64,7 @@ def plain_step(model: nn.Module, config: FinetuneConfig) -> Callable[[Tensor, Te
 def make_loop(model: nn.Module, config: FinetuneConfig, steps: int) -> Loop:
     """Our loop, without a run folder or validation images."""
     task = Finetuning(config, Classify(config))
-    task.images = Images(FileList([], *np.empty((3, 0), np.uint8)), {})
+    task.images = Images(FileList((), *np.empty((3, 0), np.uint8)), {})
     images = Preprocessing((0, 0), tuple(MEAN), tuple(STD))
     task.resolved = Resolved(images, make_plan(config, steps * config.batch_size, EPOCHS))
     task.model = model

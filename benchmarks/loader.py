@@ -26,23 +26,27 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
+from fcmae.config.pretraining import AugmentConfig, PretrainConfig
 from fcmae.config.values import MAX_PIXELS
 from fcmae.data.augment import crop_box
 from fcmae.data.decode import read_image
 from fcmae.data.file_list import FileList, find_images
+from fcmae.data.labelled import Split
 from fcmae.data.loader import PretrainDataset, make_loader
 from fcmae.data.order import StepSampler
 from fcmae.data.sample import collate, normalise
-from fcmae.data.statistics import imagenet_mean_std
+from fcmae.data.statistics import Preprocessing, imagenet_mean_std
 
 SIDE = 224
 SCALE = (0.2, 1.0)
 RATIO = (0.75, 1.3333)
+SHAPES = AugmentConfig(crop_scale=[*SCALE], crop_ratio=[*RATIO])
 BATCH = 64
 LARGE = (4000, 3000)
 LARGE_COUNT = 8
 COMPARED = 100
 MEAN, STD = imagenet_mean_std(3)
+IMAGES = Preprocessing((SIDE, SIDE), tuple(MEAN), tuple(STD))
 
 Rounds = dict[str, Callable[[], float]]
 
@@ -69,7 +73,7 @@ def speed(loader: Any, batches: int, finish: Callable[[Any], Any]) -> float:
 def loaders(folder: Path, files: FileList, workers: int, batches: int) -> Rounds:
     """One round of each loader, in images per second."""
     reference = torchvision_dataset(folder)
-    ours = PretrainDataset(files, (SIDE, SIDE))
+    ours = PretrainDataset(Split(files), IMAGES, PretrainConfig("", ""))
 
     def theirs_once() -> float:
         loader = DataLoader(reference, BATCH, shuffle=True, num_workers=workers)
@@ -102,7 +106,8 @@ def large_photographs(files: FileList, folder: Path) -> Rounds:
         return LARGE_COUNT / (time.perf_counter() - began)
 
     def ours(fast: bool) -> Callable[[], float]:
-        dataset = PretrainDataset(photographs, (SIDE, SIDE), fast_decode=fast)
+        config = PretrainConfig("", "", augment=AugmentConfig(fast_decode=fast))
+        dataset = PretrainDataset(Split(photographs), IMAGES, config)
         return lambda: timed(
             lambda i: dataset[(0, i)],
             lambda samples: normalise(collate(samples).images, MEAN, STD, "cpu"),
@@ -121,7 +126,7 @@ def largest_difference(files: FileList) -> int:
     for index in range(min(COMPARED, len(files))):
         path = files.path(index)
         picture = read_image(path, 3, MAX_PIXELS)
-        left, top, width, height = crop_box(0, 0, index, *picture.size, scale=SCALE, ratio=RATIO)
+        left, top, width, height = crop_box(0, 0, index, picture.size, SHAPES)
         image = default_loader(path)
         expected = transforms.functional.resized_crop(
             image, top, left, height, width, [SIDE, SIDE],

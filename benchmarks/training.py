@@ -17,11 +17,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fcmae.config.pretraining import PretrainConfig
 from fcmae.data.file_list import find_images
+from fcmae.data.labelled import Split
 from fcmae.data.loader import PretrainDataset, make_loader
 from fcmae.data.order import StepSampler
 from fcmae.data.sample import normalise
-from fcmae.data.statistics import imagenet_mean_std
+from fcmae.data.statistics import Preprocessing, imagenet_mean_std
 from fcmae.inspect.benchmark import WHOLE, make_step
 from fcmae.train.machine import resolve_workers
 
@@ -39,7 +41,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     files = find_images(options.folder)
-    dataset = PretrainDataset(files, (SIDE, SIDE))
+    preprocessing = Preprocessing((SIDE, SIDE), tuple(MEAN), tuple(STD))
+    dataset = PretrainDataset(Split(files), preprocessing, PretrainConfig("", ""))
     step = make_step("patch" + WHOLE, options.model, CPU)
     workers = int(resolve_workers("auto", CPU))
 

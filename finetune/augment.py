@@ -12,6 +12,7 @@ of other channel counts, are cropped, flipped and erased alone.
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,18 +21,12 @@ import torch
 from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import create_transform
-from torch.utils.data import Dataset
 
 from fcmae import rng
-from fcmae.data.augment import Geometry, crop_box, flips
-from fcmae.data.decode import read_image
-from fcmae.data.labelled import Split
-from fcmae.data.loader import read_or_replace
-from fcmae.data.order import Key
+from fcmae.data.loader import CropDataset
 from fcmae.data.resize import Pixels
 from fcmae.data.sample import Sample
-from fcmae.data.statistics import Preprocessing
-from finetune.config import FinetuneAugmentConfig
+from finetune.config import FinetuneAugmentConfig, FinetuneConfig
 from sparse.errors import InputError
 
 _ERASE = 1
@@ -53,28 +48,17 @@ def seeded(seed: int) -> Iterator[None]:
         torch.default_generator.set_state(before[2])
 
 
-class TrainDataset(Dataset[Sample]):
+@dataclass
+class TrainDataset(CropDataset):
     """Random crops of the training images with their labels, by (epoch, index).
 
-    Args:
-        split: the training images.
-        images: size of the crops, and mean and std; what is erased is filled with noise of this
-            distribution.
-        augment: crops, flips and what else changes the images.
-        seed: what everything random depends on, with epoch and index.
-        max_pixels: images with more pixels count as unreadable.
+    What is erased is filled with noise of the mean and std of `images`.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        images: Preprocessing,
-        augment: FinetuneAugmentConfig,
-        seed: int,
-        max_pixels: int,
-    ) -> None:
-        self.split, self.images, self.augment = split, images, augment
-        self.seed, self.max_pixels = seed, max_pixels
+    config: FinetuneConfig
+
+    def __post_init__(self) -> None:
+        images, augment = self.images, self.config.augment
         self._mean, self._std = (
             np.array(values, np.float32)[:, None, None] for values in (images.mean, images.std)
         )
@@ -83,39 +67,18 @@ class TrainDataset(Dataset[Sample]):
         if len(images.mean) in (1, 3):
             self._recolour = recolouring(augment, images.img_size, images.mean)
 
-    def __len__(self) -> int:
-        return len(self.split.source)
-
-    def __getitem__(self, key: Key) -> Sample:
-        """Return the sample; an image that can't be read is replaced, the same way in every run."""
-        epoch, index = key
-        sample = read_or_replace(
-            self.split.source, index, self.seed, lambda place: self._make(epoch, index, place)
-        )
-        sample.bad = [(self.split.prefix + name, reason) for name, reason in sample.bad]
-        return sample
-
-    def _make(self, epoch: int, index: int, candidate: int) -> Sample:
-        augment, split = self.augment, self.split
-        opened = read_image(split.source.open(candidate), len(self.images.mean), self.max_pixels)
-        scale, ratio = augment.crop_scale, augment.crop_ratio
-        box = crop_box(
-            self.seed, epoch, index, *opened.size, (scale[0], scale[1]), (ratio[0], ratio[1])
-        )
-        across, down = flips(self.seed, epoch, index, augment.hflip, augment.vflip)
-        image = opened.resized(
-            box, self.images.img_size, across, down, augment.fast_decode, augment.interpolation
-        )
+    def crop(self, epoch: int, index: int, place: int) -> Sample:
+        sample, seed = super().crop(epoch, index, place), self.config.seed
+        image = sample.image
+        assert image is not None
         recolour = self._recolour if image.dtype == np.uint8 else None
-        draw = rng.uniform(self.seed, rng.AUGMENT, epoch, index, _ERASE)[0]
-        erase = draw < augment.random_erasing
+        draw = rng.uniform(seed, rng.AUGMENT, epoch, index, _ERASE)[0]
+        erase = draw < self.config.augment.random_erasing
         if recolour or erase:
-            with seeded(rng.seed_for(self.seed, rng.AUGMENT, epoch, index)):
+            with seeded(rng.seed_for(seed, rng.AUGMENT, epoch, index)):
                 image = _recoloured(image, recolour) if recolour else image
                 image = self._erased(image) if erase else image
-        target = None if split.labels is None else int(split.labels[candidate])
-        geometry = Geometry(opened.size, box, across, down)
-        return Sample(image, candidate, target=target, geometry=geometry)
+        return replace(sample, image=image)
 
     def _erased(self, image_CHW: Pixels) -> Pixels:
         """Erase a box. timm fills it with noise in normalised units; ours are those of pixels."""

@@ -9,7 +9,6 @@ import torch
 
 from fcmae.atomic import out_file
 from fcmae.commands.predict import PredictConfig
-from fcmae.data.file_list import FileList
 from fcmae.inspect.prologue import set_up
 from finetune.classifier import load_classifier
 
@@ -56,7 +55,7 @@ def predict(config: PredictConfig) -> Path:
     return out
 
 
-def _path(files: FileList, index: int, images: str) -> str:
+def _path(source: Source, index: int, images: str) -> str:
     if os.path.isdir(os.path.expanduser(images)):
-        return os.path.join(images, os.fsdecode(files.key(index)))
-    return os.fsdecode(files.path(index))
+        return os.path.join(images, os.fsdecode(source.key(index)))
+    return os.fsdecode(source.path(index)) if isinstance(source, FileList) else source.name(index)

@@ -148,16 +148,16 @@ class Finetuning(Task):
     def begin(self) -> None:
         config, resolved, world = self.config, self.resolved, self.resolved.world
         augment = config.augment
-        images = replace(
+        self._how = replace(
             resolved.images, crop_pct=augment.crop_pct, interpolation=augment.interpolation
         )
-        dataset = EvalDataset(self.kind.data.val, images, config.max_pixels)
+        dataset = EvalDataset(self.kind.data.val, self._how, config.max_pixels)
         batches = batches_of(len(dataset), resolved.part, world.rank, world.size)
         pin = world.device.type == "cuda"
         self._validation = make_loader(dataset, batches, resolved.workers, pin)
         model: Any = self.model
         self._timm_config = timm_config(
-            self._origin.name, self._args, model.num_features, images, model.pretrained_cfg,
+            self._origin.name, self._args, model.num_features, self._how, model.pretrained_cfg,
             self.kind.describe().get("label_names", ()),
         )  # fmt: skip
         self.ema = None if config.ema_decay is None else make_ema(model, config.ema_decay)
@@ -194,10 +194,7 @@ class Finetuning(Task):
         return super().settings() | model | self.kind.describe()
 
     def dataset(self) -> TrainDataset:
-        config, train_split = self.config, self.kind.data.train
-        return TrainDataset(
-            train_split, self.resolved.images, config.augment, config.seed, config.max_pixels
-        )
+        return TrainDataset(self.kind.data.train, self._how, self.config)
 
     def restore(self, checkpoint: SavedCheckpoint) -> None:
         if self.ema is not None:

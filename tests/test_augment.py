@@ -8,10 +8,13 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from fcmae.data.augment import center_box, crop_box, flips
+from fcmae.config.training import AugmentBase
+from fcmae.data.augment import center_box, crop_box, random_geometry
 from fcmae.data.decode import read_image
 
 SCALE, RATIO = (0.2, 1.0), (0.75, 4 / 3)
+SHAPES = AugmentBase(crop_scale=[*SCALE], crop_ratio=[*RATIO])
+LARGE = AugmentBase(crop_scale=[0.9, 1.0], crop_ratio=[*RATIO])
 
 
 @pytest.mark.parametrize(
@@ -19,7 +22,7 @@ SCALE, RATIO = (0.2, 1.0), (0.75, 4 / 3)
 )
 def test_boxes_lie_in_the_picture(width: int, height: int) -> None:
     for index in range(300):
-        left, top, w, h = crop_box(0, 0, index, width, height, SCALE, RATIO)
+        left, top, w, h = crop_box(0, 0, index, (width, height), SHAPES)
         assert w >= 1
         assert h >= 1
         assert 0 <= left <= width - w
@@ -27,7 +30,7 @@ def test_boxes_lie_in_the_picture(width: int, height: int) -> None:
 
 
 def test_area_and_aspect_are_drawn_as_random_resized_crop_does() -> None:
-    ours = np.array([crop_box(1, 0, i, 4000, 4000, SCALE, RATIO) for i in range(4000)])
+    ours = np.array([crop_box(1, 0, i, (4000, 4000), SHAPES) for i in range(4000)])
     torch.manual_seed(0)
     image = torch.empty(1, 4000, 4000)
     theirs = np.array(
@@ -54,25 +57,31 @@ def test_area_and_aspect_are_drawn_as_random_resized_crop_does() -> None:
 
 
 def test_a_picture_too_long_for_any_draw_is_cropped_at_its_centre() -> None:
-    assert crop_box(0, 0, 0, 1000, 10, (0.9, 1.0), RATIO) == (493, 0, 13, 10)
-    assert crop_box(0, 0, 0, 9, 1000, (0.9, 1.0), RATIO) == (0, 494, 9, 12)
+    assert crop_box(0, 0, 0, (1000, 10), LARGE) == (493, 0, 13, 10)
+    assert crop_box(0, 0, 0, (9, 1000), LARGE) == (0, 494, 9, 12)
 
 
 def test_a_crop_is_a_function_of_seed_epoch_and_index() -> None:
-    base = crop_box(0, 0, 0, 400, 500, SCALE, RATIO)
-    assert crop_box(0, 0, 0, 400, 500, SCALE, RATIO) == base
+    base = crop_box(0, 0, 0, (400, 500), SHAPES)
+    assert crop_box(0, 0, 0, (400, 500), SHAPES) == base
     others = [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
-    assert all(crop_box(*other, 400, 500, SCALE, RATIO) != base for other in others)
+    assert all(crop_box(*other, (400, 500), SHAPES) != base for other in others)
 
 
 def test_flips_are_fair_independent_and_only_where_allowed() -> None:
-    drawn = np.array([flips(0, 0, index, True, True) for index in range(4000)])
+    def flips(index: int, hflip: bool, vflip: bool) -> tuple[bool, bool]:
+        augment = AugmentBase(hflip=hflip, vflip=vflip)
+        drawn = random_geometry(0, 0, index, (400, 500), augment)
+        assert (drawn.size, drawn.box) == ((400, 500), crop_box(0, 0, index, (400, 500), augment))
+        return drawn.flip_h, drawn.flip_v
+
+    drawn = np.array([flips(index, True, True) for index in range(4000)])
     assert np.abs(drawn.mean(axis=0) - 0.5).max() < 0.03
     assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.05
-    across = [flips(0, 0, index, True, False) for index in range(100)]
+    across = [flips(index, True, False) for index in range(100)]
     assert [a for a, _ in across] == drawn[:100, 0].tolist()
     assert not any(down for _, down in across)
-    assert flips(0, 0, 0, False, False) == (False, False)
+    assert flips(0, False, False) == (False, False)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +114,7 @@ def test_resized_crops_equal_torchvision(tmp_path: Path, size: tuple[int, int]) 
     picture = read_image(str(tmp_path / "x.png"), 3, 10**8)
     assert picture.size == size
     for index in range(12):
-        left, top, w, h = crop_box(0, 0, index, *size, SCALE, RATIO)
+        left, top, w, h = crop_box(0, 0, index, size, SHAPES)
         img_size = (224, 224) if index % 2 else (96, 160)
         upright = h - img_size[0] > max(0, 2 * (w - img_size[1]))
         if upright and int(PIL.__version__.split(".")[0]) < 13:
@@ -121,7 +130,7 @@ def test_resized_crops_equal_torchvision(tmp_path: Path, size: tuple[int, int]) 
 
 def test_ratio_limits_hold() -> None:
     for index in range(500):
-        _, _, w, h = crop_box(3, 1, index, 1000, 900, SCALE, RATIO)
+        _, _, w, h = crop_box(3, 1, index, (1000, 900), SHAPES)
         assert RATIO[0] * 0.99 < w / h < RATIO[1] * 1.01
         assert 0.19 < w * h / 900_000 <= 1
         assert math.isfinite(w / h)

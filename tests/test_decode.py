@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from fcmae.data.bad import BadImage
-from fcmae.data.decode import read_image
+from fcmae.data.decode import BadImage, read_image
 
 H, W = 40, 56
 LIMIT = 10**7

@@ -17,9 +17,9 @@ from torch import Tensor
 from fcmae import FCMAE
 from fcmae.cli import main
 from fcmae.commands.diversity import DiversityConfig
+from fcmae.data.evaluation import each_batch, held_out_masks
 from fcmae.data.file_list import find_images
-from fcmae.data.holdout import HoldoutSet
-from fcmae.data.sample import normalise
+from fcmae.data.labelled import Split
 from fcmae.data.sources import key_hash
 from fcmae.inspect.diversity import block_diversity, channel_diversity, diversity
 from fcmae.inspect.watch import HoldoutWatcher
@@ -160,11 +160,14 @@ def test_held_out_images_tell_loss_and_diversity(pictures: Path) -> None:
         decoder_dim=16,
     ).train()  # fmt: skip
     mean, std = [0.5] * 3, [0.25] * 3
-    held = HoldoutSet(find_images(str(pictures)).select(range(5)), (64, 64))
+    held, preparation = find_images(str(pictures)).select(range(5)), resolved((64, 64), mean, std)
     batches = [
-        (normalise(batch.images, mean, std, "cpu"), batch.masks) for batch in held.batches(3)
+        (images, held_out_masks(held, batch.indices, (64, 64), 0.6, 0))
+        for batch, images in each_batch(
+            Split(held), preparation.images, torch.device("cpu"), 3, workers=0
+        )
     ]
-    watcher = HoldoutWatcher(batches, resolved((64, 64), mean, std), 1, None)
+    watcher = HoldoutWatcher(batches, preparation, 1, None)
     found = watcher(model, 1, lambda: False)
     assert model.training
     assert model.encoder.training

@@ -30,7 +30,7 @@ def paths(files: FileList) -> list[bytes]:
     return [files.path(i) for i in range(len(files))]
 
 
-def a_list(*paths: bytes, roots: tuple[bytes, ...] = (b"/data",)) -> FileList:
+def a_list(*paths: bytes, roots: tuple[str, ...] = ("/data",)) -> FileList:
     lengths = np.array([len(path) for path in paths], np.uint16)
     blob = np.frombuffer(b"".join(paths), np.uint8)
     return FileList(roots, blob, lengths, np.zeros(len(paths), np.uint16))
@@ -57,7 +57,7 @@ def test_names_may_be_any_bytes(tmp_path: Path) -> None:
     assert paths(FileList.load(tmp_path / "list")) == paths(files)
 
 
-def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:
+def test_links_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None:
     root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
     touch(root, "a/1.jpg", "b/2.jpg", "b/c/3.jpg")
     touch(elsewhere, "4.jpg", "5.jpg")
@@ -76,19 +76,11 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:
     (root / "zz.jpg").symlink_to(tmp_path / "6.jpg")
     touch(tmp_path, "6.jpg")
     files = find_images(str(root))
-    assert names(files) == [
-        b"a/1.jpg",
-        b"b/2.jpg",
-        b"b/c/3.jpg",
-        b"out/4.jpg",
-        b"out/5.jpg",
-        b"z.jpg",
-    ]
-    real = [os.path.realpath(files.path(i)) for i in range(len(files))]
-    assert len(set(real)) == len(real)
+    folders = [b"a/1.jpg", b"b/2.jpg", b"b/c/3.jpg", b"out/4.jpg", b"out/5.jpg"]
+    assert names(files) == sorted([*folders, b"one.jpg", b"same.jpg", b"z.jpg", b"zz.jpg"])
 
 
-def test_links_to_files_that_are_not_searched_are_kept(tmp_path: Path) -> None:
+def test_links_to_files_count_as_images(tmp_path: Path) -> None:
     """Tools that keep content by its hash link to it from hidden folders, or from other names."""
     touch(tmp_path, "root/.git/objects/1.jpg", "root/blobs/2", "root/run/3.jpg", "root/a/4.jpg")
     root = tmp_path / "root"
@@ -96,9 +88,8 @@ def test_links_to_files_that_are_not_searched_are_kept(tmp_path: Path) -> None:
     (root / "two.jpg").symlink_to(root / "blobs" / "2")
     (root / "three.jpg").symlink_to(root / "run" / "3.jpg")
     (root / "four.jpg").symlink_to("a/../a/4.jpg")
-    (root / "five.jpg").symlink_to("four.jpg")
     files = find_images(str(root), exclude=str(root / "run"))
-    assert names(files) == [b"a/4.jpg", b"one.jpg", b"three.jpg", b"two.jpg"]
+    assert names(files) == [b"a/4.jpg", b"four.jpg", b"one.jpg", b"three.jpg", b"two.jpg"]
 
 
 def test_several_sources_keep_their_order_and_their_roots(tmp_path: Path) -> None:
@@ -200,7 +191,7 @@ def test_no_holdout_where_there_is_too_little(files: int, count: int) -> None:
 def test_a_selection_shares_the_names_and_is_saved_whole(tmp_path: Path) -> None:
     files = a_list(*[b"%d.jpg" % i for i in range(100_000)])
     picked = files.select(np.arange(99_999, 0, -3))
-    assert np.shares_memory(picked._names, files._names)
+    assert np.shares_memory(picked.names, files.names)
     picked.save(tmp_path / "list")
     loaded = FileList.load(tmp_path / "list")
     assert paths(loaded) == paths(picked)
@@ -210,7 +201,7 @@ def test_a_selection_shares_the_names_and_is_saved_whole(tmp_path: Path) -> None
 
 def test_bytes_a_file_in_memory() -> None:
     files = a_list(*[b"n01440764/n01440764_%08d.JPEG" % i for i in range(10_000)])
-    arrays = (files._names, files._lengths, files._root_ids, files._starts)
+    arrays = (files.names, files.lengths, files.root_ids, files._starts)
     assert sum(array.nbytes for array in arrays) <= 10_000 * (33 + 12)
 
 
@@ -222,7 +213,7 @@ def test_bytes_a_file_in_memory() -> None:
 def test_any_names_survive_saving(
     tmp_path_factory: pytest.TempPathFactory, keys: list[bytes], root: bytes
 ) -> None:
-    files = a_list(*keys, roots=(root,))
+    files = a_list(*keys, roots=(os.fsdecode(root),))
     target = tmp_path_factory.mktemp("list") / "files"
     files.save(target)
     loaded = FileList.load(target)

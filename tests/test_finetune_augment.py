@@ -18,7 +18,7 @@ from fcmae.data.order import StepSampler
 from fcmae.data.sample import collate
 from fcmae.data.statistics import Preprocessing
 from finetune.augment import TrainDataset, recolouring, seeded
-from finetune.config import FinetuneAugmentConfig
+from finetune.config import FinetuneAugmentConfig, FinetuneConfig
 from sparse.errors import InputError
 
 STRONG = FinetuneAugmentConfig(randaugment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
@@ -28,7 +28,8 @@ def dataset(root: Path, augment: FinetuneAugmentConfig = STRONG, in_chans: int =
     files, names = find_classes(root)
     images = Preprocessing((32, 48), (0.5,) * in_chans, (0.25,) * in_chans)
     split = Split(files, "train/", labels_of(files, names))
-    return TrainDataset(split, images, augment, seed=3, max_pixels=10**6)
+    config = FinetuneConfig("", "", augment=augment, seed=3, max_pixels=10**6)
+    return TrainDataset(split, images, config)
 
 
 def test_workers_change_nothing(classes: Path) -> None:

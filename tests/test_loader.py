@@ -7,20 +7,25 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from fcmae import rng
+from fcmae.config.pretraining import AugmentConfig, PretrainConfig
+from fcmae.data.evaluation import each_batch, held_out_masks
 from fcmae.data.file_list import FileList, find_images
-from fcmae.data.holdout import HoldoutSet
+from fcmae.data.labelled import Split
 from fcmae.data.loader import PretrainDataset, lost_workers, make_loader
-from fcmae.data.order import StepSampler, epoch_order, steps_per_epoch
+from fcmae.data.order import StepSampler, check_parts, epoch_order, steps_per_epoch
 from fcmae.data.sample import Batch, Sample, collate, normalise
-from fcmae.data.statistics import measure_mean_std, warn_if_far_off
+from fcmae.data.sources import key_hash
+from fcmae.data.statistics import Preprocessing, measure_mean_std, warn_if_far_off
+from fcmae.model.mask import random_mask
 from sparse.errors import InputError, RunError
 
 COUNT = 23
@@ -37,6 +42,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> FileList:
     (folder / BAD[0]).write_bytes(b"")
     (folder / BAD[1]).write_text("no picture")
     return find_images(str(folder))
+
+
+def crops(files: FileList, *size: int, in_chans: int = 3, **settings: Any) -> PretrainDataset:
+    images = Preprocessing(size, (0.5,) * in_chans, (0.5,) * in_chans)
+    return PretrainDataset(Split(files), images, PretrainConfig("", "", **settings))
 
 
 def keys_of(sampler: StepSampler) -> list[list[tuple[int, int]]]:
@@ -89,11 +99,11 @@ def test_processes_and_micro_batches_divide_the_same_global_batch(
 
 def test_a_batch_that_does_not_divide_names_sizes_that_do() -> None:
     with pytest.raises(InputError, match="60 and 66"):
-        StepSampler(100, 64, 0, 0, 1, 0, 2, 3)
+        check_parts(64, 2, 3)
 
 
 def test_a_sample_is_a_function_of_its_key(files: FileList) -> None:
-    dataset = PretrainDataset(files, (64, 96), seed=3, vflip=True)
+    dataset = crops(files, 64, 96, seed=3, augment=AugmentConfig(vflip=True))
     first, again = dataset[(1, 4)], dataset[(1, 4)]
     assert first.image is not None
     assert first.mask is not None
@@ -102,14 +112,14 @@ def test_a_sample_is_a_function_of_its_key(files: FileList) -> None:
     assert first.image.dtype == np.uint8
     assert first.mask.shape == (2, 3)
     assert first.bad == []
-    for other in (dataset[(2, 4)], PretrainDataset(files, (64, 96), seed=4)[(1, 4)]):
+    for other in (dataset[(2, 4)], crops(files, 64, 96, seed=4)[(1, 4)]):
         assert (first.image != other.image).any()
 
 
 def test_bad_files_are_replaced_by_the_same_ones_in_every_run(files: FileList) -> None:
     replaced = []
     for _ in range(2):
-        dataset = PretrainDataset(files, (64, 64), seed=0)
+        dataset = crops(files, 64, 64, seed=0)
         sample = dataset[(0, 5)]
         assert sample.bad[0] == (BAD[0], "not an image of a known format")
         assert files.name(sample.index) not in BAD
@@ -122,7 +132,7 @@ def test_bad_files_are_replaced_by_the_same_ones_in_every_run(files: FileList) -
 def test_a_sample_of_a_folder_that_went_away_has_no_image(tmp_path: Path) -> None:
     for i in range(30):
         (tmp_path / f"{i}.jpg").touch()
-    sample = PretrainDataset(find_images(str(tmp_path)), (64, 64))[(0, 0)]
+    sample = crops(find_images(str(tmp_path)), 64, 64)[(0, 0)]
     assert sample.image is None
     assert (sample.bad[0][0], len(sample.bad)) == ("0.jpg", 21)
     batch = collate([sample, sample])
@@ -130,7 +140,7 @@ def test_a_sample_of_a_folder_that_went_away_has_no_image(tmp_path: Path) -> Non
 
 
 def stream(files: FileList, workers: int, start: int = 0) -> list[Batch]:
-    dataset = PretrainDataset(files, (64, 64), seed=1)
+    dataset = crops(files, 64, 64, seed=1)
     return list(make_loader(dataset, StepSampler(len(files), 6, 1, start, 9), workers))
 
 
@@ -153,7 +163,7 @@ def test_workers_change_nothing(files: FileList) -> None:
 
 
 def test_a_batch_has_the_masks_of_its_samples(files: FileList) -> None:
-    dataset = PretrainDataset(files, (64, 64), mask_ratio=0.75)
+    dataset = crops(files, 64, 64, mask_ratio=0.75)
     batch = collate([dataset[(0, 0)], dataset[(0, 1)]])
     assert batch.images.shape == (2, 3, 64, 64)
     assert batch.masks is not None
@@ -166,7 +176,7 @@ def test_a_batch_has_the_masks_of_its_samples(files: FileList) -> None:
 def test_eight_bit_and_deeper_pictures_share_a_batch(tmp_path: Path) -> None:
     Image.new("L", (64, 64), 51).save(tmp_path / "a.png")
     Image.fromarray(np.full((64, 64), 13107, np.uint16)).save(tmp_path / "b.png")
-    dataset = PretrainDataset(find_images(str(tmp_path)), (64, 64), in_chans=1)
+    dataset = crops(find_images(str(tmp_path)), 64, 64, in_chans=1)
     eight, deep = dataset[(0, 0)], dataset[(0, 1)]
     assert eight.image is not None
     assert deep.image is not None
@@ -194,48 +204,60 @@ def test_normalise(dtype: torch.dtype) -> None:
 
 
 def test_held_out_pictures_have_the_same_masks_whatever_else_there_is(files: FileList) -> None:
-    holdout = HoldoutSet(files, (64, 96))
-    batches = list(holdout.batches(8))
-    assert [len(batch) for batch in batches] == [8, 8, 5]
-    assert [name for name, _ in holdout.bad] == list(BAD)
-    masks = {
-        files.name(int(i)): mask
-        for batch in batches
-        for i, mask in zip(batch.indices, batch.masks, strict=True)
-    }
+    def masks_of(files: FileList) -> tuple[dict[str, Tensor], list[str]]:
+        images = Preprocessing((64, 96), (0.5,) * 3, (0.5,) * 3)
+        masks: dict[str, Tensor] = {}
+        bad: list[str] = []
+        for batch, pixels in each_batch(Split(files), images, torch.device("cpu"), 8, 0):
+            assert pixels.shape == (len(batch), 3, 64, 96)
+            drawn = held_out_masks(files, batch.indices, (64, 96), 0.6, 0)
+            names = map(files.name, batch.indices.tolist())
+            masks |= dict(zip(names, drawn, strict=True))
+            bad += [name for name, _ in batch.bad]
+        return masks, bad
+
+    masks, bad = masks_of(files)
+    assert (len(masks), bad) == (COUNT - 2, list(BAD))
     assert len({mask.numpy().tobytes() for mask in masks.values()}) > 5
-    some = files.select([20, 3])
-    (again,) = HoldoutSet(some, (64, 96)).batches(8)
-    for i, mask in zip(again.indices, again.masks, strict=True):
-        assert torch.equal(mask, masks[some.name(int(i))])
+    again, _ = masks_of(files.select([20, 3]))
+    assert set(again) == {files.name(20), files.name(3)}
+    assert all(torch.equal(mask, masks[name]) for name, mask in again.items())
+    golden = random_mask(0, 0, key_hash(files, 3), (2, 3), 0.6, rng.HOLDOUT_MASK)
+    assert masks[files.name(3)].tolist() == golden.tolist()
 
 
 def test_mean_and_std_are_measured(tmp_path: Path, files: FileList) -> None:
     colours = np.array([(10, 200, 30), (90, 100, 150), (250, 0, 60)])
     for i, colour in enumerate(colours.tolist()):
         Image.new("RGB", (40, 40), tuple(colour)).save(tmp_path / f"{i}.png")
-    mean, std = measure_mean_std(find_images(str(tmp_path)), (32, 32))
+    config = PretrainConfig("", "")
+    mean, std = measure_mean_std(config, (32, 32), find_images(str(tmp_path)))
     assert np.allclose(mean, colours.mean(0) / 255)
     assert np.allclose(std, colours.std(0) / 255)
 
-    sampled = measure_mean_std(files, (32, 32), sample=5)
-    assert sampled == measure_mean_std(files, (32, 32), sample=5)
-    assert sampled != measure_mean_std(files, (32, 32), sample=5, seed=1)
+    sampled = measure_mean_std(config, (32, 32), files, 5)
+    assert sampled == measure_mean_std(config, (32, 32), files, 5)
+    assert sampled != measure_mean_std(PretrainConfig("", "", seed=1), (32, 32), files, 5)
     with pytest.raises(InputError, match="no image can be read"):
-        measure_mean_std(files.select([5, 11]), (32, 32))
+        measure_mean_std(config, (32, 32), files.select([5, 11]))
 
 
 SCRIPT = """
 import json, os, sys, time
+from fcmae.config.pretraining import PretrainConfig
 from fcmae.data.file_list import find_images
+from fcmae.data.labelled import Split
 from fcmae.data.loader import PretrainDataset, make_loader
 from fcmae.data.order import StepSampler
+from fcmae.data.statistics import default_preprocessing
 
 def main():
     files = find_images(sys.argv[1])
+    dataset = PretrainDataset(Split(files), default_preprocessing(3), PretrainConfig("", ""))
     sampler = StepSampler(len(files), 2, 0, 0, 10**6)
-    batches = iter(make_loader(PretrainDataset(files, (64, 64)), sampler, 2))
-    next(batches)
+    batches = iter(make_loader(dataset, sampler, 2))
+    for _ in range(2):  # one of each worker, which is then set up
+        next(batches)
     print(json.dumps([worker.pid for worker in batches._workers]), flush=True)
     sys.stdin.readline()
     for _ in range(50):
@@ -313,8 +335,8 @@ def test_a_mean_and_std_of_other_pictures_are_told(tmp_path, caplog, scale, std,
         pixels = random.uniform(0, scale, (40, 40, 5)).astype(np.float32)
         np.save(tmp_path / f"{number}.npy", pixels)
     files = find_images(str(tmp_path))
-    config = SimpleNamespace(in_chans=5, seed=0, max_pixels=10_000)
-    warn_if_far_off(config, (32, 32), files, [0.45] * 5, [std] * 5)
+    config = PretrainConfig("", "", in_chans=5, max_pixels=10_000)
+    warn_if_far_off(config, Preprocessing((32, 32), (0.45,) * 5, (std,) * 5), files)
     assert ("--augment.mean data --augment.std data" in caplog.text) == told
 
 
@@ -325,7 +347,7 @@ def test_pictures_of_another_kind_say_what_to_do(tmp_path):
     ):
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "a.npy", np.zeros(shape, np.float32))
-        sample = PretrainDataset(find_images(str(tmp_path / name)), (64, 64))[0, 0]
+        sample = crops(find_images(str(tmp_path / name)), 64, 64)[0, 0]
         assert sample.bad[0][1].endswith(f"is {cure}")
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -108,36 +109,50 @@ def test_bytes_depend_on_the_settings_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_photographs")
-def test_a_finished_set_is_left_alone_and_a_broken_one_finished(tmp_path: Path) -> None:
-    root = samples(tiny(tmp_path))
-    first = contents(root)
-    victim = root / "val/cat/0000.jpg"
+def test_a_finished_set_is_left_alone(tmp_path: Path) -> None:
+    victim = samples(tiny(tmp_path)) / "val/cat/0000.jpg"
     victim.unlink()
     samples(tiny(tmp_path))
     assert not victim.exists()
-    marker = root / "samples.json"
-    marker.write_text(marker.read_text().replace("true", "false"))
-    samples(tiny(tmp_path))
-    assert contents(root) == first
+
+
+@pytest.mark.usefixtures("two_photographs")
+def test_an_interrupted_set_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, write_class = tmp_path / "set", fcmae.data.samples.write_class
+
+    def interrupted(folder: Path, name: str, *rest: Any) -> None:
+        if name == "coins":
+            raise KeyboardInterrupt
+        write_class(folder, name, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcmae.data.samples, "write_class", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            samples(tiny(root, per_class_train=7))
+    assert not [path for path in root.iterdir() if not path.name.startswith(".")]
+    assert contents(samples(tiny(root))) == contents(samples(tiny(tmp_path / "whole")))
+    assert {path.name for path in root.iterdir()} == {"train", "val", "samples.json"}
 
 
 @pytest.mark.usefixtures("two_photographs")
 def test_refuses_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"mine")
-    with pytest.raises(InputError, match="no sample set; name an empty or new folder"):
+    with pytest.raises(InputError, match=r"not the sample set.*name an empty or new folder"):
         samples(tiny(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
     with pytest.raises(InputError, match="is a file"):
         samples(tiny(tmp_path / "photo.jpg"))
     (tmp_path / "samples.json").write_text("[1]")
-    with pytest.raises(InputError, match="no sample set"):
+    with pytest.raises(InputError, match="not the sample set"):
         samples(tiny(tmp_path))
 
 
 @pytest.mark.usefixtures("two_photographs")
 def test_refuses_a_set_of_other_settings(tmp_path: Path) -> None:
     samples(tiny(tmp_path))
-    with pytest.raises(InputError, match="other settings"):
+    with pytest.raises(InputError, match="not the sample set of these settings"):
         samples(tiny(tmp_path, seed=1))
 
 

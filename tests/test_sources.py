@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fcmae.config.pretraining import AugmentConfig, PretrainConfig
 from fcmae.data.decode import read_image
 from fcmae.data.duplicates import find_duplicates
-from fcmae.data.evaluation import EvalDataset
+from fcmae.data.evaluation import EvalDataset, held_out_masks
 from fcmae.data.file_list import FileList, find_images
-from fcmae.data.holdout import HoldoutSet
 from fcmae.data.labelled import Split, labels_of, split_by_hash
 from fcmae.data.loader import PretrainDataset, make_loader
 from fcmae.data.order import StepSampler
@@ -25,6 +25,7 @@ from fcmae.data.sources import Source, key_hash, split_holdout
 from fcmae.data.statistics import Preprocessing, measure_mean_std
 
 BAD = "b/03.png"
+IMAGES = Preprocessing((64, 96), (0.5,) * 3, (0.5,) * 3, crop_pct=0.9)
 
 
 class Memory:
@@ -85,7 +86,8 @@ def test_a_source_in_memory_trains_as_its_folder(
 ) -> None:
     def batches(source: Source, workers: int) -> list[Batch]:
         sampler = StepSampler(len(source), 5, 3, 0, 6)
-        dataset = PretrainDataset(source, (64, 96), seed=3, vflip=True)
+        config = PretrainConfig("", "", seed=3, augment=AugmentConfig(vflip=True))
+        dataset = PretrainDataset(Split(source), IMAGES, config)
         return list(make_loader(dataset, sampler, workers))
 
     for ours, theirs in zip(batches(memory, workers), batches(folder, 0), strict=True):
@@ -106,21 +108,16 @@ def test_a_source_in_memory_is_measured_and_split_as_its_folder(
     assert labels.tolist() == labels_of(folder, ("a", "b")).tolist()
     held, expected = (split_by_hash(source, labels, 0.3)[1] for source in (memory, folder))
     assert held.tolist() == expected.tolist()
-    assert measure_mean_std(memory, (64, 64)) == measure_mean_std(folder, (64, 64))
+    measured = [measure_mean_std(PretrainConfig("", ""), (64, 64), s) for s in (memory, folder)]
+    assert measured[0] == measured[1]
 
-    in_memory, in_folder = (
-        HoldoutSet(source.select([7, 9, 2]), (64, 64)).batches(2) for source in (memory, folder)
-    )
-    for mine, other in zip(in_memory, in_folder, strict=True):
-        assert torch.equal(mine.images, other.images)
-        assert torch.equal(mine.masks, other.masks)
-
-    images = Preprocessing((48, 48), (0.5,) * 3, (0.5,) * 3, crop_pct=0.9)
     crops = [
-        collate([EvalDataset(Split(source, "", labels), images)[i] for i in range(13)])
+        collate([EvalDataset(Split(source, "", labels), IMAGES)[i] for i in range(13)])
         for source in (memory, folder)
     ]
     assert torch.equal(crops[0].images, crops[1].images)
+    masks = [held_out_masks(s, crops[0].indices, (64, 96), 0.6, 0) for s in (memory, folder)]
+    assert torch.equal(masks[0], masks[1])
     assert crops[0].bad == crops[1].bad == [(BAD, "not an image of a known format")]
 
 

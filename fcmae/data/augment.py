@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fcmae import rng
+from fcmae.config.training import AugmentBase
 
 Box = tuple[int, int, int, int]
 """Left, top, width and height in pixels of the image as it is looked at."""
@@ -29,20 +30,26 @@ class Geometry:
     flip_v: bool = False
 
 
-def crop_box(
-    seed: int,
-    epoch: int,
-    index: int,
-    width: int,
-    height: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> Box:
-    """Draw the box that RandomResizedCrop would: `scale` of the area, `ratio` of width to height.
+def random_geometry(
+    seed: int, epoch: int, index: int, size: tuple[int, int], augment: AugmentBase
+) -> Geometry:
+    """Draw how a training sample is cut from an image of (width, height) pixels.
 
-    Area is uniform and aspect log-uniform. A draw that does not fit in the image is drawn again,
-    ten times in all; then the box is the largest centred one whose aspect lies within `ratio`.
+    Each flip that `augment` allows has chance 1/2.
     """
+    across, down = rng.uniform(seed, rng.FLIP, epoch, index, np.arange(2)).tolist()
+    box = crop_box(seed, epoch, index, size, augment)
+    return Geometry(size, box, augment.hflip and across < 0.5, augment.vflip and down < 0.5)
+
+
+def crop_box(seed: int, epoch: int, index: int, size: tuple[int, int], augment: AugmentBase) -> Box:
+    """Draw the box that RandomResizedCrop would, from an image of (width, height) pixels.
+
+    Its share of the area is uniform in `crop_scale`, its width / height log-uniform in
+    `crop_ratio`. A draw that does not fit in the image is drawn again, ten times in all; then the
+    box is the largest centred one whose width / height lies within `crop_ratio`.
+    """
+    (width, height), scale, ratio = size, augment.crop_scale, augment.crop_ratio
     draws = rng.uniform(seed, rng.CROP, epoch, index, np.arange(4 * _TRIES)).reshape(_TRIES, 4)
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for area_draw, aspect_draw, left_draw, top_draw in draws.tolist():
@@ -70,9 +77,3 @@ def _centered(width: int, height: int, aspect: float) -> Box:
     w = min(width, max(1, round(height * aspect)))
     h = min(height, max(1, round(width / aspect)))
     return (width - w) // 2, (height - h) // 2, w, h
-
-
-def flips(seed: int, epoch: int, index: int, hflip: bool, vflip: bool) -> tuple[bool, bool]:
-    """Return whether to mirror left-right and top-bottom, each with chance 1/2 where allowed."""
-    across, down = rng.uniform(seed, rng.FLIP, epoch, index, np.arange(2)).tolist()
-    return hflip and across < 0.5, vflip and down < 0.5

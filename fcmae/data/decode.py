@@ -11,14 +11,18 @@ import io
 import math
 import os
 import stat
-from typing import Any, BinaryIO
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import BinaryIO
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
+from numpy.lib import format as npy
+from PIL import Image, UnidentifiedImageError
 
 from fcmae.data.augment import Box
-from fcmae.data.bad import BadImage, reading
 from fcmae.data.resize import Pixels, Raster, resize, strips, to_unit
 from fcmae.data.sources import PathOrFile
 
@@ -32,92 +36,62 @@ DECODER_SHARE = {"WEBP": 0.3, "JPEG2000": 0.25, "AVIF": 0.5, "progressive JPEG":
 _GREY = ("1", "L", "LA", "La")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
-_TURNS = {
-    1: (False, False, False),
-    2: (False, True, False),
-    3: (False, True, True),
-    4: (False, False, True),
-    5: (True, False, False),
-    6: (True, True, False),
-    7: (True, True, True),
-    8: (True, False, True),
-}
-"""EXIF orientation → whether to swap rows and columns, then mirror left-right, then top-bottom."""
 
 
-class _Array:
-    """Pixels that are decoded already: (H, W, bands), uint8, uint16 or float."""
+class BadImage(Exception):
+    """An image that can't be used; `reason` says why, in one line."""
 
-    def __init__(self, pixels_HWC: npt.NDArray[Any]) -> None:
-        self.height, self.width = pixels_HWC.shape[:2]
-        self.bounded = pixels_HWC.dtype.kind == "u"
-        self._pixels = pixels_HWC
-
-    def rows(self, left: int, top: int, right: int, bottom: int) -> Pixels:
-        return to_unit(self._pixels[top:bottom, left:right])
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
-class _Pil:
-    """A Pillow image, converted part by part so that no second copy of a large one is needed."""
-
-    def __init__(self, image: Image.Image, in_chans: int) -> None:
-        self.width, self.height = image.size
-        self.bounded = image.mode != "F"
-        self._image = image
-        self._modes: tuple[str, ...] = ()
-        if image.mode in _GREY + _COLOUR:
-            grey = in_chans == 1 or (in_chans == 3 and image.mode in _GREY)
-            self._modes = {2: ("RGBA", "LA"), 4: ("RGBA",)}.get(in_chans, ("L" if grey else "RGB",))
-        if in_chans in (1, 3):
-            image.info.pop("transparency", None)  # or Pillow warns that it is dropped
-
-    def rows(self, left: int, top: int, right: int, bottom: int) -> Pixels:
-        part = self._image.crop((left, top, right, bottom))
-        if part.mode in ("La", "RGBa"):  # colours multiplied by alpha
-            part = part.convert(part.mode.upper())
-        for mode in self._modes:
-            part = part.convert(mode)
-        pixels = np.asarray(part)
-        if part.mode == "I":  # Pillow's 16-bit PGM
-            pixels = pixels.astype(np.uint16)
-        return to_unit(pixels.reshape(bottom - top, right - left, -1))
+@contextmanager
+def reading(max_pixels: int) -> Iterator[None]:
+    """Turn what a broken file raises into BadImage; hold Pillow to `max_pixels` in the meantime."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except BadImage:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage(f"more pixels than max_pixels {max_pixels}") from error
+    except UnidentifiedImageError as error:
+        raise BadImage("not an image of a known format") from error
+    except Exception as error:  # decoders raise nearly anything, MemoryError included
+        text = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise BadImage(" ".join(f"{type(error).__name__}: {text}".split())) from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
-class _Jpeg:
-    """A JPEG file in memory, decoded when it is known how much of it is wanted."""
-
-    def __init__(self, image: Image.Image, content: bytes, in_chans: int) -> None:
-        self.width, self.height = image.size
-        self._content = content
-        self._in_chans = in_chans
-
-    def decode(self, shrink: int) -> tuple[_Pil, int]:
-        """Return the pixels at 1 / scale of their size, and that scale: at most `shrink`."""
-        scale = next(scale for scale in (8, 4, 2, 1) if scale <= max(shrink, 1))
-        with reading(self.width * self.height):
-            image = Image.open(io.BytesIO(self._content), formats=("JPEG",))
-            if scale > 1:
-                image.draft(None, (self.width // scale, self.height // scale))
-            image.load()
-            return _Pil(image, self._in_chans), scale
-
-
+@dataclass(frozen=True)
 class OpenedImage:
     """An image whose header is good: its `size` as it is looked at, and crops of it.
 
     JPEG is decoded by each crop, everything else when it is opened.
+
+    Args:
+        stored_size: (width, height) in pixels, before the EXIF orientation.
+        turn: whether to swap rows and columns, then mirror left-right, then top-bottom.
+        in_chans: channels of the crops.
+        decode: from a factor to the pixels at 1 / scale of their size, and scale, which is at most
+            the factor, or 1.
     """
 
-    def __init__(self, raster: Raster | _Jpeg, turn: tuple[bool, bool, bool], in_chans: int):
-        self._raster = raster
-        self._swap, self._mirror_h, self._mirror_v = turn
-        self._in_chans = in_chans
+    stored_size: tuple[int, int]
+    turn: tuple[bool, bool, bool]
+    in_chans: int
+    decode: Callable[[int], tuple[Raster, int]]
 
     @property
     def size(self) -> tuple[int, int]:
         """Return (width, height) in pixels, after the EXIF orientation."""
-        width, height = self._raster.width, self._raster.height
-        return (height, width) if self._swap else (width, height)
+        return self.stored_size[::-1] if self.turn[0] else self.stored_size
 
     def resized(
         self,
@@ -138,46 +112,34 @@ class OpenedImage:
         Raises:
             BadImage: the pixels can't be decoded.
         """
+        swap, mirror_h, mirror_v = self.turn
         left, top, width, height = box
-        if self._mirror_h:
+        if mirror_h:
             left = self.size[0] - left - width
-        if self._mirror_v:
+        if mirror_v:
             top = self.size[1] - top - height
-        if self._swap:
+        if swap:
             left, top, width, height = top, left, height, width
             img_size = img_size[::-1]
-        corners = (left, top, left + width, top + height)
-        image = self._crop(corners, img_size, fast, interpolation)
-        if self._swap:
+        shrink = min(width // img_size[1], height // img_size[0])
+        raster, scale = self.decode(shrink if fast else 1)
+        right = min(math.ceil((left + width) / scale), raster.width)
+        bottom = min(math.ceil((top + height) / scale), raster.height)
+        corners = (left // scale, top // scale, right, bottom)
+        image = resize(raster, corners, img_size, interpolation)
+        if raster.bounded and image.dtype != np.uint8:
+            image = image.clip(0, 1)
+        if swap:
             image = image.transpose(0, 2, 1)
-        across, down = flip_h != self._mirror_h, flip_v != self._mirror_v
+        across, down = flip_h != mirror_h, flip_v != mirror_v
         return self._in_channels(image[:, :: -1 if down else 1, :: -1 if across else 1])
-
-    def _crop(
-        self,
-        box: tuple[int, int, int, int],
-        img_size: tuple[int, int],
-        fast: bool,
-        interpolation: str,
-    ) -> Pixels:
-        """Return a box (left, top, right, bottom) of the stored pixels, resized to (H, W)."""
-        left, top, right, bottom = box
-        raster = self._raster
-        if isinstance(raster, _Jpeg):
-            shrink = min((right - left) // img_size[1], (bottom - top) // img_size[0])
-            raster, scale = raster.decode(shrink if fast else 1)
-            left, top = left // scale, top // scale
-            right = min(math.ceil(right / scale), raster.width)
-            bottom = min(math.ceil(bottom / scale), raster.height)
-        image = resize(raster, (left, top, right, bottom), img_size, interpolation)
-        return image.clip(0, 1) if raster.bounded and image.dtype != np.uint8 else image
 
     def _in_channels(self, image_CHW: Pixels) -> Pixels:
         """Repeat a single band as often as asked for, with an opaque alpha for 2 and 4 channels."""
-        if len(image_CHW) == self._in_chans:
+        if len(image_CHW) == self.in_chans:
             return np.ascontiguousarray(image_CHW)
-        image = np.repeat(image_CHW, self._in_chans, axis=0)
-        if self._in_chans in (2, 4):
+        image = np.repeat(image_CHW, self.in_chans, axis=0)
+        if self.in_chans in (2, 4):
             image[-1] = 255 if image.dtype == np.uint8 else 1
         return image
 
@@ -200,7 +162,7 @@ def read_image(path_or_file: PathOrFile, in_chans: int, max_pixels: int) -> Open
         magic = file.read(6)
         file.seek(0)
         if magic == b"\x93NUMPY":
-            return OpenedImage(_read_array(file, in_chans, max_pixels), _TURNS[1], in_chans)
+            return _read_array(file, in_chans, max_pixels)
         return _read_with_pillow(file, in_chans, max_pixels)
 
 
@@ -226,42 +188,78 @@ def _read_with_pillow(file: BinaryIO, in_chans: int, max_pixels: int) -> OpenedI
     if image.format in ("JPEG", "MPO"):
         turn = _turn(image)
         file.seek(0)
-        return OpenedImage(_Jpeg(image, file.read(), in_chans), turn, in_chans)
+        decode = partial(_decode_jpeg, file.read(), image.size, in_chans)
+        return OpenedImage(image.size, turn, in_chans, decode)
     image.load()
-    raster = _Pil(image, in_chans)
+    raster = _pillow_raster(image, in_chans)
     if image.mode == "F":
         _check_finite(raster)
-    return OpenedImage(raster, _turn(image), in_chans)
+    return OpenedImage(image.size, _turn(image), in_chans, lambda _: (raster, 1))
 
 
-def _read_array(file: BinaryIO, in_chans: int, max_pixels: int) -> _Array:
-    version = np.lib.format.read_magic(file)
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    if version not in read_header:
+def _decode_jpeg(
+    content: bytes, size: tuple[int, int], in_chans: int, shrink: int
+) -> tuple[Raster, int]:
+    """See `OpenedImage`: a JPEG can be decoded at 1/2, 1/4 and 1/8 of its (width, height)."""
+    scale = next(scale for scale in (8, 4, 2, 1) if scale <= max(shrink, 1))
+    with reading(size[0] * size[1]):
+        image = Image.open(io.BytesIO(content), formats=("JPEG",))
+        if scale > 1:
+            image.draft(None, (size[0] // scale, size[1] // scale))
+        image.load()
+        return _pillow_raster(image, in_chans), scale
+
+
+def _pillow_raster(image: Image.Image, in_chans: int) -> Raster:
+    """Convert a Pillow image part by part, so that no second copy of a large one is needed."""
+    modes: tuple[str, ...] = ()
+    if image.mode in _GREY + _COLOUR:
+        grey = in_chans == 1 or (in_chans == 3 and image.mode in _GREY)
+        modes = {2: ("RGBA", "LA"), 4: ("RGBA",)}.get(in_chans, ("L" if grey else "RGB",))
+    if in_chans in (1, 3):
+        image.info.pop("transparency", None)  # or Pillow warns that it is dropped
+
+    def rows(left: int, top: int, right: int, bottom: int) -> Pixels:
+        part = image.crop((left, top, right, bottom))
+        if part.mode in ("La", "RGBa"):  # colours multiplied by alpha
+            part = part.convert(part.mode.upper())
+        for mode in modes:
+            part = part.convert(mode)
+        pixels = np.asarray(part)
+        if part.mode == "I":  # Pillow's 16-bit PGM
+            pixels = pixels.astype(np.uint16)
+        return to_unit(pixels.reshape(bottom - top, right - left, -1))
+
+    return Raster(*image.size, image.mode != "F", rows)
+
+
+def _read_array(file: BinaryIO, in_chans: int, max_pixels: int) -> OpenedImage:
+    version = npy.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
         raise BadImage(f".npy format {version} is not 1.0 or 2.0")
-    shape, _, dtype = read_header[version](file)
+    old = version == (1, 0)
+    shape, _, dtype = (npy.read_array_header_1_0 if old else npy.read_array_header_2_0)(file)
     if dtype.kind != "f" and (dtype.kind, dtype.itemsize) not in (("u", 1), ("u", 2)):
         raise BadImage(f"array of {dtype}: uint8, uint16 and float are read")
     if len(shape) not in (2, 3) or min(shape) < 1 or (*shape, 1)[2] != in_chans:
-        raise BadImage(f"array of shape {shape} is not (H, W, {in_chans}){_channels_of(shape)}")
-    _check_pixels(shape[1], shape[0], max_pixels)
+        hint = ""  # the smallest side most likely counts the channels
+        if len(shape) == 3 and shape[2] == min(shape):
+            hint = f": give --in_chans {shape[2]}"
+        elif len(shape) == 3 and shape[0] == min(shape):
+            hint = ": channels come last"
+        raise BadImage(f"array of shape {shape} is not (H, W, {in_chans}){hint}")
+    height, width = shape[:2]
+    _check_pixels(width, height, max_pixels)
     file.seek(0)
-    raster = _Array(np.load(file, allow_pickle=False).reshape(*shape[:2], in_chans))
+    pixels = np.load(file, allow_pickle=False).reshape(height, width, in_chans)
+
+    def rows(left: int, top: int, right: int, bottom: int) -> Pixels:
+        return to_unit(pixels[top:bottom, left:right])
+
+    raster = Raster(width, height, dtype.kind == "u", rows)
     if dtype.kind == "f":
         _check_finite(raster)
-    return raster
-
-
-def _channels_of(shape: tuple[int, ...]) -> str:
-    """What to do about an array of other channels: the fewest are taken for them."""
-    if len(shape) != 3:
-        return ""
-    if shape[2] == min(shape):
-        return f": give --in_chans {shape[2]}"
-    return ": channels come last" if shape[0] == min(shape) else ""
+    return OpenedImage((width, height), (False, False, False), in_chans, lambda _: (raster, 1))
 
 
 def _check_pixels(width: int, height: int, max_pixels: int, form: str = "") -> None:
@@ -281,9 +279,13 @@ def _check_finite(raster: Raster) -> None:
 
 
 def _turn(image: Image.Image) -> tuple[bool, bool, bool]:
-    """Return how to turn the image; one whose EXIF can't be read stays as it is."""
+    """Return what the EXIF orientation asks for; an image whose EXIF can't be read stays as it is.
+
+    Of the values 1 to 8, the last four swap rows and columns.
+    """
     try:
         with reading(image.width * image.height):
-            return _TURNS.get(image.getexif().get(0x0112, 1), _TURNS[1])
+            orientation = image.getexif().get(0x0112)
     except BadImage:
-        return _TURNS[1]
+        orientation = None
+    return orientation in (5, 6, 7, 8), orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)

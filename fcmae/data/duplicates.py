@@ -7,11 +7,10 @@ differed in up to 20 of the 255 bits (resized, blurred, recompressed, brightened
 on a plain ground, icons and scans are mistaken for each other.
 """
 
-from __future__ import annotations
-
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +23,8 @@ from torch.utils.data import Dataset
 from fcmae.atomic import atomic_write
 from fcmae.config.values import MAX_PIXELS
 from fcmae.console import tracked
-from fcmae.data.bad import BadImage
-from fcmae.data.decode import read_image
-from fcmae.data.evaluation import SHOWN, batches_of
+from fcmae.data.decode import BadImage, read_image
+from fcmae.data.evaluation import batches_of, warn_of_first
 from fcmae.data.file_list import find_images
 from fcmae.data.labelled import LabelledData
 from fcmae.data.loader import lost_workers, make_loader
@@ -63,11 +61,11 @@ class Duplicate(NamedTuple):
     bits: int
 
 
+@dataclass
 class _HashDataset(Dataset[Sample]):
     """Hashes in place of images; a sample without one where there is none."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    source: Source
 
     def __getitem__(self, index: int) -> Sample:
         return Sample(perceptual_hash(self.source.open(index)), index)
@@ -86,11 +84,7 @@ def perceptual_hash(path_or_file: PathOrFile) -> Hash | None:
 
 
 def find_duplicates(
-    source: Source,
-    others: Source,
-    workers: int,
-    world: World = ALONE,
-    shown: bool = False,
+    source: Source, others: Source, workers: int, world: World = ALONE, shown: bool = False
 ) -> list[Duplicate]:
     """Find the images in `source` that are near-duplicates of one in `others`, its nearest.
 
@@ -106,27 +100,19 @@ def find_duplicates(
         RunError: a process that reads images died.
     """
     parts = world.gather(_hashes(others, workers, world, "hashes of val" if shown else None))
-    wanted = np.concatenate([hashes for hashes, _ in parts])
     wanted_at = [index for _, indices in parts for index in indices]
-    found, found_at = _hashes(source, workers, world, "hashes to compare" if shown else None)
-    own = [
-        (found_at[place], Duplicate(source.name(found_at[place]), others.name(wanted_at[near]), b))
-        for place, near, b in _nearest(found, wanted)
-    ]
-    everywhere = [entry for part in world.gather(own) for entry in part]
-    return [entry for _, entry in sorted(everywhere)]
-
-
-def _nearest(found: Hash, wanted: Hash) -> Iterator[tuple[int, int, int]]:
-    """Yield (place in `found`, place of the nearest in `wanted`, bits) of those that are near."""
-    if not len(wanted):
-        return
-    signs = _signs(wanted)
-    for start in range(0, len(found), _AT_ONCE):
-        best = (_signs(found[start : start + _AT_ONCE]) @ signs.T).max(1)
+    signs = _signs(np.concatenate([hashes for hashes, _ in parts]))
+    hashes, places = _hashes(source, workers, world, "hashes to compare" if shown else None)
+    found: list[tuple[int, Duplicate]] = []
+    for start in range(0, len(hashes) if wanted_at else 0, _AT_ONCE):
+        best = (_signs(hashes[start : start + _AT_ONCE]) @ signs.T).max(1)
         bits = ((BITS - best.values) / 2).round().int()
-        for place in (bits <= MOST_BITS).nonzero().flatten().tolist():
-            yield start + place, int(best.indices[place]), int(bits[place])
+        for near in (bits <= MOST_BITS).nonzero().flatten().tolist():
+            place, of = places[start + near], wanted_at[int(best.indices[near])]
+            entry = Duplicate(source.name(place), others.name(of), int(bits[near]))
+            found.append((place, entry))
+    everywhere = [pair for part in world.gather(found) for pair in part]
+    return [entry for _, entry in sorted(everywhere)]
 
 
 def report_duplicates(
@@ -149,18 +135,12 @@ def report_duplicates(
     found = find_duplicates(files, data.val.source, processes, world, shown=world.is_main)
     if not world.is_main:
         return found
-    for entry in found[:SHOWN]:
-        _log.warning(
-            "near-duplicate of a validation image: %s is like %s%s", entry.path, data.val.prefix,
-            entry.of,
-        )  # fmt: skip
-    if len(found) > SHOWN:
-        _log.warning("and %d more", len(found) - SHOWN)
-    distinct = len({entry.of for entry in found})
+    near = [f"{entry.path} is like {data.val.prefix}{entry.of}" for entry in found]
+    warn_of_first([f"near-duplicate of a validation image: {pair}" for pair in near])
     _log.info(
-        "%d of %d images in %s are near-duplicates of %d of the %d images in val", len(found),
-        len(files), images, distinct, len(data.val.source),
-    )  # fmt: skip
+        f"{len(found)} of {len(files)} images in {images} are near-duplicates of "
+        f"{len({entry.of for entry in found})} of the {len(data.val.source)} images in val"
+    )
     return found
 
 

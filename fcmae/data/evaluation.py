@@ -3,20 +3,23 @@
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fcmae import rng
 from fcmae.config.values import MAX_PIXELS
 from fcmae.console import tracked
-from fcmae.data.augment import Geometry, center_box
-from fcmae.data.bad import BadImage
-from fcmae.data.decode import read_image
+from fcmae.data.decode import BadImage
 from fcmae.data.labelled import Split
 from fcmae.data.loader import lost_workers, make_loader
 from fcmae.data.sample import Batch, Sample, normalise
-from fcmae.data.statistics import Preprocessing
+from fcmae.data.sources import Source, key_hash
+from fcmae.data.statistics import Preprocessing, center_crop
+from fcmae.model.mask import grid_of, random_mask
 from fcmae.train.processes import ALONE, World
 
 SHOWN = 20
@@ -25,6 +28,7 @@ SHOWN = 20
 _log = logging.getLogger(__name__)
 
 
+@dataclass
 class EvalDataset(Dataset[Sample]):
     """Centre crops, by index.
 
@@ -34,32 +38,34 @@ class EvalDataset(Dataset[Sample]):
         max_pixels: images with more pixels count as unreadable.
     """
 
-    def __init__(self, split: Split, images: Preprocessing, max_pixels: int = MAX_PIXELS) -> None:
-        self.split, self.images, self.max_pixels = split, images, max_pixels
+    split: Split
+    images: Preprocessing
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.split.source)
 
     def __getitem__(self, index: int) -> Sample:
         """Return the sample, without an image where it can't be read."""
-        split, images = self.split, self.images
-        target = None if split.labels is None else int(split.labels[index])
+        target = self.split.target(index)
         try:
-            opened = read_image(split.source.open(index), len(images.mean), self.max_pixels)
-            box = center_box(*opened.size, images.img_size, images.crop_pct)
-            image = opened.resized(box, images.img_size, interpolation=images.interpolation)
+            image, geometry = center_crop(self.split.source, index, self.images, self.max_pixels)
         except BadImage as error:
-            name = split.prefix + split.source.name(index)
-            return Sample(None, index, target=target, bad=[(name, error.reason)])
-        return Sample(image, index, target=target, geometry=Geometry(opened.size, box))
+            return Sample(None, index, bad=[(self.split.name(index), error.reason)])
+        return Sample(image, index, target=target, geometry=geometry)
 
 
 def report_skipped(bad: Sequence[tuple[str, str]], most: int = SHOWN) -> None:
     """Log the (name, reason) of images that can't be read, the first `most` of them."""
-    for name, reason in bad[:most]:
-        _log.warning("skipped, since it can't be read: %s: %s", name, reason)
-    if len(bad) > most:
-        _log.warning("and %d more", len(bad) - most)
+    warn_of_first([f"skipped, since it can't be read: {': '.join(entry)}" for entry in bad], most)
+
+
+def warn_of_first(lines: Sequence[str], most: int = SHOWN) -> None:
+    """Log the first lines as warnings, and how many more there are."""
+    for line in lines[:most]:
+        _log.warning("%s", line)
+    if len(lines) > most:
+        _log.warning("and %d more", len(lines) - most)
 
 
 def batches_of(n: int, batch_size: int, rank: int = 0, size: int = 1) -> list[list[int]]:
@@ -104,8 +110,26 @@ def each_batch(
     with lost_workers():
         loaded = make_loader(dataset, batches, workers, device.type == "cuda")
         for batch in tracked(loaded, len(batches), shown):
-            if not len(batch):
-                yield batch, torch.empty(0, len(images.mean), *images.img_size, device=device)
-                continue
-            pixels = normalise(batch.images, images.mean, images.std, device)
-            yield batch, pixels.contiguous(memory_format=torch.channels_last)
+            pixels = batch.images
+            if len(batch):
+                pixels = normalise(pixels, images.mean, images.std, device)
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+            yield batch, pixels
+
+
+def held_out_masks(
+    source: Source, indices: Tensor, img_size: tuple[int, int], mask_ratio: float, seed: int
+) -> Tensor:
+    """Masks (B, h, w) of held-out images: each depends on the image's key and the seed alone.
+
+    Args:
+        source: the images.
+        indices: which of them, (B,).
+        img_size: (height, width) of the crops.
+        mask_ratio: share of the patches that a mask hides.
+        seed: of the run.
+    """
+    keys = [key_hash(source, index) for index in indices.tolist()]
+    grid, stream = grid_of(img_size), rng.HOLDOUT_MASK
+    masks = [random_mask(seed, 0, key, grid, mask_ratio, stream) for key in keys]
+    return torch.from_numpy(np.stack(masks))

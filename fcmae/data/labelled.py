@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -33,9 +33,17 @@ class Split(NamedTuple):
     """Images of one split: where they are, what goes before their names in messages, and the class
     of each (N,), or None where there are no labels."""
 
-    source: FileList
+    source: Source
     prefix: str = ""
     labels: Labels | None = None
+
+    def name(self, index: int) -> str:
+        """Return what messages call an image."""
+        return self.prefix + self.source.name(index)
+
+    def target(self, index: int) -> int | None:
+        """Return an image's class, or None where there are no labels."""
+        return None if self.labels is None else int(self.labels[index])
 
 
 class LabelledData(NamedTuple):
@@ -61,38 +69,35 @@ def find_labelled(data: str, val_fraction: float, exclude: str | None = None) ->
     if not root.is_dir():
         raise InputError(f"data {data!r} is not a folder: give one with {_LAYOUT}")
     train, val = root / TRAIN, root / VAL
-    if val_fraction:
-        if val.is_dir():
-            raise InputError(
-                f"val_fraction {val_fraction} divides one folder of classes, but {data!r} has its "
-                "own val: leave val_fraction at 0"
-            )
-        prefix, folder = (f"{TRAIN}/", train) if train.is_dir() else ("", root)
-        files, names = find_classes(folder, exclude)
-        _check_several(folder, names)
-        labels = labels_of(files, names)
-        kept, held = split_by_hash(files, labels, val_fraction)
-        _warn_unmeasured(names, {names[label] for label in labels[held]})
-        learnt, measured = (
-            Split(files.select(part), prefix, labels[part]) for part in (kept, held)
+    prefix, folder = (f"{TRAIN}/", train) if train.is_dir() else ("", root)
+    if val_fraction and val.is_dir():
+        raise InputError(
+            f"val_fraction {val_fraction} divides one folder of classes, but {data!r} has its own "
+            "val: leave val_fraction at 0"
         )
-        return LabelledData(learnt, measured, names)
     for split in (train, val):
-        if not split.is_dir():
+        if not val_fraction and not split.is_dir():
             raise InputError(
                 f"data {data!r} has no folder {split.name!r}: give {_LAYOUT}, or one folder of "
                 "classes with --val_fraction 0.2"
             )
-    files, names = find_classes(train, exclude)
-    _check_several(train, names)
-    val_files, val_names = find_classes(val, exclude)
-    check_known(val, val_names, names, "train")
-    _warn_unmeasured(names, val_names)
-    return LabelledData(
-        Split(files, f"{TRAIN}/", labels_of(files, names)),
-        Split(val_files, f"{VAL}/", labels_of(val_files, names)),
-        names,
-    )
+    files, names = find_classes(folder, exclude)
+    if len(names) < 2:
+        raise InputError(f"{folder} has one class, {names[0]!r}: give at least two")
+    labels = labels_of(files, names)
+    if val_fraction:
+        parts = split_by_hash(files, labels, val_fraction)
+        learnt, measured = (Split(files.select(part), prefix, labels[part]) for part in parts)
+        val_names = tuple(names[label] for label in np.unique(labels[parts[1]]))
+    else:
+        val_files, val_names = find_classes(val, exclude)
+        check_known(val, val_names, names, "train")
+        learnt = Split(files, prefix, labels)
+        measured = Split(val_files, f"{VAL}/", labels_of(val_files, names))
+    missing = sorted(set(names) - set(val_names))
+    if missing:
+        _log.warning("not in val, so never measured: %s", _some(missing))
+    return LabelledData(learnt, measured, names)
 
 
 def find_classes(folder: Path, exclude: str | None = None) -> tuple[FileList, tuple[str, ...]]:
@@ -180,35 +185,19 @@ def check_known(folder: Path, found: Sequence[str], known: Sequence[str], where:
         )
 
 
-def _warn_unmeasured(names: Sequence[str], measured: Iterable[str]) -> None:
-    missing = sorted(set(names) - set(measured))
-    if missing:
-        _log.warning("not in val, so never measured: %s", _some(missing))
-
-
 def _class_names(folder: Path, exclude: str | None) -> tuple[str, ...]:
     run = Path(exclude).resolve() if exclude else None
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     names = sorted(entry.name for entry in entries if entry.is_dir() and entry.resolve() != run)
-    alike: dict[str, str] = {}
+    seen: dict[str, str] = {}
     for name in names:
         if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
             raise InputError(f"{folder} has the class {name!r}: rename it to printable UTF-8")
-        other = alike.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        other = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other != name:
-            raise InputError(
-                f"{folder} has the classes {other!r} and {name!r}, which look alike: merge them or "
-                "rename one"
-            )
+            both = f"{other!r} and {name!r}"
+            raise InputError(f"{folder} has the classes {both}, which look alike: rename one")
     return tuple(names)
-
-
-def _check_several(folder: Path, names: Sequence[str]) -> None:
-    if len(names) < 2:
-        raise InputError(
-            f"{folder} has one class, {names[0]!r}: there is nothing to tell apart; give a folder "
-            "a class, at least two"
-        )
 
 
 def _some(names: Sequence[str]) -> str:

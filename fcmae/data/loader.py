@@ -10,9 +10,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,103 +21,74 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fcmae import rng
-from fcmae.config.values import MAX_PIXELS
-from fcmae.data.augment import Geometry, crop_box, flips
-from fcmae.data.bad import BadImage
-from fcmae.data.decode import read_image
+from fcmae.config.pretraining import PretrainConfig
+from fcmae.config.training import TrainingConfig
+from fcmae.data.augment import random_geometry
+from fcmae.data.decode import BadImage, read_image
+from fcmae.data.labelled import Split
 from fcmae.data.order import Key
 from fcmae.data.sample import Batch, Sample, collate
-from fcmae.data.sources import Source
+from fcmae.data.statistics import Preprocessing
 from fcmae.model.mask import grid_of, random_mask
 from sparse.errors import RunError
 
 _CANDIDATES = 20
 
 
-class PretrainDataset(Dataset[Sample]):
-    """Random crops of the training images, with masks, by (epoch, index).
+@dataclass
+class CropDataset(Dataset[Sample]):
+    """Random crops of training images, by (epoch, index).
 
     Args:
-        source: the training images.
-        img_size: (height, width) of the crops, multiples of 32.
-        in_chans: channels of the crops.
-        mask_ratio: share of the patches that a mask hides.
-        crop_scale: the smallest and largest area of a crop, as a share of the image's.
-        crop_ratio: the smallest and largest ratio of a crop's width to its height.
-        hflip: mirror half of the crops left-right.
-        vflip: mirror half of the crops top-bottom.
-        seed: what crops, flips, masks and replacements depend on, with epoch and index.
-        max_pixels: images with more pixels count as unreadable.
-        fast_decode: decode large JPEGs at a fraction of their size; see `OpenedImage.resized`.
+        split: the training images, with labels or without.
+        images: size and interpolation of the crops, and their channels.
+        config: has the `seed` on which everything random depends, with epoch and index; `augment`;
+            and `max_pixels`: images with more pixels count as unreadable.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        img_size: tuple[int, int],
-        in_chans: int = 3,
-        mask_ratio: float = 0.6,
-        crop_scale: Sequence[float] = (0.2, 1.0),
-        crop_ratio: Sequence[float] = (0.75, 1.3333),
-        hflip: bool = True,
-        vflip: bool = False,
-        seed: int = 0,
-        max_pixels: int = MAX_PIXELS,
-        fast_decode: bool = False,
-    ) -> None:
-        self.source = source
-        self.img_size = img_size
-        self.in_chans = in_chans
-        self.mask_ratio = mask_ratio
-        self.crop_scale = (crop_scale[0], crop_scale[1])
-        self.crop_ratio = (crop_ratio[0], crop_ratio[1])
-        self.hflip = hflip
-        self.vflip = vflip
-        self.seed = seed
-        self.max_pixels = max_pixels
-        self.fast_decode = fast_decode
+    split: Split
+    images: Preprocessing
+    config: TrainingConfig
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.split.source)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Return the sample; an image that can't be read is replaced, the same way in every run."""
-        epoch, index = key
-        return read_or_replace(
-            self.source, index, self.seed, lambda candidate: self._crop(epoch, index, candidate)
-        )
+        """Return the sample; an image that can't be read is replaced, the same way in every run.
 
-    def _crop(self, epoch: int, index: int, candidate: int) -> Sample:
-        opened = read_image(self.source.open(candidate), self.in_chans, self.max_pixels)
-        box = crop_box(
-            self.seed, epoch, index, *opened.size, scale=self.crop_scale, ratio=self.crop_ratio
-        )
-        across, down = flips(self.seed, epoch, index, self.hflip, self.vflip)
-        image = opened.resized(box, self.img_size, across, down, self.fast_decode)
-        mask = random_mask(self.seed, epoch, index, grid_of(self.img_size), self.mask_ratio)
-        return Sample(image, candidate, mask, geometry=Geometry(opened.size, box, across, down))
+        It has no image where neither the image nor any of its 20 replacements can be read.
+        """
+        bad: list[tuple[str, str]] = []
+        for place in _candidates(key[1], len(self), self.config.seed):
+            try:
+                return replace(self.crop(*key, place), bad=bad)
+            except BadImage as error:
+                bad.append((self.split.name(place), error.reason))
+        return Sample(None, key[1], bad=bad)
+
+    def crop(self, epoch: int, index: int, place: int) -> Sample:
+        """Cut a sample from the image at `place`, which is `index` unless that one is replaced.
+
+        Raises:
+            BadImage: it can't be read.
+        """
+        split, images, config = self.split, self.images, self.config
+        opened = read_image(split.source.open(place), len(images.mean), config.max_pixels)
+        cut = random_geometry(config.seed, epoch, index, opened.size, config.augment)
+        size, fast = images.img_size, config.augment.fast_decode
+        pixels = opened.resized(cut.box, size, cut.flip_h, cut.flip_v, fast, images.interpolation)
+        return Sample(pixels, place, target=split.target(place), geometry=cut)
 
 
-def read_or_replace(source: Source, index: int, seed: int, read: Callable[[int], Sample]) -> Sample:
-    """Read an image, or another in its place where it is bad: the same one in every run.
+class PretrainDataset(CropDataset):
+    """Random crops with masks, by (epoch, index)."""
 
-    Args:
-        source: the images to choose from.
-        index: the position of the image.
-        seed: what the replacements depend on, with `index`.
-        read: from the position of an image to its sample; raises BadImage.
+    config: PretrainConfig
 
-    Returns:
-        The sample, with (name, reason) of the bad images; without an image where neither the image
-        nor any of its 20 replacements could be read.
-    """
-    bad: list[tuple[str, str]] = []
-    for candidate in _candidates(index, len(source), seed):
-        try:
-            return replace(read(candidate), bad=bad)
-        except BadImage as error:
-            bad.append((source.name(candidate), error.reason))
-    return Sample(None, index, bad=bad)
+    def crop(self, epoch: int, index: int, place: int) -> Sample:
+        sample = super().crop(epoch, index, place)
+        grid, ratio = grid_of(self.images.img_size), self.config.mask_ratio
+        return replace(sample, mask=random_mask(self.config.seed, epoch, index, grid, ratio))
 
 
 def _candidates(index: int, n: int, seed: int) -> Iterator[int]:
@@ -127,10 +98,7 @@ def _candidates(index: int, n: int, seed: int) -> Iterator[int]:
 
 
 def make_loader(
-    dataset: Dataset[Any],
-    batches: Iterable[list[Any]],
-    workers: int,
-    pin_memory: bool = False,
+    dataset: Dataset[Any], batches: Iterable[list[Any]], workers: int, pin_memory: bool = False
 ) -> DataLoader[Any]:
     """Return an iterable of `Batch`es: of the samples of each of `batches`.
 
@@ -147,7 +115,6 @@ def make_loader(
         worker_init_fn=_init_worker if workers else None,
         multiprocessing_context="fork" if fork else None,
         generator=torch.Generator(),
-        prefetch_factor=2 if workers else None,
     )
 
 
@@ -155,36 +122,27 @@ def make_loader(
 def lost_workers(then: str = "") -> Iterator[None]:
     """Turn what torch raises, at whatever line, for a worker that died or has no room: RunError.
 
-    `then` ends its message.
+    torch notices a death; what it was just then sending breaks off inside multiprocessing. `then`
+    ends the message.
     """
     try:
         yield
     except RunError:
         raise
     except (RuntimeError, ConnectionError, EOFError) as error:
-        what = _lost(error)
-        if what is None:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        named = re.search(r"DataLoader worker \(pid.*|unable to allocate shared mem.*", str(error))
+        if isinstance(error, RuntimeError) and named:
+            what = named[0].strip(" .")
+        elif frame.f_globals.get("__name__", "").startswith("multiprocessing."):
+            what = f"{type(error).__name__} while it sent images"
+        else:
             raise
         raise RunError(
             f"a process that reads images failed ({what}), out of memory or of "
             "room in /dev/shm: give the same command with fewer --workers (0 reads in the "
             f"process itself) or enlarge /dev/shm (docker run --shm-size 8g){then}"
         ) from error
-
-
-def _lost(error: Exception) -> str | None:
-    """Say what happened to a worker, or None where the error is about something else.
-
-    torch notices a death; what it was just then sending breaks off inside multiprocessing.
-    """
-    if isinstance(error, RuntimeError):
-        found = re.search(
-            r"DataLoader worker \(pid.*|unable to allocate shared memory.*", str(error)
-        )
-        return found[0].strip(" .") if found else None
-    *_, last = traceback.walk_tb(error.__traceback__)
-    inside = last[0].f_globals.get("__name__", "").startswith("multiprocessing.")
-    return f"{type(error).__name__} while it sent images" if inside else None
 
 
 def _collate_shared(samples: list[Sample]) -> Batch:

@@ -1,6 +1,7 @@
 """Which samples a step reads, known from its number alone."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -42,34 +43,24 @@ def check_parts(batch_size: int, world_size: int, accumulate: int) -> None:
         )
 
 
+@dataclass
 class StepSampler(Sampler[list[Key]]):
     """The micro-batches of one process, from `start_step` up to but without `total_steps`.
 
-    A step's global batch is cut into accumulate * world_size equal parts, in order; the a-th
-    micro-batch of a process is part a * world_size + rank. So the numbers of processes and of
-    micro-batches decide who computes a sample and when, never which samples a step has.
+    A step's global batch is cut into accumulate * world_size equal parts (see `check_parts`), in
+    order; the a-th micro-batch of a process is part a * world_size + rank. So the numbers of
+    processes and of micro-batches decide who computes a sample and when, never which samples a step
+    has.
     """
 
-    def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        seed: int,
-        start_step: int,
-        total_steps: int,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
-    ) -> None:
-        check_parts(batch_size, world_size, accumulate)
-        self.n = n
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start_step = start_step
-        self.total_steps = total_steps
-        self.rank = rank
-        self.world_size = world_size
-        self.accumulate = accumulate
+    n: int
+    batch_size: int
+    seed: int
+    start_step: int
+    total_steps: int
+    rank: int = 0
+    world_size: int = 1
+    accumulate: int = 1
 
     def __len__(self) -> int:
         return max(self.total_steps - self.start_step, 0) * self.accumulate

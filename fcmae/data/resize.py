@@ -1,7 +1,8 @@
 """Resizing a part of an image in bounded memory, with antialiased interpolation."""
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,17 +14,21 @@ Pixels = npt.NDArray[np.uint8 | np.float32]
 _STRIP_BYTES = 4 * 2**20
 
 
-class Raster(Protocol):
-    """Pixels as stored, before orientation; values in [0, 255] (uint8) or as they are (float32)."""
+@dataclass
+class Raster:
+    """Pixels as stored, before orientation; values in [0, 255] (uint8) or as they are (float32).
+
+    Attributes:
+        width, height: in pixels.
+        bounded: whether float values lie in [0, 1] and stay there, rather than mean what the file
+            says.
+        rows: from (left, top, right, bottom) to that part of the image, (rows, columns, bands).
+    """
 
     width: int
     height: int
     bounded: bool
-    """Whether float values lie in [0, 1] and stay there, rather than mean what the file says."""
-
-    def rows(self, left: int, top: int, right: int, bottom: int) -> Pixels:
-        """Return a part of the image, (rows, columns, bands)."""
-        ...
+    rows: Callable[[int, int, int, int], Pixels]
 
 
 def to_unit(pixels: npt.NDArray[Any]) -> Pixels:
@@ -41,21 +46,16 @@ def strips(
 ) -> Iterator[Pixels]:
     """Yield the rows of a box (left, top, right, bottom), some megabytes at a time; or columns."""
     left, top, right, bottom = box
-    if upright:
-        step = max(1, _STRIP_BYTES // (4 * (bottom - top)))
-        for first in range(left, right, step):
-            yield raster.rows(first, top, min(first + step, right), bottom)
-        return
-    step = max(1, _STRIP_BYTES // (4 * (right - left)))
-    for first in range(top, bottom, step):
-        yield raster.rows(left, first, right, min(first + step, bottom))
+    start, stop, across = (left, right, bottom - top) if upright else (top, bottom, right - left)
+    step = max(1, _STRIP_BYTES // (4 * across))
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        part = (first, top, last, bottom) if upright else (left, first, right, last)
+        yield raster.rows(*part)
 
 
 def resize(
-    raster: Raster,
-    box: tuple[int, int, int, int],
-    img_size: tuple[int, int],
-    interpolation: str = "bicubic",
+    raster: Raster, box: tuple[int, int, int, int], img_size: tuple[int, int], interpolation: str
 ) -> Pixels:
     """Return a box of the raster as (bands, H, W), resized by an antialiased filter.
 
@@ -72,13 +72,11 @@ def resize(
     if not upright and 4 * (box[2] - box[0]) * (box[3] - box[1]) <= _STRIP_BYTES:
         part = raster.rows(*box)  # both passes in one call, which saves a third
         return _interpolate(part, height, width, interpolation).transpose(2, 0, 1)
-    first = [
-        _interpolate(part, height, part.shape[1], interpolation)
-        if upright
-        else _interpolate(part, len(part), width, interpolation)
-        for part in strips(raster, box, upright)
-    ]
-    whole = np.concatenate(first, axis=1 if upright else 0)
+    resized = []
+    for part in strips(raster, box, upright):
+        rows, columns = (height, part.shape[1]) if upright else (len(part), width)
+        resized.append(_interpolate(part, rows, columns, interpolation))
+    whole = np.concatenate(resized, axis=1 if upright else 0)
     return _interpolate(whole, height, width, interpolation).transpose(2, 0, 1)
 
 

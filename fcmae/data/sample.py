@@ -4,8 +4,6 @@ Every data set gives `Sample`s and every loader `Batch`es; a kind of training fi
 it needs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -73,13 +71,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory, from where copies to a GPU need not wait."""
-        pinned: dict[str, Any] = {
-            name: value.pin_memory()
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
+        tensors = {name: v for name, v in vars(self).items() if isinstance(v, Tensor)}
+        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return replace(self, **pinned)
 
 
@@ -87,8 +82,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Join samples; 8-bit images become float where deeper ones stand beside them."""
     good = [sample for sample in samples if sample.image is not None]
     images = [sample.image for sample in good if sample.image is not None]
+    if len({image.dtype for image in images}) > 1:
+        images = [as_float(image) for image in images]
     return Batch(
-        stack(images) if images else torch.empty(0, dtype=torch.uint8),
+        torch.from_numpy(np.stack(images)) if images else torch.empty(0, dtype=torch.uint8),
         torch.tensor([sample.index for sample in good], dtype=torch.int64),
         _joined([sample.mask for sample in good]),
         _joined([sample.valid for sample in good]),
@@ -104,12 +101,6 @@ def _joined(values: Sequence[Any]) -> Tensor | None:
     if not values or values[0] is None:
         return None
     return torch.from_numpy(np.stack([np.asarray(value) for value in values]))
-
-
-def stack(images: Sequence[Pixels]) -> Tensor:
-    """Return images (C, H, W) as one (B, C, H, W); 8-bit ones become float beside deeper ones."""
-    same = len({image.dtype for image in images}) == 1
-    return torch.from_numpy(np.stack(images if same else [as_float(image) for image in images]))
 
 
 def as_float(image: Pixels) -> npt.NDArray[np.float32]:

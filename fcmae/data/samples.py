@@ -2,22 +2,24 @@
 
 A class is a photograph. Each is divided into a grid of cells with gaps between them; some cells are
 for validation, the others for training, and a crop never leaves its cell. So no pixel of a
-validation image was ever seen in training, yet both splits show all parts of the picture.
+validation image was ever seen in training, yet both splits show all parts of the photograph.
 """
 
 import json
+import os
+import shutil
 from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
 from PIL import Image, ImageEnhance, ImageOps
-from rich.progress import track
 
-from fcmae.atomic import atomic_write, check_out_folder
+from fcmae.atomic import check_out_folder
 from fcmae.commands.samples import SamplesConfig
-from fcmae.console import console
+from fcmae.console import console, tracked
 from sparse.errors import InputError
 
 PHOTOGRAPHS = {
@@ -37,7 +39,7 @@ PHOTOGRAPHS = {
     "rocket": "rocket.jpg",
     "tissue": "ihc.png",
 }
-"""Class → file. The rest of the wheel are drawings, text, blurred or tiny pictures, and
+"""Class → file. The rest of the wheel are drawings, text, blurred or tiny images, and
 motorcycle_right, which shows what motorcycle_left does."""
 
 GRID = 4
@@ -58,6 +60,9 @@ STRENGTH = 0.4
 MARKER = "samples.json"
 """File in the folder that says what made it."""
 
+PARTIAL = ".partial"
+"""Folder in the folder in which a set is written, until it is complete."""
+
 QUALITY = 90
 
 
@@ -71,26 +76,17 @@ class Box(NamedTuple):
 
 
 def cells(width: int, height: int, random: Random) -> dict[str, list[Box]]:
-    """Divide a picture of that many pixels into the cells of "train" and of "val"."""
+    """Divide an image of that many pixels into the cells of "train" and of "val"."""
     margin = max(1, round(GAP * min(width, height) / 2))
-    val_columns = shuffled(GRID, random)
+    keys = [random.random() for _ in range(GRID)]  # of all streams, Python never changes this one
+    val_columns = sorted(range(GRID), key=keys.__getitem__)
+    x, y = ([i * side // GRID for i in range(GRID + 1)] for side in (width, height))
     split: dict[str, list[Box]] = {"train": [], "val": []}
-    for row in range(GRID):
-        for column in range(GRID):
-            box = Box(
-                column * width // GRID + margin,
-                row * height // GRID + margin,
-                (column + 1) * width // GRID - margin,
-                (row + 1) * height // GRID - margin,
-            )
-            split["val" if val_columns[row] == column else "train"].append(box)
+    for row, column in product(range(GRID), repeat=2):
+        left, top = x[column] + margin, y[row] + margin
+        box = Box(left, top, x[column + 1] - margin, y[row + 1] - margin)
+        split["val" if val_columns[row] == column else "train"].append(box)
     return split
-
-
-def shuffled(count: int, random: Random) -> list[int]:
-    """Put 0 … count - 1 in random order, by `random()`: the one stream Python never changes."""
-    keys = [random.random() for _ in range(count)]
-    return sorted(range(count), key=keys.__getitem__)
 
 
 def crop_boxes(name: str, width: int, height: int, config: SamplesConfig) -> dict[str, list[Box]]:
@@ -114,7 +110,7 @@ def square(cell: Box, random: Random) -> Box:
 
 
 def vary(image: Image.Image, random: Random) -> Image.Image:
-    """Return the picture as another light and another camera might have shown it."""
+    """Return the image as another light and another camera might have shown it."""
     if random.random() < 0.5:
         image = ImageOps.mirror(image)
     if random.random() < 0.5:
@@ -133,48 +129,15 @@ def photograph(name: str) -> Image.Image:
     what they do not find.
 
     Raises:
-        InputError: scikit-image, or this picture of it, is not installed.
+        InputError: scikit-image, or this photograph of it, is not installed.
     """
     package = find_spec("skimage")
-    remedy = "it is in scikit-image: pip install 'fcmae[samples]'"
-    if package is None or not package.submodule_search_locations:
-        raise InputError(f"the photograph {PHOTOGRAPHS[name]} is missing; {remedy}")
-    path = Path(package.submodule_search_locations[0]) / "data" / PHOTOGRAPHS[name]
+    folders = package.submodule_search_locations if package else None
+    path = Path(folders[0] if folders else "skimage") / "data" / PHOTOGRAPHS[name]
     if not path.is_file():
-        raise InputError(f"{path} is missing; {remedy}")
+        raise InputError(f"{path} is missing; it is in scikit-image: pip install 'fcmae[samples]'")
     with Image.open(path) as image:
         return image.convert("RGB")
-
-
-def is_done(root: Path, settings: dict[str, object]) -> bool:
-    """True if the folder holds this very set, False if it may be written.
-
-    Raises:
-        InputError: the folder holds something else.
-    """
-    if root.exists() and not root.is_dir():
-        raise InputError(f"{root} is a file; name a folder to write the samples to")
-    if not root.is_dir() or not any(root.iterdir()):
-        return False
-    try:
-        found = json.loads((root / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or "complete" not in found:
-        raise InputError(f"{root} holds files that are no sample set; name an empty or new folder")
-    complete = found.pop("complete")
-    if found != settings:
-        raise InputError(
-            f"{root} holds a sample set of other settings; name an empty or new folder"
-        )
-    return bool(complete)
-
-
-def mark(root: Path, settings: dict[str, object], *, complete: bool) -> None:
-    """Write down what the folder is."""
-    with atomic_write(root / MARKER) as path:
-        text = json.dumps({**settings, "complete": complete}, indent=1)
-        path.write_text(text + "\n", encoding="utf-8")
 
 
 def samples(config: SamplesConfig) -> Path:
@@ -188,18 +151,26 @@ def samples(config: SamplesConfig) -> Path:
     """
     root = check_out_folder(config.out)
     settings = {key: value for key, value in asdict(config).items() if key != "out"}
+    marker = json.dumps({**settings, "complete": True}, indent=1).encode() + b"\n"
     photographs = {name: photograph(name) for name in PHOTOGRAPHS}
     total = len(photographs) * (config.per_class_train + config.per_class_val)
-    if is_done(root, settings):
+    if root.is_dir() and set(os.listdir(root)) - {PARTIAL}:
+        file = root / MARKER
+        if not file.is_file() or file.read_bytes() != marker:
+            raise InputError(
+                f"{root} holds files, but not the sample set of these settings: name an empty or "
+                "new folder"
+            )
         console.print(f"{total} sample images are in {root} already")
         return root
-    root.mkdir(parents=True, exist_ok=True)
-    mark(root, settings, complete=False)
-    for name, photo in track(
-        photographs.items(), "Writing samples", console=console, transient=True
-    ):
-        write_class(root, name, photo, config)
-    mark(root, settings, complete=True)
+    partial = root / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    for name, photo in tracked(photographs.items(), len(photographs), "Writing samples"):
+        write_class(partial, name, photo, config)
+    for split in ("train", "val"):
+        (partial / split).replace(root / split)
+    (root / MARKER).write_bytes(marker)
+    partial.rmdir()
     console.print(f"{total} sample images of {len(photographs)} classes are in {root}")
     return root
 

@@ -1,17 +1,15 @@
 """How images become numbers: their size, and the mean and std that they are normalised with."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fcmae import rng
-from fcmae.config.values import MAX_PIXELS
-from fcmae.data.augment import center_box
-from fcmae.data.bad import BadImage
-from fcmae.data.decode import read_image
+from fcmae.data.augment import Geometry, center_box
+from fcmae.data.decode import BadImage, read_image
 from fcmae.data.resize import Pixels
 from fcmae.data.sample import as_float
 from fcmae.data.sources import Source
@@ -83,55 +81,44 @@ def resolve_mean_std(
     Raises:
         InputError: no image can be read.
     """
-
-    def measure() -> MeanStd:
-        found = measure_mean_std(
-            source, img_size, config.in_chans, seed=config.seed, max_pixels=config.max_pixels
-        )
-        _log.info("measured mean %s and std %s", *([round(v, 4) for v in m] for m in found))
-        return found
-
-    known: dict[str, Callable[[], MeanStd]] = {
-        "imagenet": lambda: imagenet_mean_std(config.in_chans),
-        "data": measure,
-    }
     asked = (config.augment.mean, config.augment.std)
-    found = {
-        name: named[name] if name in named else known[name]()
-        for name in {value for value in asked if isinstance(value, str)}
-    }
+    known = {"imagenet": imagenet_mean_std(config.in_chans), **named}
+    if "data" in asked:
+        known["data"] = measure_mean_std(config, img_size, source)
+        _log.info("measured mean %s and std %s", *map(_rounded, known["data"]))
     mean, std = (
-        found[value][place] if isinstance(value, str) else [float(v) for v in value]
+        known[value][place] if isinstance(value, str) else [float(v) for v in value]
         for place, value in enumerate(asked)
     )
     return mean, std
 
 
 def measure_mean_std(
-    source: Source,
-    img_size: tuple[int, int],
-    in_chans: int = 3,
-    sample: int = MEASURED,
-    seed: int = 0,
-    max_pixels: int = MAX_PIXELS,
+    config: Any, img_size: tuple[int, int], source: Source, sample: int = MEASURED
 ) -> MeanStd:
     """Return each channel's mean and deviation over centre crops, in units of [0, 1].
 
-    At most `sample` images are read, chosen by hash.
+    Args:
+        config: has `in_chans`, `max_pixels` and `seed`, by which images are chosen.
+        img_size: (height, width) of the crops.
+        source: the images.
+        sample: most images that are read.
 
     Raises:
         InputError: none of them can be read.
     """
-    count, total, squares = 0, np.zeros(in_chans), np.zeros(in_chans)
-    order = np.argsort(rng.bits(seed, rng.SAMPLE, 0, np.arange(len(source))), kind="stable")
+    channels = config.in_chans
+    images = Preprocessing(img_size, (0.0,) * channels, (1.0,) * channels, crop_pct=1.0)
+    count, total, squares = 0, np.zeros(channels), np.zeros(channels)
+    order = np.argsort(rng.bits(config.seed, rng.SAMPLE, 0, np.arange(len(source))), kind="stable")
     reason = "no images"
     for index in np.sort(order[:sample]).tolist():
         try:
-            image = center_crop(source, index, img_size, in_chans, max_pixels)
+            image, _ = center_crop(source, index, images, config.max_pixels)
         except BadImage as error:
             reason = f"{source.name(index)!r}: {error.reason}"
             continue
-        pixels = as_float(image).reshape(in_chans, -1).astype(np.float64)
+        pixels = as_float(image).reshape(channels, -1).astype(np.float64)
         count += pixels.shape[1]
         total += pixels.sum(axis=1)
         squares += np.square(pixels).sum(axis=1)
@@ -143,37 +130,36 @@ def measure_mean_std(
 
 
 def center_crop(
-    source: Source, index: int, img_size: tuple[int, int], in_chans: int, max_pixels: int
-) -> Pixels:
-    """The largest centre crop of an image, (in_chans, H, W).
+    source: Source, index: int, images: Preprocessing, max_pixels: int
+) -> tuple[Pixels, Geometry]:
+    """Return an image's centre crop (C, H, W) as evaluation sees it, and how it was cut.
 
     Raises:
         BadImage: it can't be read.
     """
-    image = read_image(source.open(index), in_chans, max_pixels)
-    return image.resized(center_box(*image.size, img_size), img_size)
+    opened = read_image(source.open(index), len(images.mean), max_pixels)
+    box = center_box(*opened.size, images.img_size, images.crop_pct)
+    pixels = opened.resized(box, images.img_size, interpolation=images.interpolation)
+    return pixels, Geometry(opened.size, box)
 
 
-def warn_if_far_off(
-    config: Any,
-    img_size: tuple[int, int],
-    source: Source,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> None:
+def warn_if_far_off(config: Any, images: Preprocessing, source: Source) -> None:
     """Warn where mean and std are of other images than these: little is learnt from what is then
     all nearly the same number, or far from zero."""
     try:
-        found = measure_mean_std(
-            source, img_size, config.in_chans, LOOKED_AT, config.seed, config.max_pixels
-        )
+        found = measure_mean_std(config, images.img_size, source, LOOKED_AT)
     except InputError:  # none of them can be read: the run will report it
         return
-    shifts = [(m - given) / s for m, given, s in zip(found[0], mean, std, strict=True)]
+    mean, std = images.mean, images.std
+    shifts = [abs(m - given) / s for m, given, s in zip(found[0], mean, std, strict=True)]
     spreads = [measured / given for measured, given in zip(found[1], std, strict=True)]
-    if min(spreads) < 1 / FAR_OFF or max(spreads) > FAR_OFF or max(map(abs, shifts)) > FAR_OFF:
+    if min(spreads) < 1 / FAR_OFF or max(*spreads, *shifts) > FAR_OFF:
         _log.warning(
             "the images have mean %s and std %s, but are normalised with %s and %s: give "
             "--augment.mean data --augment.std data",
-            *([round(float(value), 4) for value in values] for values in (*found, mean, std)),
+            *map(_rounded, (*found, mean, std)),
         )
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(float(value), 4) for value in values]

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +14,7 @@ from torch.nn import functional as F
 
 from fcmae.atomic import out_file
 from fcmae.commands.reconstruct import ReconstructConfig
-from fcmae.data.evaluation import report_skipped
-from fcmae.data.holdout import HoldoutSet
-from fcmae.data.sample import normalise
+from fcmae.data.evaluation import each_batch, held_out_masks, report_skipped
 from fcmae.data.statistics import Preprocessing
 from fcmae.inspect.prologue import set_up
 from fcmae.model.fcmae import FCMAE
@@ -120,24 +119,22 @@ def reconstruct(config: ReconstructConfig) -> float:
         RunError: `out` could not be written.
     """
     setting = set_up(config, config.run, load_pretrained, ".png")
-    model, images, step = setting.model
-    files = setting.find_images().source
-    shown = HoldoutSet(
-        files.select(range(min(config.count, len(files)))), images.img_size,
-        model.encoder.in_chans, model.mask_ratio, config.seed,
-    )  # fmt: skip
-    batch = next(shown.batches(config.count), None)
-    report_skipped(shown.bad)
-    if batch is None:
+    model, how, step = setting.model
+    split = setting.find_images()
+    files = split.source.select(range(min(config.count, len(split.source))))
+    whole = replace(how, crop_pct=1.0)
+    few = split._replace(source=files)
+    ((batch, images),) = each_batch(few, whole, setting.device, len(files), workers=0)
+    report_skipped(batch.bad)
+    if not len(batch):
         raise InputError(f"images {config.images!r}: none of the first {config.count} can be read")
-    pixels = normalise(batch.images, images.mean, images.std, setting.device)
-    assert batch.masks is not None
-    columns, loss = reconstruct_batch(model, pixels, batch.masks, images)
+    masks = held_out_masks(files, batch.indices, how.img_size, model.mask_ratio, config.seed)
+    columns, loss = reconstruct_batch(model, images, masks, how)
     assert setting.out is not None
     with out_file(setting.out) as path:
         Image.fromarray(grid(columns)).save(path, format="PNG")
     _log.info(
         "%s: %d images after %d steps, loss %.4f (1.0: only each patch's mean is predicted)",
-        setting.out, len(pixels), step, loss,
+        setting.out, len(batch), step, loss,
     )  # fmt: skip
     return loss

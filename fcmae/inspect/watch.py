@@ -2,17 +2,16 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fcmae.config.pretraining import PretrainConfig
-from fcmae.data.evaluation import each_batch
-from fcmae.data.holdout import HoldoutSet
+from fcmae.data.evaluation import each_batch, held_out_masks
+from fcmae.data.file_list import FileList
 from fcmae.data.labelled import LabelledData, Split
-from fcmae.data.sample import Batch, normalise
-from fcmae.data.sources import Source
+from fcmae.data.sample import Batch
 from fcmae.inspect.diversity import block_diversity
 from fcmae.inspect.probing import NothingToRead, labelled_features, measure
 from fcmae.inspect.reconstructing import grid, reconstruct_batch
@@ -119,7 +118,7 @@ Watcher = HoldoutWatcher | ProbeWatcher
 def make_watchers(
     config: PretrainConfig,
     resolved: Resolved,
-    held: Source,
+    held: FileList,
     labelled: LabelledData | None,
     folder: RunFolder | None,
 ) -> list[Watcher]:
@@ -132,17 +131,18 @@ def make_watchers(
         labelled: what to probe on; None probes nothing.
         folder: where the main process records; None on the others.
     """
-    images = resolved.images
-    dataset = HoldoutSet(
-        held, images.img_size, config.in_chans, config.mask_ratio, config.seed, config.max_pixels
-    )
-    batches = []
-    for batch in dataset.batches(SHOWN):
-        assert batch.masks is not None
-        pixels = normalise(batch.images, images.mean, images.std, resolved.world.device)
-        batches.append((pixels, batch.masks))
+    images = replace(resolved.images, crop_pct=1.0)
+    device, size, ratio = resolved.world.device, images.img_size, config.mask_ratio
+    batches, bad = [], []
+    for batch, pixels in each_batch(
+        Split(held), images, device, SHOWN, workers=0, max_pixels=config.max_pixels
+    ):
+        bad += batch.bad
+        if len(batch):
+            masks = held_out_masks(held, batch.indices, size, ratio, config.seed)
+            batches.append((pixels, masks))
     if folder is not None:
-        folder.record_bad(dataset.bad)
+        folder.record_bad(bad)
     found: list[Watcher] = [HoldoutWatcher(batches, resolved, config.picture_epochs, folder)]
     if labelled is not None:
         found.append(ProbeWatcher(labelled, resolved, config.probe.epochs, config.max_pixels))

@@ -4,8 +4,6 @@ It is dense: every patch position takes part, the hidden ones starting from a le
 a map is rows (B·h·w, D), as in the encoder.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

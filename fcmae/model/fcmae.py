@@ -97,14 +97,10 @@ class FCMAE(nn.Module):
                 nothing hidden.
         """
         if mask is None:
-            mask = self.draw_mask(images_BCHW, generator)
+            batch, _, height, width = images_BCHW.shape
+            mask = random_masks(batch, grid_of((height, width)), self.mask_ratio, generator)
         features_BCHW = self.encoder(images_BCHW, mask)
         hidden = to_device(mask, images_BCHW.device)
         pred = self.decoder(features_BCHW, hidden)
         loss = reconstruction_loss(pred, images_BCHW, hidden, self.norm_pix_loss)
         return FCMAEOutput(loss, pred, mask)
-
-    def draw_mask(self, images_BCHW: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Hide the same number of random patches in every image → (B, H/32, W/32) bool, CPU."""
-        batch, _, height, width = images_BCHW.shape
-        return random_masks(batch, grid_of((height, width)), self.mask_ratio, generator)

@@ -4,8 +4,6 @@ Everything keeps patches on a (B, C·32², h, w) map whose channel axis runs (ro
 and lies innermost in memory, as the decoder's predictions have it.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from sparse.sizes import PATCH
@@ -51,8 +49,7 @@ def reconstruction_loss(
         mean, deviation = patch_statistics(target)
         target = (target - mean) / deviation
     error_BHW = (pred_BPHW.float() - target).square().mean(1)
-    hidden = mask_BHW.to(error_BHW.dtype)
-    return (error_BHW * hidden).sum() / hidden.sum().clamp_min(1)
+    return (error_BHW * mask_BHW).sum() / mask_BHW.sum().clamp_min(1)
 
 
 def to_pixels(pred_BPHW: Tensor, images_BCHW: Tensor, norm_pix: bool) -> Tensor:

@@ -33,17 +33,13 @@ def check_mask_ratio(mask_ratio: float, grid: tuple[int, int]) -> None:
     """
     patches = grid[0] * grid[1]
     if patches < 2:
+        raise InputError(f"img_size {PATCH} gives a single patch: use at least {2 * PATCH}")
+    if not (0 < mask_ratio < 1 and 0 < keep_count(patches, mask_ratio) < patches):
+        most = math.floor((1 - 1 / patches) * 1000) / 1000
         raise InputError(
-            f"img_size gives {patches} patch of {PATCH} pixels, which cannot be both visible and "
-            f"hidden: use at least {2 * PATCH}"
+            f"mask_ratio {mask_ratio:g} must be above 0 and at most {most:g} to leave a patch "
+            f"visible and one hidden of {grid[0]}x{grid[1]}: try {0.6 if patches > 2 else 0.5}"
         )
-    if 0 < mask_ratio < 1 and 0 < keep_count(patches, mask_ratio) < patches:
-        return
-    most = math.floor((1 - 1 / patches) * 1000) / 1000
-    raise InputError(
-        f"mask_ratio {mask_ratio:g} must be above 0 and at most {most:g} to leave a patch visible "
-        f"and one hidden on a grid of {grid[0]}x{grid[1]}: try {0.6 if patches > 2 else 0.5}"
-    )
 
 
 def random_mask(
@@ -66,10 +62,7 @@ def random_mask(
 
 
 def random_masks(
-    batch: int,
-    grid: tuple[int, int],
-    mask_ratio: float,
-    generator: torch.Generator | None = None,
+    batch: int, grid: tuple[int, int], mask_ratio: float, generator: torch.Generator | None = None
 ) -> Tensor:
     """Return random masks (B, h, w) bool on the CPU, True = hidden, seeded by a CPU generator.
 

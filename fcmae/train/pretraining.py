@@ -13,7 +13,7 @@ from fcmae import rng
 from fcmae.config.pretraining import PretrainConfig
 from fcmae.config.values import height_width
 from fcmae.data.file_list import find_images
-from fcmae.data.labelled import LabelledData, find_labelled
+from fcmae.data.labelled import LabelledData, Split, find_labelled
 from fcmae.data.loader import PretrainDataset
 from fcmae.data.sample import Batch, normalise
 from fcmae.data.sources import FEWEST_TO_HOLD_OUT, Source, split_holdout
@@ -134,12 +134,7 @@ class Pretraining(Task):
         return super().settings() | own
 
     def dataset(self) -> PretrainDataset:
-        config, augment = self.config, self.config.augment
-        return PretrainDataset(
-            self.images.train, self.resolved.images.img_size, config.in_chans, config.mask_ratio,
-            augment.crop_scale, augment.crop_ratio, augment.hflip, augment.vflip, config.seed,
-            config.max_pixels, augment.fast_decode,
-        )  # fmt: skip
+        return PretrainDataset(Split(self.images.train), self.resolved.images, self.config)
 
     def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
         how, device = self.resolved.images, self.resolved.world.device

@@ -150,7 +150,7 @@ def facts(config: Any, step: int, *sources: Source) -> dict[str, Any]:
     }
 
 
-def stored_files(found: FileList | None, start: SavedCheckpoint, part: str) -> FileList:
+def stored_files(found: Source | None, start: SavedCheckpoint, part: str) -> FileList:
     """The files that a run which resumes began with, of one part; see `RunPaths.images`.
 
     Of those `found` now, if any are known, the ones that came later are ignored with a notice;

@@ -10,6 +10,7 @@ from contextlib import closing, nullcontext
 import torch
 
 from fcmae.console import show_logs
+from fcmae.data.file_list import FileList
 from fcmae.data.loader import make_loader
 from fcmae.data.order import StepSampler, check_parts
 from fcmae.data.statistics import Preprocessing, resolve_mean_std, warn_if_far_off
@@ -64,8 +65,9 @@ def train(task: Task) -> int:
         with closing(opened) if opened else nullcontext() as folder:
             task.folder = folder
             if folder is not None:
-                for part, files in images.lists.items():
-                    files.save(folder.paths.images(part))
+                for part, source in images.lists.items():
+                    if isinstance(source, FileList):
+                        source.save(folder.paths.images(part))
             task.begin()
             loop = Loop(task)
             if start is not None:
@@ -86,7 +88,8 @@ def _resolve(
     if start is None:
         mean, std = resolve_mean_std(config, img_size, train_images, task.named_mean_std())
         if world.is_main:
-            warn_if_far_off(config, img_size, train_images, mean, std)
+            images = Preprocessing(img_size, tuple(mean), tuple(std))
+            warn_if_far_off(config, images, train_images)
     else:
         mean, std = start.state["settings"]["mean"], start.state["settings"]["std"]
     epochs = task.auto_epochs.resolve(config.epochs, len(train_images))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fcmae.data.file_list import FileList
 from fcmae.data.sources import Source
 from fcmae.data.statistics import MeanStd, Preprocessing
 from fcmae.train.checkpoint import SavedCheckpoint
@@ -31,12 +30,13 @@ class Images:
 
     Attributes:
         train: what is trained on.
-        lists: every list of images that the run keeps in its folder, by its part.
+        lists: the images of the run, by the part that they are; lists of files are kept in its
+            folder.
         others: further images that all processes must have in common.
     """
 
     train: Source
-    lists: Mapping[str, FileList]
+    lists: Mapping[str, Source]
     others: Sequence[Source] = ()
 
 

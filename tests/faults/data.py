@@ -30,8 +30,7 @@ LARGEST = {
 
 READ = """
 import re, sys
-from fcmae.data.bad import BadImage
-from fcmae.data.decode import read_image
+from fcmae.data.decode import BadImage, read_image
 for path in sys.argv[1:]:
     try:
         picture = read_image(path, 3, 179_000_000)
