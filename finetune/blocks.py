@@ -5,8 +5,6 @@ on the weight gradient of the depthwise convolution. Parameters, names and resul
 noise, stay timm's.
 """
 
-from __future__ import annotations
-
 from timm.layers.activations import GELU
 from timm.layers.mlp import GlobalResponseNormMlp
 from timm.models.convnext import ConvNeXtBlock

@@ -1,7 +1,5 @@
 """How many layers before the head each parameter is, for layer-wise learning rates."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -9,6 +9,8 @@ import torch
 
 from fcmae.atomic import out_file
 from fcmae.commands.predict import PredictConfig
+from fcmae.data.file_list import FileList
+from fcmae.data.sources import Source
 from fcmae.inspect.prologue import set_up
 from finetune.classifier import load_classifier
 

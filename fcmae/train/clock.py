@@ -1,7 +1,5 @@
 """How fast a run is, and when it is time to save."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -1,7 +1,5 @@
 """The processes of a run: what torchrun says, and the few things they tell each other."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """An update whose loss may turn out not to be finite, and what it must not leave behind."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

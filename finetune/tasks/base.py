@@ -1,7 +1,5 @@
 """What a kind of label is to fine-tuning."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Protocol
 
