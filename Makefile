@@ -6,7 +6,7 @@ EXTRAS := samples,dev
 DEMO_DIR ?= demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test faults lint bench clean
+.PHONY: help setup demo test slow faults lint bench clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -18,8 +18,11 @@ setup: $(VENV)/minkowski.stamp ## create .venv with everything in it; does nothi
 demo: setup ## sample images, pretrain, convert, fine-tune, evaluate, reconstruct; DEMO_DIR=demo
 	$(BIN)/python benchmarks/demo.py --out $(DEMO_DIR)
 
-test: setup ## run the tests; ARGS="-k loss" is passed on to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## run the tests except the slow ones; ARGS="-k loss" is passed on to pytest
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+slow: setup ## run the slow tests
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 faults: setup ## run the fault campaigns, hours in full; ROW=kill runs one; resumes where it stopped
 	$(BIN)/python -m tests.faults $(if $(ROW),--row $(ROW)) $(ARGS)

@@ -5,11 +5,18 @@ import pytest
 from tests.faults.campaign import Row, Unavailable, run_campaign, run_trial, table
 from tests.faults.rows import ROWS
 
+SLOW = {"broken", "disk", "kill", "lock", "nonfinite", "place", "rank", "signal", "worker"}
+"""Rows whose trials run whole trainings, or decode thousands of images."""
 
-@pytest.mark.parametrize(
-    ("row", "number"),
-    [pytest.param(row, i, id=f"{row.name}-{i}") for row in ROWS for i in range(row.short)],
-)
+
+def trials():
+    for row in ROWS:
+        marks = [pytest.mark.slow] if row.name in SLOW else []
+        for number in range(row.short):
+            yield pytest.param(row, number, id=f"{row.name}-{number}", marks=marks)
+
+
+@pytest.mark.parametrize(("row", "number"), trials())
 def test_short_form(row, number):
     try:
         run_trial(row, number)

@@ -637,6 +637,7 @@ def test_fewer_images_are_passed_over_more_often(images: int, epochs: int, val_e
     assert resolve_val_epochs(replace(given, val_epochs=2), 3) == 2
 
 
+@pytest.mark.slow
 def test_compiled_steps_train_and_eager_ones_measure(classes: Path, tmp_path: Path) -> None:
     """The same numbers as without, and torch compiles one graph: none for measuring."""
     losses = []

@@ -52,6 +52,7 @@ def test_the_run_folder(undisturbed, pictures):
     assert f"data: {pictures}" in (undisturbed / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_killed_twice_in_one_epoch_and_resumed(undisturbed, pictures, tmp_path, workers):
     """Bit-equal weights and the same losses, whatever the number of workers."""
@@ -67,6 +68,7 @@ def test_killed_twice_in_one_epoch_and_resumed(undisturbed, pictures, tmp_path, 
     assert metrics(tmp_path / "run", "grad_norm") == metrics(undisturbed, "grad_norm")
 
 
+@pytest.mark.slow
 @needs_minkowski
 def test_minkowski_resumes_bit_equal_and_learns_what_patch_learns(undisturbed, pictures, tmp_path):
     command = ["pretrain", "--data", pictures, *TINY, *EPOCHS, "--engine", "minkowski"]
@@ -109,6 +111,7 @@ def test_finished_run_repeated_does_nothing(undisturbed, pictures):
     assert len(metrics(undisturbed)) == STEPS
 
 
+@pytest.mark.slow
 def test_accumulation_and_two_processes_see_the_same_and_learn_the_same(
     undisturbed, pictures, tmp_path
 ):
@@ -133,6 +136,7 @@ def test_accumulation_and_two_processes_see_the_same_and_learn_the_same(
             torch.testing.assert_close(found[key], value, rtol=1e-2, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_or_refused(undisturbed, pictures, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}"
@@ -148,6 +152,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(undisturbed, pictures, t
     assert weights(tmp_path / "run") == weights(undisturbed)
 
 
+@pytest.mark.slow
 def test_files_that_came_and_went(undisturbed, pictures, tmp_path):
     """New files are ignored with a notice, vanished ones count as unreadable."""
     data = write_pictures(tmp_path / "data", 24)
@@ -181,6 +186,7 @@ def test_another_run_in_the_folder_is_refused(undisturbed, pictures, change, mes
     assert {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_second_run_on_one_folder_is_refused(pictures, tmp_path):
     command = ["pretrain", "--data", pictures, "--out", tmp_path, *TINY, "--epochs", 500]
     process = start(*command)
@@ -190,6 +196,7 @@ def test_a_second_run_on_one_folder_is_refused(pictures, tmp_path):
     kill(process, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_runtime_settings_may_change(undisturbed, pictures, tmp_path):
     command = ["pretrain", "--data", pictures, "--out", tmp_path, *TINY, *EPOCHS]
     process = start(*command)

@@ -146,6 +146,7 @@ def test_doctor_notices_an_engine_that_disagrees(monkeypatch):
     assert parity("patch", images, mask) > 5e-4
 
 
+@pytest.mark.slow
 def test_bench_prints_one_json_object(capsys):
     result = bench(BenchConfig(json=True, batch_size=2, img_size=64, rounds=1))
     assert json.loads(capsys.readouterr().out) == result
