@@ -16,7 +16,7 @@ def trials():
             yield pytest.param(row, number, id=f"{row.name}-{number}", marks=marks)
 
 
-@pytest.mark.parametrize(("row", "number"), trials())
+@pytest.mark.parametrize(("row", "number"), [*trials()])
 def test_short_form(row, number):
     try:
         run_trial(row, number)
