@@ -16,10 +16,9 @@ from fcmae.commands.evaluate import EvaluateConfig
 from fcmae.config.files import read_yaml
 from fcmae.data.file_list import FileList
 from fcmae.data.labelled import TRAIN, VAL, Split, check_known, find_classes, labels_of
-from fcmae.inspect.printing import print_result, print_table
-from fcmae.inspect.prologue import Setting, set_up
+from fcmae.inspect.prologue import Setting, print_result, print_table, set_up
 from fcmae.train.run_paths import RunPaths
-from finetune.classifier import Classifier, load_classifier
+from finetune.model import Classifier, load_classifier
 from sparse.errors import InputError
 
 TOP = 5

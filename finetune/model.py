@@ -1,8 +1,9 @@
-"""The dense model to train: timm's, with a new classifier, from weights or from scratch."""
+"""timm's dense models: the one to train, from weights or from scratch, and a trained classifier."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,11 +12,13 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fcmae.data.statistics import Preprocessing
+from fcmae.data.statistics import Preprocessing, default_preprocessing
 from fcmae.train.checkpoint import first_difference
+from fcmae.train.run_paths import RunPaths
 from fcmae.weights.export import timm_variant
 from fcmae.weights.load import find_weights, load_weights, read_preprocessing
-from fcmae.weights.read import CONFIG_FILE, first_line, read_json, read_state
+from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, first_line, read_json, read_state
+from finetune.blocks import speed_up
 from sparse.convert import encoder_part, to_timm
 from sparse.encoder import init_fan_in
 from sparse.errors import InputError
@@ -243,3 +246,69 @@ def _wrong_size(name: str, img_size: tuple[int, int], error: Exception) -> Input
     own = timm.get_pretrained_cfg(name)
     hint = f"; it is made for {list(own.input_size[1:])}" if own else ""
     return InputError(f"img_size {list(img_size)} does not suit {name} ({first_line(error)}){hint}")
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model in evaluation mode, its classes in order, how it wants images, and its folder."""
+
+    model: nn.Module
+    names: tuple[str, ...]
+    images: Preprocessing
+    folder: Path
+
+
+def load_classifier(
+    source: str, device: torch.device, img_size: tuple[int, int] | None = None
+) -> Classifier:
+    """Load the classifier that `source` stands for: see `weights_folder`.
+
+    Args:
+        source: a run, a folder or a weight file.
+        device: where the model will be.
+        img_size: (height, width); None takes what the model was trained with.
+
+    Raises:
+        InputError: nothing there, damaged, or it can't take images of this size.
+    """
+    folder = weights_folder(source)
+    config = read_json(folder / CONFIG_FILE)
+    name: Any = config.get("architecture")
+    args = config.get("model_args", {})
+    names: Any = config.get("label_names", config.get("pretrained_cfg", {}).get("label_names"))
+    described = isinstance(name, str) and isinstance(args, dict) and isinstance(names, list)
+    if not described or len(names) != config["num_classes"]:
+        raise InputError(
+            f"{folder / CONFIG_FILE} must name timm's model as its architecture and its "
+            f"{config['num_classes']} classes as label_names: give a folder that `fcmae finetune` "
+            "exported"
+        )
+    images = read_preprocessing(folder / WEIGHTS_FILE) or default_preprocessing(3)
+    images = replace(images, img_size=img_size or images.img_size)
+    state, _ = read_state(folder / WEIGHTS_FILE)
+    start = Start(timm_name(name), args, state, str(folder), whole=True)
+    model, _ = build_model(start, len(names), len(images.mean), images.img_size)
+    model = model.to(device).eval()
+    speed_up(model)
+    return Classifier(model, tuple(map(str, names)), images, folder)
+
+
+def weights_folder(source: str) -> Path:
+    """Return the timm folder with a classifier that `source` stands for.
+
+    A run stands for its best weights, a folder or its model.safetensors for itself.
+
+    Raises:
+        InputError: nothing there, or nothing with a classifier.
+    """
+    path = Path(source)
+    path = path.parent if path.name == WEIGHTS_FILE else path
+    run = RunPaths(path)
+    for folder in (run.best, run.exported, path):
+        config = read_json(folder / CONFIG_FILE)
+        if config.get("num_classes") and (folder / WEIGHTS_FILE).is_file():
+            return folder
+    raise InputError(
+        f"{source!r} holds no classifier: give a run of `fcmae finetune` after its first epoch, "
+        f"its exported folder, or a {WEIGHTS_FILE} with its {CONFIG_FILE} beside it"
+    )

@@ -12,7 +12,7 @@ from fcmae.commands.predict import PredictConfig
 from fcmae.data.file_list import FileList
 from fcmae.data.sources import Source
 from fcmae.inspect.prologue import set_up
-from finetune.classifier import load_classifier
+from finetune.model import load_classifier
 
 _log = logging.getLogger(__name__)
 

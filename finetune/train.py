@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fcmae import rng
 from fcmae.config.values import height_width
-from fcmae.data.duplicates import Duplicate, report_duplicates, write_duplicates
+from fcmae.data.duplicates import report_duplicates, write_duplicates
 from fcmae.data.evaluation import EvalDataset, batches_of
+from fcmae.data.file_list import find_images
 from fcmae.data.loader import make_loader
 from fcmae.data.sample import Batch, normalise
 from fcmae.data.statistics import MeanStd, imagenet_mean_std
@@ -89,7 +90,6 @@ class Finetuning(Task):
         self.weight_copies = 1 + (config.ema_decay is not None)  # the best ones, and the average
         self.best: dict[str, Tensor] | None = None
         self.best_score: dict[str, Any] | None = None
-        self._duplicates: list[Duplicate] | None = None
         self._warned_at_chance = False
 
     def check(self, device: torch.device) -> tuple[int, int]:
@@ -107,6 +107,9 @@ class Finetuning(Task):
         else:
             settings = start.state["settings"]
             self._origin = Start(settings["model"], settings["model_args"], origin=str(start.path))
+        self._suspects = None
+        if config.near_duplicates is not None:
+            self._suspects = find_images(config.near_duplicates, setting="near_duplicates")
         data = self.kind.find(start)
         return Images(data.train.source, {"train": data.train.source, "val": data.val.source})
 
@@ -138,13 +141,6 @@ class Finetuning(Task):
         optim = self.config.optim
         return None if optim.layer_decay == 1 else layer_depths(self.model, optim.layer_group)
 
-    def prepare(self) -> None:
-        folder = self.config.near_duplicates
-        if folder is not None:
-            self._duplicates = report_duplicates(
-                folder, self.kind.data, self.config.workers, self.resolved.world
-            )
-
     def begin(self) -> None:
         config, resolved, world = self.config, self.resolved, self.resolved.world
         augment = config.augment
@@ -164,8 +160,10 @@ class Finetuning(Task):
         set_training(model, config.freeze == "backbone")
         if config.compile:
             model.compile()  # in place: the average was copied before, and stays as it is
-        if self.folder is not None and self._duplicates is not None:
-            write_duplicates(self._duplicates, self.folder.paths.near_duplicates)
+        if self._suspects is not None:
+            found = report_duplicates(self._suspects, self.kind.data, config.workers, world)
+            if self.folder is not None:
+                write_duplicates(found, self.folder.paths.near_duplicates)
         if self.folder is not None and resolved.start is None:
             self._write_best(self.folder.paths.best)  # removes what a run that never saved wrote
 

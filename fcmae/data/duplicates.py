@@ -25,7 +25,6 @@ from fcmae.config.values import MAX_PIXELS
 from fcmae.console import tracked
 from fcmae.data.decode import BadImage, read_image
 from fcmae.data.evaluation import batches_of, warn_of_first
-from fcmae.data.file_list import find_images
 from fcmae.data.labelled import LabelledData
 from fcmae.data.loader import lost_workers, make_loader
 from fcmae.data.sample import Sample, as_float
@@ -116,29 +115,27 @@ def find_duplicates(
 
 
 def report_duplicates(
-    images: str, data: LabelledData, workers: str | int, world: World
+    source: Source, data: LabelledData, workers: str | int, world: World
 ) -> list[Duplicate]:
-    """Report which images of a folder are near-duplicates of images in val, and return them.
+    """Report which images are near-duplicates of images in val, and return them.
 
     Args:
-        images: the folder.
+        source: the images.
         data: its `val` is what they are compared with.
         workers: processes that read images.
         world: the processes that share the work; the main one reports.
 
     Raises:
-        InputError: no images there.
         RunError: a process that reads images died.
     """
-    files = find_images(images, setting="near_duplicates")
     processes = resolve_workers(workers, world.device)
-    found = find_duplicates(files, data.val.source, processes, world, shown=world.is_main)
+    found = find_duplicates(source, data.val.source, processes, world, shown=world.is_main)
     if not world.is_main:
         return found
     near = [f"{entry.path} is like {data.val.prefix}{entry.of}" for entry in found]
     warn_of_first([f"near-duplicate of a validation image: {pair}" for pair in near])
     _log.info(
-        f"{len(found)} of {len(files)} images in {images} are near-duplicates of "
+        f"{len(found)} of {len(source)} images are near-duplicates of "
         f"{len({entry.of for entry in found})} of the {len(data.val.source)} images in val"
     )
     return found

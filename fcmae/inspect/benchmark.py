@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fcmae.commands.bench import BenchConfig
 from fcmae.config.values import height_width
-from fcmae.inspect.printing import print_result, print_table
+from fcmae.inspect.prologue import print_result, print_table
 from fcmae.model.fcmae import FCMAE
 from fcmae.model.mask import check_mask_ratio, grid_of, keep_count, random_masks
 from fcmae.train.machine import versions

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fcmae.commands.doctor import DoctorConfig
 from fcmae.inspect.benchmark import example, make_step, time_in_turns
-from fcmae.inspect.printing import print_table
+from fcmae.inspect.prologue import print_table
 from sparse import SparseConvNeXtV2
 from sparse.engines import ENGINES, available_engines, get_engine
 

@@ -26,8 +26,7 @@ from fcmae.data.sources import split_holdout
 from fcmae.inspect import figures
 from fcmae.inspect.embedding import pooled
 from fcmae.inspect.figures import block_order
-from fcmae.inspect.printing import print_result, print_table
-from fcmae.inspect.prologue import Setting, set_up
+from fcmae.inspect.prologue import Setting, print_result, print_table, set_up
 from fcmae.weights.load import Backbone, load_backbone
 from sparse import SparseConvNeXtV2
 from sparse.block import SparseBlock

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from fcmae.commands.probe import ProbeConfig
 from fcmae.console import tracked
 from fcmae.data.duplicates import report_duplicates
+from fcmae.data.file_list import find_images
 from fcmae.data.labelled import LabelledData, Split, check_known, find_labelled, split_by_hash
 from fcmae.data.sample import Batch
 from fcmae.inspect.embedding import extract
-from fcmae.inspect.printing import print_result, print_table
-from fcmae.inspect.prologue import Setting, set_up
+from fcmae.inspect.prologue import Setting, print_result, print_table, set_up
 from fcmae.train.processes import ALONE, World
 from fcmae.weights.load import Backbone, load_backbone, random_backbone
 from sparse import SparseConvNeXtV2
@@ -247,8 +247,9 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
             ) from error
     duplicates = None
     if config.near_duplicates is not None:  # first, since a wrong folder ends the command
-        world = World(0, 1, setting.device)
-        duplicates = report_duplicates(config.near_duplicates, data, config.workers, world)
+        suspects = find_images(config.near_duplicates, setting="near_duplicates")
+        world = World(device=setting.device)
+        duplicates = report_duplicates(suspects, data, config.workers, world)
     result = _measured(setting, setting.model, data)
     if config.baseline:
         result["random"] = _measured(setting, random_backbone(setting.model), data)

@@ -1,11 +1,14 @@
-"""What commands on weights and images share: what they check and load first, and their batches."""
+"""What commands on weights and images share: checks, loading, batches, and showing results."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from fcmae.atomic import check_out_file
@@ -108,3 +111,31 @@ def set_up(config: Any, source: str, load: Callable[..., Model], *suffixes: str)
     device = resolve_device(config.device)
     model: Any = load(source, device, *sides)
     return Setting(config, model, model.images, device, path)
+
+
+def print_result(
+    result: dict[str, Any], as_json: bool, show: bool, table: Callable[[dict[str, Any]], None]
+) -> None:
+    """Print a command's result as one JSON object or with `table`, or not at all."""
+    if show and as_json:
+        print(json.dumps(result))
+    elif show:
+        table(result)
+
+
+def print_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None
+) -> None:
+    """Print a table, its first column of words and the others of numbers; an empty row is a line.
+
+    Args:
+        headings: one for each column.
+        rows: a cell for each column; missing ones are empty.
+        title: above the table.
+    """
+    table = Table(title=title)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row) if row else table.add_section()
+    Console(highlight=False).print(table, markup=False)

@@ -60,7 +60,6 @@ def train(task: Task) -> int:
         task.optimizer = make_optimizer(task.model, config.optim, task.layer_depths())
         # Nobody writes, or waits for the others, before everybody has checked.
         world.check_same(facts(config, step, *images.lists.values(), *images.others))
-        task.prepare()
         opened = RunFolder(config, task.command, start) if world.is_main else None
         with closing(opened) if opened else nullcontext() as folder:
             task.folder = folder

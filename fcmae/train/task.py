@@ -127,9 +127,6 @@ class Task(ABC):
         """
         return None
 
-    def prepare(self) -> None:
-        """Do what takes all processes together before anything is written."""
-
     def begin(self) -> None:
         """The folder is open and the loop is next."""
 
