@@ -12,7 +12,7 @@ from sparse.engines import Engine, get_engine
 from sparse.engines.base import Sites, hide
 from sparse.errors import InputError
 from sparse.ops.grn_mlp import LAYER_NORM_EPS
-from sparse.sizes import PATCH, STRIDES, resolve_size
+from sparse.sizes import PATCH, SIDES, resolve_size
 
 
 class SparseStage(nn.Module):
@@ -54,6 +54,8 @@ class SparseConvNeXtV2(nn.Module):
         layer_scale: initial LayerScale (V1); None for none.
         recompute: compute each MLP's hidden layer again in the backward pass instead of keeping
             it: the same numbers, for less memory and somewhat more time. V2 blocks only.
+        patch_size: side P of a masking patch in pixels, which is the total stride: 8, 16 or 32. The
+            stem's stride is P / 8.
 
     Raises:
         InputError: the engine is unknown or not installed.
@@ -69,14 +71,16 @@ class SparseConvNeXtV2(nn.Module):
         use_grn: bool = True,
         layer_scale: float | None = None,
         recompute: bool = False,
+        patch_size: int = PATCH,
     ) -> None:
         super().__init__()
         if engine != "auto":
             get_engine(engine, device=None, dtype=None)
         self.engine, self._compiled, self.in_chans = engine, False, in_chans
+        self.patch_size, stride = patch_size, patch_size // SIDES[0]
         self.depths, self.dims = tuple(depths), tuple(dims)
         self.stem = nn.Sequential(
-            nn.Conv2d(in_chans, dims[0], STRIDES[0], stride=STRIDES[0]),
+            nn.Conv2d(in_chans, dims[0], stride, stride=stride),
             nn.LayerNorm(dims[0], eps=LAYER_NORM_EPS),
         )
         rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
@@ -107,12 +111,12 @@ class SparseConvNeXtV2(nn.Module):
         """Encode the visible patches.
 
         Args:
-            images_BCHW: height and width multiples of 32, not necessarily equal.
-            mask_BHW: (B, H/32, W/32) bool, True = hidden. The mask alone says what is visible. Kept
+            images_BCHW: height and width multiples of P, not necessarily equal.
+            mask_BHW: (B, H/P, W/P) bool, True = hidden. The mask alone says what is visible. Kept
                 on the CPU it costs no synchronisation with a GPU.
 
         Returns:
-            (B, dims[-1], H/32, W/32), zeros where hidden.
+            (B, dims[-1], H/P, W/P), zeros where hidden.
 
         Raises:
             InputError: shapes that don't go together, or an engine that can't run on this device.
@@ -143,7 +147,7 @@ class SparseConvNeXtV2(nn.Module):
         self.encode = torch.compile(self.encode, fullgraph=True)  # type: ignore[method-assign]
 
     def encode(self, images_BCHW: Tensor, sites: Sequence[Sites]) -> Tensor:
-        """Encode images (B, C, H, W) with the sites laid out → (B, dims[-1], H/32, W/32)."""
+        """Encode images (B, C, H, W) with the sites laid out → (B, dims[-1], H/P, W/P)."""
         conv, norm = self.stem
         x_NC = hide(sites[0], norm(sites[0].stem(images_BCHW, *weight_and_bias(conv))))
         for stage, finer, here in zip(self.stages, [None, *sites], sites, strict=False):
@@ -151,13 +155,13 @@ class SparseConvNeXtV2(nn.Module):
         return sites[-1].densify(x_NC)
 
     def _check(self, images: Tensor, mask: Tensor) -> None:
-        b, c, h, w = images.shape
+        (b, c, h, w), p = images.shape, self.patch_size
         if c != self.in_chans:
             raise InputError(f"images have {c} channels and not {self.in_chans}: pass in_chans={c}")
-        if h % PATCH or w % PATCH:
-            near = "×".join(str(max(side // PATCH, 1) * PATCH) for side in (h, w))
-            raise InputError(f"image size {h}×{w} must be multiples of {PATCH}, such as {near}")
-        grid = (b, h // PATCH, w // PATCH)
+        if h % p or w % p:
+            near = "×".join(str(max(side // p, 1) * p) for side in (h, w))
+            raise InputError(f"image size {h}×{w} must be multiples of {p}, such as {near}")
+        grid = (b, h // p, w // p)
         if mask.dtype != torch.bool or mask.shape != grid:
             needed = f"torch.bool {grid} for images of {tuple(images.shape)}, True = hidden"
             raise InputError(f"mask is {mask.dtype} {tuple(mask.shape)}; it must be {needed}")

@@ -7,7 +7,7 @@ the shapes come from a model on the meta device.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparse.block import SparseBlock
 from sparse.encoder import SparseConvNeXtV2
 from sparse.errors import InputError
-from sparse.sizes import PATCH
+from sparse.sizes import PATCH, SIDES
 
 State = Mapping[str, Tensor]
 ENCODER = "encoder."
@@ -31,6 +31,7 @@ class Architecture:
         in_chans: channels of the images.
         use_grn: blocks have global response normalisation (V2).
         layer_scale: blocks have a learned per-channel scale (V1).
+        patch_size: the total stride in pixels, eight times the stem's.
     """
 
     depths: tuple[int, ...]
@@ -38,6 +39,7 @@ class Architecture:
     in_chans: int = 3
     use_grn: bool = True
     layer_scale: bool = False
+    patch_size: int = PATCH
 
 
 @dataclass(frozen=True)
@@ -153,15 +155,16 @@ def infer_architecture(state: State) -> Architecture:
         in_chans=stem.shape[1] if stem.ndim == 4 else 3,
         use_grn=any(re.search(r"stages\..+\.grn\.", name) for name in state),
         layer_scale=any(re.search(r"stages\..+\d\.gamma$", name) for name in state),
+        patch_size=SIDES[0] * stem.shape[-1] if stem.shape[2:] in ((1, 1), (2, 2)) else PATCH,
     )
 
 
 def encoder_shapes(architecture: Architecture) -> dict[str, torch.Size]:
     """Return our name and the shape of every parameter of the encoder."""
-    depths, dims, in_chans, use_grn, has_scale = astuple(architecture)
-    scale = 1.0 if has_scale else None
+    options = asdict(architecture)
+    options["layer_scale"] = 1.0 if architecture.layer_scale else None
     with torch.device("meta"):
-        encoder = SparseConvNeXtV2(depths, dims, in_chans, use_grn=use_grn, layer_scale=scale)
+        encoder = SparseConvNeXtV2(**options)
     return {name: tensor.shape for name, tensor in encoder.state_dict().items()}
 
 
@@ -216,7 +219,7 @@ def _expected_shapes(state: State) -> dict[str, torch.Size]:
         decoder.mask_token = nn.Parameter(torch.empty(1, width, 1, 1))
         decoder.proj = nn.Conv2d(architecture.dims[-1], width, 1)
         decoder.blocks = nn.ModuleList(SparseBlock(width, 0.0, True, None) for _ in range(depth))
-        decoder.pred = nn.Conv2d(width, architecture.in_chans * PATCH**2, 1)
+        decoder.pred = nn.Conv2d(width, architecture.in_chans * architecture.patch_size**2, 1)
     return shapes | {f"decoder.{name}": part.shape for name, part in decoder.state_dict().items()}
 
 

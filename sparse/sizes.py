@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from sparse.errors import InputError, did_you_mean
 
 PATCH = 32
-"""Side of a masking patch in pixels: the encoder's total stride, so that no patch is ever cut."""
+"""The paper's side of a masking patch in pixels: the encoder's total stride, so that no patch is
+ever cut."""
 
-STRIDES = (4, 8, 16, 32)
-"""Pixels between neighbouring sites in each of the four stages."""
+SIDES = (8, 4, 2, 1)
+"""Sites along a patch's side in each of the four stages, whatever its side in pixels."""
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,17 @@ def test_agrees_with_dense(engine, kind, model, size, batch, in_chans):
 
 
 @pytest.mark.parametrize("engine", FAST_ENGINES)
+@pytest.mark.parametrize("patch_size", [8, 16])
+def test_smaller_patches_agree_with_dense(engine, patch_size):
+    images = torch.randn(2, 3, 3 * patch_size, 5 * patch_size)
+    mask = make_mask("random", 2, 3, 5)
+    options = {"patch_size": patch_size, **MODELS["atto"]}
+    expected = everything(random_encoder("dense", 3, **options), images, mask)
+    assert expected["output"].shape[2:] == (3, 5)
+    assert_agree(everything(random_encoder(engine, 3, **options), images, mask), expected)
+
+
+@pytest.mark.parametrize("engine", FAST_ENGINES)
 @pytest.mark.parametrize("model", ["atto", "tiny widths"])
 @pytest.mark.parametrize("kind", ["random", "last column"])
 def test_agrees_with_dense_at_224(engine, model, kind):

@@ -137,3 +137,13 @@ def test_initial_weights(init):
     for name in ("decoder.proj", "decoder.blocks.0.mlp.fc1", "decoder.pred"):
         weight = model.get_submodule(name).weight
         assert weight.std().item() == pytest.approx(0.02, rel=0.05), name
+
+
+@pytest.mark.parametrize("patch_size", [8, 16])
+def test_smaller_patches_are_predicted_and_put_back(patch_size: int) -> None:
+    model = FCMAE.from_size("atto", depths=[1, 1, 1, 1], engine="patch", patch_size=patch_size)
+    images = torch.randn(2, 3, 3 * patch_size, 4 * patch_size)
+    out = model(images)
+    assert (out.pred.shape, out.mask.shape) == ((2, 3 * patch_size**2, 3, 4), (2, 3, 4))
+    assert torch.equal(to_pixels(patchify(images, patch_size), images, False), images)
+    assert model(images, out.mask).loss == reconstruction_loss(out.pred, images, out.mask, True)

@@ -19,7 +19,7 @@ from fcmae.config.parsing import parse
 from fcmae.config.pretraining import PretrainConfig
 from fcmae.train.pretraining import pretrain
 from sparse.engines.dense import DenseSites
-from sparse.sizes import PATCH, STRIDES
+from sparse.sizes import PATCH, SIDES
 
 
 class _ShownAsGrey(DenseSites):
@@ -40,9 +40,9 @@ class Unmasked:
     name = "dense"
 
     def sites(self, mask_BHW: Tensor, device: torch.device) -> Sequence[DenseSites]:
-        first = _ShownAsGrey(mask_BHW, PATCH // STRIDES[0], device)
+        first = _ShownAsGrey(mask_BHW, SIDES[0], device)
         nothing = torch.zeros_like(mask_BHW)
-        return [first, *(DenseSites(nothing, PATCH // stride, device) for stride in STRIDES[1:])]
+        return [first, *(DenseSites(nothing, side, device) for side in SIDES[1:])]
 
 
 def main() -> int:

@@ -17,10 +17,10 @@ from fcmae.commands.embed import EmbedConfig
 from fcmae.data.labelled import Labels
 from fcmae.data.sample import Batch
 from fcmae.inspect.prologue import set_up
+from fcmae.model.mask import grid_of
 from fcmae.train.processes import ALONE, World
 from fcmae.weights.load import load_backbone
 from sparse import SparseConvNeXtV2, get_engine
-from sparse.sizes import PATCH
 
 
 class Features(NamedTuple):
@@ -38,7 +38,8 @@ def pooled(encoder: SparseConvNeXtV2, images_BCHW: Tensor) -> Tensor:
     The dense engine computes them: with nothing hidden there is nothing to skip.
     """
     batch, _, height, width = images_BCHW.shape
-    nothing = torch.zeros(batch, height // PATCH, width // PATCH, dtype=torch.bool)
+    grid = grid_of((height, width), encoder.patch_size)
+    nothing = torch.zeros(batch, *grid, dtype=torch.bool)
     sites = get_engine("dense", images_BCHW.device.type).sites(nothing, images_BCHW.device)
     return SparseConvNeXtV2.encode(encoder, images_BCHW, sites).mean((2, 3)).float()
 

@@ -21,7 +21,6 @@ from fcmae.model.fcmae import FCMAE
 from fcmae.model.loss import to_pixels
 from fcmae.weights.load import load_pretrained
 from sparse.errors import InputError
-from sparse.sizes import PATCH
 
 COLUMNS = ("original", "masked", "reconstruction", "pasted")
 GREY = 0.5
@@ -68,7 +67,8 @@ def reconstruct_batch(
     original = images_BCHW.float().cpu() * scale + shift
     predicted = to_pixels(out.pred, images_BCHW, model.norm_pix_loss).cpu() * scale + shift
     original, predicted = _stretched(original, predicted)
-    hidden = mask_BHW.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)[:, None]
+    p = model.encoder.patch_size
+    hidden = mask_BHW.repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None]
     masked = torch.where(hidden, GREY, original)
     reconstruction = torch.where(hidden, predicted, GREY)
     pasted = torch.where(hidden, predicted, original)

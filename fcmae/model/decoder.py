@@ -23,14 +23,17 @@ class Decoder(nn.Module):
         dim: width of the decoder; the paper's is 512.
         depth: ConvNeXt V2 blocks; the paper's is 1.
         out_chans: channels of the images.
+        patch_size: side P of a patch in pixels.
     """
 
-    def __init__(self, in_dim: int, dim: int, depth: int, out_chans: int) -> None:
+    def __init__(
+        self, in_dim: int, dim: int, depth: int, out_chans: int, patch_size: int = PATCH
+    ) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_dim, dim, 1)
         self.mask_token = nn.Parameter(torch.zeros(1, dim, 1, 1))
         self.blocks = nn.ModuleList(SparseBlock(dim, 0.0, True, None) for _ in range(depth))
-        self.pred = nn.Conv2d(dim, out_chans * PATCH**2, 1)
+        self.pred = nn.Conv2d(dim, out_chans * patch_size**2, 1)
         self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
@@ -42,7 +45,7 @@ class Decoder(nn.Module):
             mask_BHW: (B, h, w) bool on the features' device, True = hidden.
 
         Returns:
-            (B, out_chans·32², h, w), the channel axis in the order (row, column, channel).
+            (B, out_chans·P², h, w), the channel axis in the order (row, column, channel).
         """
         sites = _AllSites(mask_BHW.shape, features_BCHW.device)
         x_ND = _linear(self.proj, rows_of(features_BCHW))

@@ -20,8 +20,9 @@ class FCMAEOutput:
 
     Attributes:
         loss: scalar, float32: mean squared error over the hidden patches.
-        pred: (B, C·32², H/32, W/32), the channel axis in the order (row, column, channel).
-        mask: (B, H/32, W/32) bool, True = hidden.
+        pred: (B, C·P², H/P, W/P), P the side of a patch in pixels; the channel axis in the order
+            (row, column, channel).
+        mask: (B, H/P, W/P) bool, True = hidden.
     """
 
     loss: Tensor
@@ -49,7 +50,8 @@ class FCMAE(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.decoder = Decoder(encoder.dims[-1], decoder_dim, decoder_depth, encoder.in_chans)
+        chans, patch = encoder.in_chans, encoder.patch_size
+        self.decoder = Decoder(encoder.dims[-1], decoder_dim, decoder_depth, chans, patch)
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
 
@@ -87,8 +89,8 @@ class FCMAE(nn.Module):
         """Reconstruct the hidden patches of normalised images.
 
         Args:
-            images_BCHW: height and width multiples of 32.
-            mask: (B, H/32, W/32) bool, True = hidden, best kept on the CPU; drawn at random with
+            images_BCHW: height and width multiples of P.
+            mask: (B, H/P, W/P) bool, True = hidden, best kept on the CPU; drawn at random with
                 `mask_ratio` if None.
             generator: CPU generator for a mask drawn here.
 
@@ -98,7 +100,8 @@ class FCMAE(nn.Module):
         """
         if mask is None:
             batch, _, height, width = images_BCHW.shape
-            mask = random_masks(batch, grid_of((height, width)), self.mask_ratio, generator)
+            grid = grid_of((height, width), self.encoder.patch_size)
+            mask = random_masks(batch, grid, self.mask_ratio, generator)
         features_BCHW = self.encoder(images_BCHW, mask)
         hidden = to_device(mask, images_BCHW.device)
         pred = self.decoder(features_BCHW, hidden)

@@ -1,7 +1,7 @@
 """The reconstruction target and loss (arXiv 2301.00808, section 3; He et al., MAE, section 3).
 
-Everything keeps patches on a (B, C·32², h, w) map whose channel axis runs (row, column, channel)
-and lies innermost in memory, as the decoder's predictions have it.
+Everything keeps patches of P pixels a side on a (B, C·P², h, w) map whose channel axis runs (row,
+column, channel) and lies innermost in memory, as the decoder's predictions have it.
 """
 
 from torch import Tensor
@@ -11,20 +11,20 @@ from sparse.sizes import PATCH
 TARGET_EPS = 1e-6
 
 
-def patchify(images_BCHW: Tensor) -> Tensor:
-    """(B, C, 32h, 32w) pixels → (B, 32·32·C, h, w)."""
+def patchify(images_BCHW: Tensor, p: int = PATCH) -> Tensor:
+    """(B, C, P·h, P·w) pixels → (B, P·P·C, h, w)."""
     b, c, height, width = images_BCHW.shape
-    h, w = height // PATCH, width // PATCH
-    blocks = images_BCHW.reshape(b, c, h, PATCH, w, PATCH)
-    patches_BHWP = blocks.permute(0, 2, 4, 3, 5, 1).reshape(b, h, w, PATCH * PATCH * c)
+    h, w = height // p, width // p
+    blocks = images_BCHW.reshape(b, c, h, p, w, p)
+    patches_BHWP = blocks.permute(0, 2, 4, 3, 5, 1).reshape(b, h, w, p * p * c)
     return patches_BHWP.permute(0, 3, 1, 2)
 
 
-def unpatchify(patches_BPHW: Tensor) -> Tensor:
-    """(B, 32·32·C, h, w) → (B, C, 32h, 32w); the inverse of `patchify`."""
-    b, p, h, w = patches_BPHW.shape
-    blocks = patches_BPHW.reshape(b, PATCH, PATCH, p // PATCH**2, h, w)
-    return blocks.permute(0, 3, 4, 1, 5, 2).reshape(b, -1, h * PATCH, w * PATCH)
+def unpatchify(patches_BPHW: Tensor, p: int = PATCH) -> Tensor:
+    """(B, P·P·C, h, w) → (B, C, P·h, P·w); the inverse of `patchify`."""
+    b, _, h, w = patches_BPHW.shape
+    blocks = patches_BPHW.reshape(b, p, p, -1, h, w)
+    return blocks.permute(0, 3, 4, 1, 5, 2).reshape(b, -1, h * p, w * p)
 
 
 def patch_statistics(target_BPHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ def reconstruction_loss(
     With `norm_pix` each patch of the target is normalised by its own mean and deviation, so that a
     loss of 1 is reached by predicting nothing but each patch's mean.
     """
-    target = patchify(images_BCHW.float())
+    target = patchify(images_BCHW.float(), images_BCHW.shape[2] // pred_BPHW.shape[2])
     if norm_pix:
         mean, deviation = patch_statistics(target)
         target = (target - mean) / deviation
@@ -57,8 +57,8 @@ def to_pixels(pred_BPHW: Tensor, images_BCHW: Tensor, norm_pix: bool) -> Tensor:
 
     With `norm_pix` each patch is given back its own mean and deviation.
     """
-    pred = pred_BPHW.float()
+    pred, p = pred_BPHW.float(), images_BCHW.shape[2] // pred_BPHW.shape[2]
     if norm_pix:
-        mean, deviation = patch_statistics(patchify(images_BCHW.float()))
+        mean, deviation = patch_statistics(patchify(images_BCHW.float(), p))
         pred = pred * deviation + mean
-    return unpatchify(pred)
+    return unpatchify(pred, p)

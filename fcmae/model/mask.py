@@ -12,9 +12,9 @@ from sparse.errors import InputError
 from sparse.sizes import PATCH
 
 
-def grid_of(img_size: tuple[int, int]) -> tuple[int, int]:
+def grid_of(img_size: tuple[int, int], patch: int = PATCH) -> tuple[int, int]:
     """Return the number of patches (h, w) down and across an image of (H, W) pixels."""
-    return img_size[0] // PATCH, img_size[1] // PATCH
+    return img_size[0] // patch, img_size[1] // patch
 
 
 def keep_count(patches: int, mask_ratio: float) -> int:

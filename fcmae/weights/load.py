@@ -1,7 +1,7 @@
 """Finding weights and loading models, from a run, a checkpoint, a timm folder or a file."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,6 @@ from sparse.convert import canonical, encoder_part
 from sparse.encoder import init_fan_in
 from sparse.errors import InputError
 from sparse.layouts import Architecture, infer_architecture
-from sparse.sizes import PATCH
 
 V1_LAYER_SCALE = 1e-6
 """ConvNeXt V1's initial scale (arXiv 2201.03545)."""
@@ -201,8 +200,8 @@ def load_backbone(
     Args:
         source: see `find_weights`.
         device: where the encoder will be.
-        img_size: (height, width), multiples of 32; None takes the multiples nearest to what the
-            source says, else 224.
+        img_size: (height, width), multiples of the patch's side; None takes the multiples nearest
+            to what the source says, else 224.
 
     Raises:
         InputError: nothing there, damaged, or not a ConvNeXt.
@@ -212,7 +211,8 @@ def load_backbone(
     encoder = build_encoder(weights.architecture)
     encoder.load_state_dict(encoder_part(weights.state))
     images = read_preprocessing(file) or default_preprocessing(encoder.in_chans)
-    height, width = img_size or (max(round(n / PATCH), 1) * PATCH for n in images.img_size)
+    p = encoder.patch_size
+    height, width = img_size or (max(round(n / p), 1) * p for n in images.img_size)
     images = replace(images, img_size=(height, width))
     names = read_settings(file).get("label_names")
     names = tuple(names) if isinstance(names, list) else ()
@@ -230,10 +230,8 @@ def random_backbone(like: Backbone) -> Backbone:
 
 def build_encoder(kind: Architecture) -> SparseConvNeXtV2:
     """An encoder of this architecture with the initial weights of its layers."""
-    return SparseConvNeXtV2(
-        kind.depths, kind.dims, kind.in_chans, use_grn=kind.use_grn,
-        layer_scale=V1_LAYER_SCALE if kind.layer_scale else None,
-    )  # fmt: skip
+    scale = V1_LAYER_SCALE if kind.layer_scale else None
+    return SparseConvNeXtV2(**{**asdict(kind), "layer_scale": scale})
 
 
 class Pretrained(NamedTuple):

@@ -27,8 +27,8 @@ class Sites(Protocol):
     visible_N1: Tensor | None
     """1 for a visible row, 0 for a hidden one, for engines that carry hidden rows."""
 
-    def stem(self, images_BCHW: Tensor, weight_OI44: Tensor, bias_O: Tensor) -> Tensor:
-        """4×4 stride-4 convolution of the images at the visible sites → (N, O). First stage."""
+    def stem(self, images_BCHW: Tensor, weight_OIKK: Tensor, bias_O: Tensor) -> Tensor:
+        """K×K stride-K convolution of the images at the visible sites → (N, O). First stage."""
 
     def depthwise(self, x_NC: Tensor, weight_C1KK: Tensor, bias_C: Tensor) -> Tensor:
         """K×K depthwise convolution, zeros at hidden sites and outside the image → (N, C)."""
@@ -65,11 +65,11 @@ class PackedSites:
         self.index_N = to_device(index_N, images.device)
         self.windows = Windows(index_N, shape, side, images.device)
 
-    def stem(self, images_BCHW: Tensor, weight_OI44: Tensor, bias_O: Tensor) -> Tensor:
-        b, h, w = self.shape
-        blocks = images_BCHW.reshape(b, -1, h, 4, w, 4).permute(0, 2, 4, 1, 3, 5)
+    def stem(self, images_BCHW: Tensor, weight_OIKK: Tensor, bias_O: Tensor) -> Tensor:
+        (b, h, w), k = self.shape, weight_OIKK.shape[-1]
+        blocks = images_BCHW.reshape(b, -1, h, k, w, k).permute(0, 2, 4, 1, 3, 5)
         pixels = blocks.reshape(b * h * w, -1).index_select(0, self.index_N)
-        return F.linear(pixels, weight_OI44.flatten(1), bias_O)
+        return F.linear(pixels, weight_OIKK.flatten(1), bias_O)
 
     def depthwise(self, x_NC: Tensor, weight_C1KK: Tensor, bias_C: Tensor) -> Tensor:
         return windowed_depthwise(x_NC, weight_C1KK, bias_C, self.windows)

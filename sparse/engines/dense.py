@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sparse.devices import to_device
 from sparse.engines.base import hide
 from sparse.rows import ImageRows
-from sparse.sizes import PATCH, STRIDES
+from sparse.sizes import SIDES
 
 
 class DenseSites:
@@ -35,9 +35,9 @@ class DenseSites:
         """Rows → (B, C, H, W), channels last in memory."""
         return x_NC.view(*self.shape, x_NC.shape[1]).permute(0, 3, 1, 2)
 
-    def stem(self, images_BCHW: Tensor, weight_OI44: Tensor, bias_O: Tensor) -> Tensor:
+    def stem(self, images_BCHW: Tensor, weight_OIKK: Tensor, bias_O: Tensor) -> Tensor:
         images = images_BCHW.contiguous(memory_format=torch.channels_last)
-        return rows_of(F.conv2d(images, weight_OI44, bias_O, stride=4))
+        return rows_of(F.conv2d(images, weight_OIKK, bias_O, stride=weight_OIKK.shape[-1]))
 
     def depthwise(self, x_NC: Tensor, weight_C1KK: Tensor, bias_C: Tensor) -> Tensor:
         pad = weight_C1KK.shape[-1] // 2
@@ -59,4 +59,4 @@ def rows_of(x_BCHW: Tensor) -> Tensor:
 
 def dense_sites(mask_BHW: Tensor, device: torch.device) -> list[DenseSites]:
     """Every site, hidden or not, masked. See `sparse.engines.Engine`."""
-    return [DenseSites(mask_BHW, PATCH // stride, device) for stride in STRIDES]
+    return [DenseSites(mask_BHW, side, device) for side in SIDES]

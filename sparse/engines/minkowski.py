@@ -23,7 +23,7 @@ from sparse.engines.base import PackedSites, Sites
 from sparse.engines.patch import patch_sites
 from sparse.ops.windows import Shape
 from sparse.rows import ImageRows
-from sparse.sizes import PATCH, STRIDES
+from sparse.sizes import SIDES
 
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 INSTALL = "python -m sparse.install_minkowski"
@@ -86,7 +86,7 @@ class MinkowskiSites(PackedSites):
 
     def __init__(self, manager: Any, key: Any, shape: Shape, side: int, images: ImageRows) -> None:
         self.manager, self.key = manager, key
-        stride = PATCH // STRIDES[0] // side
+        stride = SIDES[0] // side
         image, y, x = (manager.get_coordinates(key).long() // torch.tensor([1, stride, stride])).T
         _, h, w = shape
         patch = (image * (h // side) + y // side) * (w // side) + x // side
@@ -132,8 +132,7 @@ def minkowski_sites(mask_BHW: Tensor, device: torch.device) -> Sequence[Sites]:
         torch.set_num_threads(threads)
     (batch, rows, cols), per_image = visible.shape, visible.flatten(1).sum(1)
     stages = []
-    for key, stride in zip(keys, STRIDES, strict=True):
-        side = PATCH // stride
+    for key, side in zip(keys, SIDES, strict=True):
         images = ImageRows.of(per_image * side**2, device)
         stages.append(MinkowskiSites(manager, key, (batch, rows * side, cols * side), side, images))
     for finer, coarser in pairwise(stages):
@@ -143,14 +142,13 @@ def minkowski_sites(mask_BHW: Tensor, device: torch.device) -> Sequence[Sites]:
 
 def _coordinate_maps(visible_BHW: Tensor) -> tuple[Any, list[Any]]:
     """A coordinate manager, the keys of all stages' maps, and the kernel maps between them."""
-    finest = PATCH // STRIDES[0]
-    lattice = visible_BHW.repeat_interleave(finest, 1).repeat_interleave(finest, 2)
+    lattice = visible_BHW.repeat_interleave(SIDES[0], 1).repeat_interleave(SIDES[0], 2)
     engine = load_minkowski()
     manager = engine.CoordinateManager(
         D=2, num_threads=1, coordinate_map_type=engine.CoordinateMapType.CPU
     )
     keys = [manager.insert_and_map(lattice.nonzero().int().contiguous(), 1)[0]]
-    for _ in STRIDES[1:]:
+    for _ in SIDES[1:]:
         keys.append(manager.stride(keys[-1], 2))
         manager.kernel_map(keys[-2], keys[-1], stride=2, kernel_size=2)  # kept for the convolution
     return manager, keys

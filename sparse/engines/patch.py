@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from sparse.engines.base import PackedSites
 from sparse.rows import ImageRows
-from sparse.sizes import PATCH, STRIDES
+from sparse.sizes import SIDES
 
 
 class PatchSites(PackedSites):
@@ -26,8 +26,7 @@ def patch_sites(mask_BHW: Tensor, device: torch.device) -> list[PatchSites]:
     image, row, col = (~mask_BHW).nonzero().unbind(1)
     counts = (~mask_BHW).flatten(1).sum(1)
     stages = []
-    for stride in STRIDES:
-        side = PATCH // stride
+    for side in SIDES:
         h, w = rows * side, cols * side
         corner_P = (image * h + row * side) * w + col * side
         step = torch.arange(side)
