@@ -34,6 +34,8 @@ def convert(config: ConvertConfig) -> Path:
     out, layout = Path(config.out), config.layout
     if layout == "minkowski":
         check_out_file(out, ".pth", ".pt", ".safetensors")
+    else:
+        check_out_folder(out)
     file = find_weights(config.source)
     weights = load_weights(file)
     kind = weights.architecture
@@ -199,7 +201,6 @@ def _check_out(out: Path, architecture: Architecture) -> None:
     Raises:
         InputError: names what `out` holds.
     """
-    check_out_folder(out)
     names = {path.name for path in out.iterdir() if path.name[0] != "."} if out.is_dir() else set()
     if not names:
         return
