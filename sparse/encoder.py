@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparse.block import SparseBlock, weight_and_bias
 from sparse.engines import Engine, get_engine
-from sparse.engines.base import Sites, hide
+from sparse.engines.base import Layout, Sites, hide
 from sparse.errors import InputError
 from sparse.ops.grn_mlp import LAYER_NORM_EPS
 from sparse.sizes import PATCH, SIDES, resolve_size
@@ -107,13 +107,16 @@ class SparseConvNeXtV2(nn.Module):
         size = resolve_size(model, depths, dims)
         return cls(size.depths, size.dims, **options)  # type: ignore[arg-type]
 
-    def forward(self, images_BCHW: Tensor, mask_BHW: Tensor) -> Tensor:
+    def forward(
+        self, images_BCHW: Tensor, mask_BHW: Tensor, layout: Layout | None = None
+    ) -> Tensor:
         """Encode the visible patches.
 
         Args:
             images_BCHW: height and width multiples of P, not necessarily equal.
             mask_BHW: (B, H/P, W/P) bool, True = hidden. The mask alone says what is visible. Kept
                 on the CPU it costs no synchronisation with a GPU.
+            layout: of the mask, made ahead by the engine's `lay_out`; None makes it here.
 
         Returns:
             (B, dims[-1], H/P, W/P), zeros where hidden.
@@ -123,7 +126,10 @@ class SparseConvNeXtV2(nn.Module):
         """
         self._check(images_BCHW, mask_BHW)
         device = images_BCHW.device
-        return self.encode(images_BCHW, self.engine_on(device).sites(mask_BHW.cpu(), device))
+        engine = self.engine_on(device)
+        if layout is not None and engine.place is not None:
+            return self.encode(images_BCHW, engine.place(layout, device))
+        return self.encode(images_BCHW, engine.sites(mask_BHW.cpu(), device))
 
     def engine_on(self, device: torch.device) -> Engine:
         """Return the engine that computes on a device.

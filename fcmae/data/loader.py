@@ -10,9 +10,10 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from fcmae.data.order import Key
 from fcmae.data.sample import Batch, Sample, collate
 from fcmae.data.statistics import Preprocessing
 from fcmae.model.mask import grid_of, random_mask
+from sparse.engines.base import Layout
 from sparse.errors import RunError
 
 _CANDIDATES = 20
@@ -98,19 +100,23 @@ def _candidates(index: int, n: int, seed: int) -> Iterator[int]:
 
 
 def make_loader(
-    dataset: Dataset[Any], batches: Iterable[list[Any]], workers: int, pin_memory: bool = False
+    dataset: Dataset[Any],
+    batches: Iterable[list[Any]],
+    workers: int,
+    pin_memory: bool = False,
+    lay_out: Callable[[Tensor], Layout] | None = None,
 ) -> DataLoader[Any]:
     """Return an iterable of `Batch`es: of the samples of each of `batches`.
 
     Workers are forked where the system can, so they share the source. The loader has a generator
-    of its own: torch's global stream is left alone.
+    of its own: torch's global stream is left alone. `lay_out` is that of `collate`.
     """
     fork = workers > 0 and hasattr(os, "fork")
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_collate_shared if workers else collate,
+        collate_fn=partial(_collate_shared if workers else collate, lay_out=lay_out),
         pin_memory=pin_memory,
         worker_init_fn=_init_worker if workers else None,
         multiprocessing_context="fork" if fork else None,
@@ -145,17 +151,15 @@ def lost_workers(then: str = "") -> Iterator[None]:
         ) from error
 
 
-def _collate_shared(samples: list[Sample]) -> Batch:
+def _collate_shared(
+    samples: list[Sample], lay_out: Callable[[Tensor], Layout] | None = None
+) -> Batch:
     """Join samples in memory that the training process shares.
 
     Left to torch, that happens in a thread of the worker, and where there is no room the batch is
     dropped and the training process waits for it forever.
     """
-    batch = collate(samples)
-    for value in vars(batch).values():
-        if isinstance(value, Tensor):
-            value.share_memory_()
-    return batch
+    return collate(samples, lay_out).moved(Tensor.share_memory_)
 
 
 def _init_worker(_: int) -> None:

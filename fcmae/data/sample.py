@@ -4,8 +4,9 @@ Every data set gives `Sample`s and every loader `Batch`es; a kind of training fi
 it needs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from fcmae.data.augment import Geometry
 from fcmae.data.resize import Pixels
 from sparse.devices import to_device
+from sparse.engines.base import Layout
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Batch:
         masks: (B, h, w) bool, True = hidden.
         valid: (B, H, W) bool, True where a pixel counts.
         targets: (B, …), the labels.
-        sites: the encoder's index tables of `masks`, where they are made ahead.
+        sites: the layout of the encoder's sites for `masks`, where it is made ahead.
         geometry: how each crop was cut.
         bad: (name, reason) of images that could not be read.
         missing: of the first sample that has no image, what could not be read; none where all have.
@@ -63,7 +65,7 @@ class Batch:
     masks: Tensor | None = None
     valid: Tensor | None = None
     targets: Tensor | None = None
-    sites: Any = None
+    sites: Layout | None = None
     geometry: list[Geometry | None] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
@@ -71,25 +73,39 @@ class Batch:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return the batch with each of its tensors moved, as into memory of another kind."""
+        parts: dict[str, Any] = {
+            name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        if self.sites is not None:
+            parts["sites"] = replace(self.sites, tables=move(self.sites.tables))
+        return replace(self, **parts)
+
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory, from where copies to a GPU need not wait."""
-        tensors = {name: v for name, v in vars(self).items() if isinstance(v, Tensor)}
-        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return replace(self, **pinned)
+        return self.moved(Tensor.pin_memory)
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Join samples; 8-bit images become float where deeper ones stand beside them."""
+def collate(samples: Sequence[Sample], lay_out: Callable[[Tensor], Layout] | None = None) -> Batch:
+    """Join samples; 8-bit images become float where deeper ones stand beside them.
+
+    Args:
+        samples: those without an image are skipped.
+        lay_out: makes the layout of the sites of the masks, if any.
+    """
     good = [sample for sample in samples if sample.image is not None]
     images = [sample.image for sample in good if sample.image is not None]
     if len({image.dtype for image in images}) > 1:
         images = [as_float(image) for image in images]
+    masks = _joined([sample.mask for sample in good])
     return Batch(
         torch.from_numpy(np.stack(images)) if images else torch.empty(0, dtype=torch.uint8),
         torch.tensor([sample.index for sample in good], dtype=torch.int64),
-        _joined([sample.mask for sample in good]),
+        masks,
         _joined([sample.valid for sample in good]),
         _joined([sample.target for sample in good]),
+        sites=None if lay_out is None or masks is None else lay_out(masks),
         geometry=[sample.geometry for sample in good],
         bad=[bad for sample in samples for bad in sample.bad],
         missing=next((sample.bad for sample in samples if sample.image is None), []),
@@ -118,7 +134,16 @@ def normalise(
     """
     units = 255.0 if images.dtype == torch.uint8 else 1.0
     scaled = to_device(images, device).to(torch.float32, copy=True)
-    std_C = torch.tensor(std, dtype=torch.float32, device=scaled.device)
-    mean_C = torch.tensor(mean, dtype=torch.float32, device=scaled.device)
-    scaled.mul_((1 / (units * std_C)).view(1, -1, 1, 1))
-    return scaled.sub_((mean_C / std_C).view(1, -1, 1, 1))
+    factor, shift = _constants(tuple(mean), tuple(std), units, scaled.device)
+    return scaled.mul_(factor).sub_(shift)
+
+
+@lru_cache
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], units: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What `normalise` multiplies by and subtracts, (1, C, 1, 1): copied to the device once."""
+    std_C, mean_C = torch.tensor(std), torch.tensor(mean)
+    constants = 1 / (units * std_C), mean_C / std_C
+    factor, shift = (c.float().view(1, -1, 1, 1).to(device) for c in constants)
+    return factor, shift

@@ -12,6 +12,7 @@ from sparse.block import SparseBlock, weight_and_bias
 from sparse.encoder import init_weights
 from sparse.engines.dense import DenseSites, rows_of
 from sparse.ops.depthwise import depthwise
+from sparse.rows import ImageRows
 from sparse.sizes import PATCH
 
 
@@ -60,7 +61,9 @@ class _AllSites(DenseSites):
     """Every site of a map (B, h, w), with a depthwise convolution that is fast on CPUs."""
 
     def __init__(self, shape: torch.Size, device: torch.device) -> None:
-        super().__init__(torch.zeros(shape, dtype=torch.bool), 1, device)
+        batch, height, width = shape
+        self.shape, self.visible_N1 = (batch, height, width), None
+        self.images = ImageRows(batch, height * width, device)
 
     def depthwise(self, x_NC: Tensor, weight_C1KK: Tensor, bias_C: Tensor) -> Tensor:
         return rows_of(depthwise(self.map_of(x_NC), weight_C1KK, bias_C))

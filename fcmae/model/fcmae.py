@@ -12,6 +12,7 @@ from fcmae.model.loss import reconstruction_loss
 from fcmae.model.mask import grid_of, random_masks
 from sparse import SparseConvNeXtV2
 from sparse.devices import to_device
+from sparse.engines.base import Layout
 
 
 @dataclass
@@ -85,6 +86,7 @@ class FCMAE(nn.Module):
         images_BCHW: Tensor,
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
+        layout: Layout | None = None,
     ) -> FCMAEOutput:
         """Reconstruct the hidden patches of normalised images.
 
@@ -93,6 +95,7 @@ class FCMAE(nn.Module):
             mask: (B, H/P, W/P) bool, True = hidden, best kept on the CPU; drawn at random with
                 `mask_ratio` if None.
             generator: CPU generator for a mask drawn here.
+            layout: of the mask, where it is made ahead; see `SparseConvNeXtV2.forward`.
 
         Raises:
             InputError: shapes that don't go together, or a ratio that leaves nothing visible or
@@ -102,7 +105,7 @@ class FCMAE(nn.Module):
             batch, _, height, width = images_BCHW.shape
             grid = grid_of((height, width), self.encoder.patch_size)
             mask = random_masks(batch, grid, self.mask_ratio, generator)
-        features_BCHW = self.encoder(images_BCHW, mask)
+        features_BCHW = self.encoder(images_BCHW, mask, layout)
         hidden = to_device(mask, images_BCHW.device)
         pred = self.decoder(features_BCHW, hidden)
         loss = reconstruction_loss(pred, images_BCHW, hidden, self.norm_pix_loss)

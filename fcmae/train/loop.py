@@ -85,9 +85,8 @@ class Loop:
         self._statistics = RunningStatistics(task.model if skips else None)
         self.forward: nn.Module = task.model
         if self.world.size > 1:
-            device = self.world.device
-            ids = [device.index] if device.type == "cuda" else None
-            self.forward = DistributedDataParallel(task.model, device_ids=ids)
+            # Without `device_ids`, which would copy masks to the GPU and wait for it.
+            self.forward = DistributedDataParallel(task.model)
 
     def restore(self, saved: checkpoint.SavedCheckpoint) -> None:
         """Continue from a checkpoint.

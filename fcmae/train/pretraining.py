@@ -31,6 +31,7 @@ from fcmae.weights.load import init_encoder
 from sparse import SparseConvNeXtV2
 from sparse.encoder import init_fan_in
 from sparse.engines import get_engine
+from sparse.engines.base import Layout
 from sparse.errors import InputError
 from sparse.layouts import infer_architecture
 from sparse.sizes import resolve_size
@@ -136,9 +137,14 @@ class Pretraining(Task):
     def dataset(self) -> PretrainDataset:
         return PretrainDataset(Split(self.images.train), self.resolved.images, self.config)
 
+    def lay_out(self) -> Callable[[Tensor], Layout] | None:
+        lay_out, device = self._engine.lay_out, self.resolved.world.device.type
+        return None if lay_out is None else lambda masks: lay_out(masks, device)
+
     def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
         how, device = self.resolved.images, self.resolved.world.device
-        return forward(normalise(batch.images, how.mean, how.std, device), batch.masks).loss
+        images = normalise(batch.images, how.mean, how.std, device)
+        return forward(images, batch.masks, layout=batch.sites).loss
 
     def end_epoch(self, epoch: int, step: int, stop: Callable[[], bool]) -> dict[str, float]:
         metrics: dict[str, float] = {}

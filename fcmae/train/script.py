@@ -73,7 +73,9 @@ def train(task: Task) -> int:
                 loop.restore(start)
             if world.is_main:
                 _announce(task, room, loop.step)
-            batches = make_loader(task.dataset(), sampler, resolved.workers, device.type == "cuda")
+            batches = make_loader(
+                task.dataset(), sampler, resolved.workers, device.type == "cuda", task.lay_out()
+            )
             code = loop.run(iter(batches), signals)
             if code == 0 and folder is not None:
                 task.export(folder)

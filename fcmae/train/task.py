@@ -15,6 +15,7 @@ from fcmae.train.checkpoint import SavedCheckpoint
 from fcmae.train.plan import AutoEpochs, Plan
 from fcmae.train.processes import ALONE, World
 from fcmae.train.run_folder import RunFolder
+from sparse.engines.base import Layout
 from sparse.errors import RunError
 
 
@@ -146,6 +147,10 @@ class Task(ABC):
             "precision": resolved.precision,
             "workers": resolved.workers,
         }
+
+    def lay_out(self) -> Callable[[Tensor], Layout] | None:
+        """What lays out the encoder's sites ahead, where images are read, if anything."""
+        return None
 
     @abstractmethod
     def dataset(self) -> Dataset[Any]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparse.engines.base import Sites
+from sparse.engines.base import Layout, Sites
 from sparse.engines.dense import dense_sites
 from sparse.engines.minkowski import INSTALL, minkowski_sites, why_unavailable
-from sparse.engines.patch import patch_sites
+from sparse.engines.patch import lay_out_patches, patch_sites, place_patches
 from sparse.errors import InputError, did_you_mean
 
 
@@ -22,6 +22,9 @@ class Engine:
         sites: lays out the four stages (strides 4, 8, 16, 32) for a batch of masks. Its arguments
             are a mask (B, H, W), bool on the CPU, one entry per 32×32 patch, True = hidden, and the
             device where images and parameters are.
+        lay_out: lays out the sites of a mask (B, H, W) ahead, on the CPU, for a type of device, as
+            in a process that reads images; None where it can't.
+        place: the sites of such a layout on a device.
         devices: types of the devices it computes on; None for any.
         dtypes: types of the weights it computes with; None for any floating point.
         compiles: whether `torch.compile` makes one graph of a step with it.
@@ -32,6 +35,8 @@ class Engine:
 
     name: str
     sites: Callable[[Tensor, torch.device], Sequence[Sites]]
+    lay_out: Callable[[Tensor, str], Layout] | None = None
+    place: Callable[[Layout, torch.device], Sequence[Sites]] | None = None
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     compiles: bool = True
@@ -62,7 +67,7 @@ ENGINES = {
         compiles=False,
         missing=lambda: (reason := why_unavailable()) and f"{reason}; install it with `{INSTALL}`",
     ),
-    "patch": Engine("patch", patch_sites),
+    "patch": Engine("patch", patch_sites, lay_out_patches, place_patches),
     "dense": Engine("dense", dense_sites, automatic=False),
 }
 """All engines by name, best default first."""

@@ -5,13 +5,16 @@ C channels, H and W a map's height and width in sites. A *site* is one position 
 stage at stride s has H = height/s by W = width/s of them.
 """
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparse.devices import to_device
-from sparse.ops.windows import Shape, Windows, windowed_depthwise
+from sparse.ops.windows import Shape, Windows, cut_windows, windowed_depthwise
 from sparse.rows import ImageRows
 
 
@@ -45,6 +48,66 @@ def hide(sites: Sites, x_NC: Tensor) -> Tensor:
     return x_NC if sites.visible_N1 is None else x_NC * sites.visible_N1
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One stage of packed sites for one batch of masks, without its index tables.
+
+    Attributes:
+        shape: (B, H, W) of the stage's map.
+        side: sites along a patch's side.
+        per_image: rows of each image, where all have the same number, else 0.
+        window, count: size and number of the windows of the depthwise convolution.
+        lengths: of each table by its name: those of `cut_windows`; `index`, the position of each
+            row on the flattened map; and `image`, the image of each row, where the numbers differ.
+    """
+
+    shape: Shape
+    side: int
+    per_image: int
+    window: tuple[int, int]
+    count: int
+    lengths: dict[str, int]
+
+    @classmethod
+    def of(
+        cls, index_N: Tensor, shape: Shape, side: int, patches_B: Tensor, on_cpu: bool
+    ) -> tuple["Stage", dict[str, Tensor]]:
+        """Lay out a stage, and return its tables too: int32, on the CPU.
+
+        Args:
+            index_N: int64 position of each row on the flattened map, patch after patch.
+            shape, side: see `Stage`.
+            patches_B: visible patches of each image.
+            on_cpu: whether a CPU computes, which takes more tables.
+        """
+        windows = cut_windows(index_N, shape, side, on_cpu)
+        tables, per_image = {"index": index_N.int(), **windows.tables}, int(patches_B[0]) * side**2
+        if (patches_B != patches_B[0]).any():
+            tables["image"], per_image = torch.repeat_interleave(patches_B * side**2).int(), 0
+        lengths = {name: len(table) for name, table in tables.items()}
+        return cls(shape, side, per_image, windows.size, windows.count, lengths), tables
+
+
+@dataclass
+class Layout:
+    """All stages of packed sites, with their index tables in one tensor: one copy moves them.
+
+    Attributes:
+        stages: in order.
+        tables: int32, on the CPU; may be pinned, and in memory that processes share.
+    """
+
+    stages: list[Stage]
+    tables: Tensor
+
+    def on(self, device: torch.device) -> Iterator[tuple[Stage, dict[str, Tensor]]]:
+        """Yield each stage with its tables on a device; the copy waits only where it has to."""
+        lengths = [length for stage in self.stages for length in stage.lengths.values()]
+        parts = iter(to_device(self.tables, device).split(lengths))
+        for stage in self.stages:
+            yield stage, {name: next(parts) for name in stage.lengths}
+
+
 class PackedSites:
     """Rows packed without gaps, with their positions on the map: shared by patch and minkowski.
 
@@ -52,18 +115,17 @@ class PackedSites:
     raster order), so that a patch is a square block of rows.
 
     Args:
-        index_N: int64 position of each row on the flattened (B, H, W) map, on the CPU.
-        shape: (B, H, W) of this stage's map.
-        side: sites along a patch's side.
-        images: which image each row belongs to, and where the rows will be.
+        stage: what is known of the stage.
+        tables: its index tables, on the device of the rows.
     """
 
     visible_N1: Tensor | None = None
 
-    def __init__(self, index_N: Tensor, shape: Shape, side: int, images: ImageRows) -> None:
-        self.shape, self.side, self.images = shape, side, images
-        self.index_N = to_device(index_N, images.device)
-        self.windows = Windows(index_N, shape, side, images.device)
+    def __init__(self, stage: Stage, tables: Mapping[str, Tensor]) -> None:
+        self.shape, self.side, self.index_N = stage.shape, stage.side, tables["index"]
+        self.windows = Windows(stage.window, stage.count, tables)
+        device, image = self.index_N.device, tables.get("image")
+        self.images = ImageRows(self.shape[0], stage.per_image, device, image)
 
     def stem(self, images_BCHW: Tensor, weight_OIKK: Tensor, bias_O: Tensor) -> Tensor:
         (b, h, w), k = self.shape, weight_OIKK.shape[-1]
@@ -77,5 +139,5 @@ class PackedSites:
     def densify(self, x_NC: Tensor) -> Tensor:
         b, h, w = self.shape
         channels = x_NC.shape[1]
-        canvas = x_NC.new_zeros(b * h * w, channels).index_copy(0, self.index_N, x_NC)
+        canvas = x_NC.new_zeros(b * h * w, channels).index_copy(0, self.index_N.long(), x_NC)
         return canvas.view(b, h, w, channels).permute(0, 3, 1, 2)

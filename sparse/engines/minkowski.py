@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse.engines.base import PackedSites, Sites
+from sparse.engines.base import PackedSites, Sites, Stage
 from sparse.engines.patch import patch_sites
 from sparse.ops.windows import Shape
-from sparse.rows import ImageRows
 from sparse.sizes import SIDES
 
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
@@ -76,7 +75,9 @@ class MinkowskiSites(PackedSites):
 
     Args:
         manager, key: of MinkowskiEngine's coordinate map.
-        shape, side, images: as in `PackedSites`.
+        shape: (B, H, W) of the stage's map.
+        side: sites along a patch's side.
+        patches_B: visible patches of each image.
 
     Attributes:
         following: the next stage, if any.
@@ -84,7 +85,7 @@ class MinkowskiSites(PackedSites):
 
     following: "MinkowskiSites"
 
-    def __init__(self, manager: Any, key: Any, shape: Shape, side: int, images: ImageRows) -> None:
+    def __init__(self, manager: Any, key: Any, shape: Shape, side: int, patches_B: Tensor) -> None:
         self.manager, self.key = manager, key
         stride = SIDES[0] // side
         image, y, x = (manager.get_coordinates(key).long() // torch.tensor([1, stride, stride])).T
@@ -93,7 +94,8 @@ class MinkowskiSites(PackedSites):
         self.order_N = ((patch * side + y % side) * side + x % side).argsort()
         self.inverse_N = torch.empty_like(self.order_N)
         self.inverse_N[self.order_N] = torch.arange(len(self.order_N))
-        super().__init__(((image * h + y) * w + x)[self.order_N], shape, side, images)
+        index_N = ((image * h + y) * w + x)[self.order_N]
+        super().__init__(*Stage.of(index_N, shape, side, patches_B, on_cpu=True))
 
     def downsample(self, x_NC: Tensor, weight_OI22: Tensor, bias_O: Tensor) -> Tensor:
         # In a kernel of MinkowskiEngine the first spatial coordinate, here y, runs fastest.
@@ -133,8 +135,8 @@ def minkowski_sites(mask_BHW: Tensor, device: torch.device) -> Sequence[Sites]:
     (batch, rows, cols), per_image = visible.shape, visible.flatten(1).sum(1)
     stages = []
     for key, side in zip(keys, SIDES, strict=True):
-        images = ImageRows.of(per_image * side**2, device)
-        stages.append(MinkowskiSites(manager, key, (batch, rows * side, cols * side), side, images))
+        shape = (batch, rows * side, cols * side)
+        stages.append(MinkowskiSites(manager, key, shape, side, per_image))
     for finer, coarser in pairwise(stages):
         finer.following = coarser
     return stages

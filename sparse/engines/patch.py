@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse.engines.base import PackedSites
-from sparse.rows import ImageRows
+from sparse.engines.base import Layout, PackedSites, Stage
 from sparse.sizes import SIDES
 
 
@@ -20,17 +19,30 @@ class PatchSites(PackedSites):
         return F.linear(joined, weight_OI22.permute(0, 2, 3, 1).flatten(1), bias_O)
 
 
-def patch_sites(mask_BHW: Tensor, device: torch.device) -> list[PatchSites]:
-    """Index tables from the mask. See `sparse.engines.Engine`."""
+def lay_out_patches(mask_BHW: Tensor, device: str) -> Layout:
+    """Lay out the sites of a mask on the CPU, for a type of device; see `sparse.engines.Engine`."""
     batch, rows, cols = mask_BHW.shape
-    image, row, col = (~mask_BHW).nonzero().unbind(1)
-    counts = (~mask_BHW).flatten(1).sum(1)
-    stages = []
+    visible = ~mask_BHW
+    image, row, col = visible.nonzero().unbind(1)
+    patches_B = visible.flatten(1).sum(1)
+    stages: list[Stage] = []
+    tables: list[Tensor] = []
     for side in SIDES:
         h, w = rows * side, cols * side
         corner_P = (image * h + row * side) * w + col * side
         step = torch.arange(side)
         index_N = (corner_P[:, None, None] + step[:, None] * w + step).flatten()
-        images = ImageRows.of(counts * side * side, device)
-        stages.append(PatchSites(index_N, (batch, h, w), side, images))
-    return stages
+        stage, own = Stage.of(index_N, (batch, h, w), side, patches_B, device == "cpu")
+        stages.append(stage)
+        tables += own.values()
+    return Layout(stages, torch.cat(tables))
+
+
+def place_patches(layout: Layout, device: torch.device) -> list[PatchSites]:
+    """The sites of a layout on a device."""
+    return [PatchSites(*part) for part in layout.on(device)]
+
+
+def patch_sites(mask_BHW: Tensor, device: torch.device) -> list[PatchSites]:
+    """Index tables from the mask. See `sparse.engines.Engine`."""
+    return place_patches(lay_out_patches(mask_BHW, device.type), device)

@@ -5,12 +5,14 @@ patch has few sites and a window is (a large part of) an image. A window's sites
 `index_select` through a table that is made once per batch of masks.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sparse.devices import to_device
 from sparse.ops.depthwise import correlate
 
 HALO = 3
@@ -27,50 +29,24 @@ Shape = tuple[int, int, int]
 """(B, H, W) of a stage's map."""
 
 
+@dataclass(frozen=True)
 class Windows:
-    """Index tables of one stage for one batch of masks.
+    """The windows of one stage for a batch of masks: G of h×w sites, with a halo of 3 a side.
 
-    G windows of h×w sites have a halo of 3 on each side. Tables hold row numbers, and N where
-    there is no visible site.
-
-    Args:
-        index_N: int64 position of each row on the flattened (B, H, W) map, on the CPU.
-        shape: (B, H, W) of the map.
-        side: sites along a patch's side; rows stand patch after patch.
-        device: where the rows will be.
+    Attributes:
+        size: (h, w).
+        count: G.
+        tables: index tables (see `cut_windows`), on the device of the rows.
     """
 
-    def __init__(self, index_N: Tensor, shape: Shape, side: int, device: torch.device) -> None:
-        batch, *lengths = shape
-        patches = side >= SMALLEST_PATCH
-        counts = [length // side if patches else -(-length // LARGEST) for length in lengths]
-        self.size = tuple(-(-length // n) for length, n in zip(lengths, counts, strict=True))
-        (h, w), rows = self.size, len(index_N)
-
-        padded = torch.full((batch, counts[0] * h + 2 * HALO, counts[1] * w + 2 * HALO), rows,
-                            dtype=torch.int32)  # fmt: skip
-        image, y, x = torch.unravel_index(index_N, shape)
-        padded[image, y + HALO, x + HALO] = torch.arange(rows, dtype=torch.int32)
-        halo = padded.unfold(1, h + 2 * HALO, h).unfold(2, w + 2 * HALO, w).flatten(0, 2)
-        core = halo[:, HALO:-HALO, HALO:-HALO]
-        used = (core < rows).flatten(1).any(1)
-        halo, core = halo[used], core[used]
-
-        self.count = len(core)
-        self.halo = to_device(halo.flatten(), device)
-        self.core = to_device(core.flatten(), device)
-        # The same with the windows running fastest, for weight gradients.
-        self.halo_last = to_device(halo.permute(1, 2, 0).flatten(), device)
-        self.core_last = to_device(core.permute(1, 2, 0).flatten(), device)
-        self.rows: Tensor | None = None
-        if not patches:
-            self.rows = (core.flatten() < rows).nonzero().flatten()
-            self.rows = to_device(self.rows[core.flatten()[self.rows].argsort()], device)
+    size: tuple[int, int]
+    count: int
+    tables: Mapping[str, Tensor]
 
     def with_halo(self, rows_NC: Tensor) -> Tensor:
         """Rows → windows (G, C, h+6, w+6), channels last in memory, zeros where nothing is."""
         h, w = self.size
-        cut = _with_zero(rows_NC).index_select(0, self.halo)
+        cut = _with_zero(rows_NC).index_select(0, self.tables["halo"])
         return cut.view(self.count, h + 2 * HALO, w + 2 * HALO, rows_NC.shape[1]).permute(
             0, 3, 1, 2
         )
@@ -78,14 +54,52 @@ class Windows:
     def to_rows(self, windows_GCHW: Tensor) -> Tensor:
         """Windows without halo (G, C, h, w) → rows (N, C)."""
         sites = windows_GCHW.permute(0, 2, 3, 1).reshape(-1, windows_GCHW.shape[1])
-        return sites if self.rows is None else sites.index_select(0, self.rows)
+        rows = self.tables.get("rows")
+        return sites if rows is None else sites.index_select(0, rows)
 
     def weight_gradient(self, x_NC: Tensor, grad_NC: Tensor) -> Tensor:
         """Gradient of a depthwise kernel (C, 1, 7, 7): see `correlate`."""
         (h, w), shape = self.size, (self.count, x_NC.shape[1])
-        x = _with_zero(x_NC).index_select(0, self.halo_last)
-        grad = _with_zero(grad_NC).index_select(0, self.core_last)
+        x = _with_zero(x_NC).index_select(0, self.tables["halo_last"])
+        grad = _with_zero(grad_NC).index_select(0, self.tables["core_last"])
         return correlate(x.view(h + 2 * HALO, w + 2 * HALO, *shape), grad.view(h, w, *shape))
+
+
+def cut_windows(index_N: Tensor, shape: Shape, side: int, on_cpu: bool) -> Windows:
+    """Cut one stage's map into windows, with their index tables on the CPU.
+
+    Tables are int32 and hold row numbers, and N where there is no visible site: `halo`, of the
+    windows with their halo, and `rows`, the place of each row in the windows, where windows are not
+    patches. For computing on a CPU also `halo_last` and `core_last`, with the windows running
+    fastest, for weight gradients.
+
+    Args:
+        index_N: int64 position of each row on the flattened (B, H, W) map, on the CPU.
+        shape: (B, H, W) of the map.
+        side: sites along a patch's side; rows stand patch after patch.
+        on_cpu: whether a CPU computes.
+    """
+    batch, *lengths = shape
+    patches = side >= SMALLEST_PATCH
+    counts = [length // side if patches else -(-length // LARGEST) for length in lengths]
+    h, w = (-(-length // n) for length, n in zip(lengths, counts, strict=True))
+    rows, kind = len(index_N), torch.int32
+    size = (batch, counts[0] * h + 2 * HALO, counts[1] * w + 2 * HALO)
+    padded = torch.full(size, rows, dtype=kind)
+    image, y, x = torch.unravel_index(index_N, shape)
+    padded[image, y + HALO, x + HALO] = torch.arange(rows, dtype=kind)
+    halo = padded.unfold(1, h + 2 * HALO, h).unfold(2, w + 2 * HALO, w).flatten(0, 2)
+    core = halo[:, HALO:-HALO, HALO:-HALO]
+    used = (core < rows).flatten(1).any(1)
+    halo, core = halo[used], core[used]
+    tables = {"halo": halo.flatten()}
+    if on_cpu:
+        tables["halo_last"] = halo.permute(1, 2, 0).flatten()
+        tables["core_last"] = core.permute(1, 2, 0).flatten()
+    if not patches:
+        places = (core.flatten() < rows).nonzero().flatten()
+        tables["rows"] = places[core.flatten()[places].argsort()].int()
+    return Windows((h, w), len(core), tables)
 
 
 def _with_zero(rows_NC: Tensor) -> Tensor:
