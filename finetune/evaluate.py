@@ -78,9 +78,7 @@ def find_split(config: EvaluateConfig, names: Sequence[str]) -> tuple[Split, boo
     """
     root = Path(config.data).expanduser()
     if not root.is_dir():
-        raise InputError(
-            f"data {config.data!r} is not a folder: give one with {config.split}/CLASS"
-        )
+        raise InputError(f"data {config.data!r} is not a folder: use one with {config.split}/CLASS")
     folder, prefix = root / config.split, f"{config.split}/"
     if not folder.is_dir():
         kept = _kept_back(Path(config.source)) if config.split == VAL else None

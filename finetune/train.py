@@ -169,21 +169,19 @@ class Finetuning(Task):
 
     def announcement(self) -> list[str]:
         config, origin, parameters = self.config, self._origin, list(self.model.parameters())
+        total = sum(p.numel() for p in parameters) / 1e6
         trained = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
-        share = f", of which the head is trained ({trained:.3g} M)"
         lines = [
-            f"{origin.name} from {origin.origin}: {sum(p.numel() for p in parameters) / 1e6:.1f} M "
-            f"weights{'' if config.freeze == 'none' else share}",
+            f"{origin.name} from {origin.origin}, {trained:.3g} of {total:.3g} M weights trained",
             f"layer decay {config.optim.layer_decay:g}",
         ]
         recoloured = config.augment.color_jitter or config.augment.randaugment
         if recoloured and config.in_chans not in (1, 3):
             lines.append("randaugment and color_jitter are not used: they need 1 or 3 channels")
         if origin.images and origin.images.img_size != self.resolved.images.img_size:
-            height, width = origin.images.img_size
+            h, w = origin.images.img_size
             lines.append(
-                f"the weights saw images of {height}×{width}: --img_size '[{height},{width}]' "
-                "gives the same"
+                f"the weights saw images of {h}×{w}: --img_size '[{h},{w}]' gives the same"
             )
         return lines
 

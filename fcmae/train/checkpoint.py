@@ -174,9 +174,7 @@ def _open(path: Path) -> SavedCheckpoint:
     except (OSError, ValueError) as error:
         raise InputError(f"checkpoint {path} can't be read: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise InputError(
-            f"checkpoint {path} is not of format {FORMAT}: use the version that wrote it"
-        )
+        raise InputError(f"checkpoint {path} is not of format {FORMAT}: use its version of fcmae")
     for key, kind in _STATE.items():
         if not isinstance(state.get(key), kind):
             name = kind.__name__
@@ -230,8 +228,7 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """
     if difference := first_difference(tensors, model.state_dict()):
         raise InputError(
-            f"the checkpoint is of another architecture: {difference}; use its --model, --in_chans "
-            "and decoder settings"
+            f"checkpoint of another model: {difference}; use its --model, --in_chans and --decoder"
         )
     model.load_state_dict(tensors)
 

@@ -103,9 +103,7 @@ class Loop:
         self.skipped = state.get("skipped", 0)
         before, now = state["threads"], torch.get_num_threads()
         if before != now and self.world.device.type == "cpu":
-            _log.warning(
-                f"resuming with {now} threads instead of {before}: results differ in the last bits"
-            )
+            _log.warning(f"resuming with {now} threads, not {before}: the last bits will differ")
 
     def run(self, batches: Iterator[Any], signals: Signals) -> int:
         """Train to the end, or until a signal.

@@ -116,9 +116,7 @@ class Pretraining(Task):
         if config.norm_pix_loss:
             lines.append("a loss of 1.0 means that the prediction is each patch's mean")
         if not len(self._held):
-            lines.append(
-                "no images are held out (holdout 0, or under 500 in all): no loss or figures"
-            )
+            lines.append("no images held out (holdout 0, or under 500 in all): no loss or figures")
         return lines
 
     def settings(self) -> dict[str, Any]:
@@ -161,6 +159,5 @@ def build_model(config: PretrainConfig) -> FCMAE:
         init_encoder(encoder, config.init_from)
     if config.compile:
         encoder.compile_encode()
-    return FCMAE(
-        encoder, config.decoder.dim, config.decoder.depth, config.mask_ratio, config.norm_pix_loss
-    )
+    decoder = config.decoder
+    return FCMAE(encoder, decoder.dim, decoder.depth, config.mask_ratio, config.norm_pix_loss)

@@ -118,11 +118,10 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         InputError: the device is unknown or missing.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    elif name == "cuda":
-        name = f"cuda:{local_rank}"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if not re.fullmatch(r"cpu|mps|cuda:\d{1,3}", name):
         raise InputError(f"device {name!r} is unknown: use auto, cpu, cuda, cuda:1 or mps")
     device = torch.device(name)

@@ -154,7 +154,5 @@ def stored_files(found: Source | None, start: SavedCheckpoint, part: str) -> Fil
     if stored.fingerprint() != start.state["images"].get(part):
         raise InputError(f"file list {str(path)!r} is not of this run: restore it or start over")
     if found is not None and len(found) > len(stored):
-        _log.info(
-            "%d files were added since the run began and are ignored", len(found) - len(stored)
-        )
+        _log.info("%d files added since the run began are ignored", len(found) - len(stored))
     return stored

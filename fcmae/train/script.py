@@ -135,9 +135,7 @@ def _announce(task: Task, room: str, step: int) -> None:
     if config.epochs == "auto":
         lines.append(task.auto_epochs.explain(plan.epochs))
     if count < config.batch_size:
-        _log.warning(
-            f"{count} images are fewer than batch_size {config.batch_size}: steps repeat some"
-        )
+        _log.warning(f"{count} images are fewer than batch_size {config.batch_size}: some repeat")
     if step:
         lines.append(f"resuming from step {step}")
     for line in lines:

@@ -88,9 +88,7 @@ class Classify:
         assert data is not None
         self.data = data
         train, val = len(data.train.source), len(data.val.source)
-        _log.info(
-            f"found {train} training and {val} validation images of {len(data.names)} classes"
-        )
+        _log.info(f"found {train} training, {val} validation images of {len(data.names)} classes")
         augment = config.augment
         if augment.mixup or augment.cutmix:
             self._mixup = Mixup(
