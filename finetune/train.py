@@ -143,10 +143,8 @@ class Finetuning(Task):
 
     def begin(self) -> None:
         config, resolved, world = self.config, self.resolved, self.resolved.world
-        augment = config.augment
-        self._how = replace(
-            resolved.images, crop_pct=augment.crop_pct, interpolation=augment.interpolation
-        )
+        crop_pct, interpolation = config.augment.crop_pct, config.augment.interpolation
+        self._how = replace(resolved.images, crop_pct=crop_pct, interpolation=interpolation)
         dataset = EvalDataset(self.kind.data.val, self._how, config.max_pixels)
         batches = batches_of(len(dataset), resolved.part, world.rank, world.size)
         pin = world.device.type == "cuda"

@@ -120,8 +120,8 @@ def _announce(task: Task, room: str, step: int) -> None:
     lines = [
         f"{model}, on {world.device}, {precision}, {torch.get_num_threads()} threads, "
         f"{resolved.workers} workers, {world.size} process{'es' if world.size > 1 else ''}",
-        f"{plan.total_steps} steps of {config.batch_size} images of {height}×{width}: "
-        f"{plan.epochs} epochs over {count}; learning rate {plan.peak:.3g} from step {plan.warmup}",
+        f"{plan.total_steps} steps of {config.batch_size} images of {height}×{width}: {plan.epochs} "
+        f"epochs over {count}; learning rate {plan.peak:.3g} after {plan.warmup} steps of warm-up",
         room,
         *others,
     ]

@@ -2,7 +2,7 @@
 
 Files are data here, never programs: safetensors, or pickles that torch's restricted unpickler
 accepts (`weights_only=True`; of other classes only `argparse.Namespace`, which the official
-training scripts store beside the weights).
+training scripts store with the weights).
 """
 
 import argparse
