@@ -47,7 +47,7 @@ def resolve_workers(workers: str | int, device: torch.device) -> int:
 
 
 def checkpoint_bytes(model: nn.Module, copies: int = 0) -> int:
-    """Size of one checkpoint: weights, AdamW's two averages of what is trained, further copies."""
+    """Size of one checkpoint: weights, AdamW's two averages of trained ones, further copies."""
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     return sum(size * (1 + copies + 2 * trained) for size, trained in sizes)
 

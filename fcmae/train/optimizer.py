@@ -14,7 +14,7 @@ from sparse.errors import InputError
 def make_optimizer(
     model: nn.Module, optim: Any, depths: Mapping[str, int] | None = None
 ) -> torch.optim.Optimizer:
-    """Return AdamW over what is trained; the loop multiplies the schedule by a group's `lr_scale`.
+    """Return AdamW over the trained parameters; the loop multiplies the schedule by a group's `lr_scale`.
 
     Args:
         model: on its device.

@@ -115,12 +115,12 @@ def _announce(task: Task, room: str, step: int) -> None:
     if step == plan.total_steps:
         _log.info("the run is finished: nothing to do")
         return
-    height, width = resolved.images.img_size
+    h, w = resolved.images.img_size
     model, *others = task.announcement()
     lines = [
         f"{model}, on {world.device}, {precision}, {torch.get_num_threads()} threads, "
         f"{resolved.workers} workers, {world.size} process{'es' if world.size > 1 else ''}",
-        f"{plan.total_steps} steps of {config.batch_size} images of {height}×{width}: {plan.epochs} "
+        f"{plan.total_steps} steps of {config.batch_size} images of {h}×{w}: {plan.epochs} "
         f"epochs over {count}; learning rate {plan.peak:.3g} after {plan.warmup} steps of warm-up",
         room,
         *others,

@@ -27,7 +27,7 @@ class Images:
     """The images of a run.
 
     Attributes:
-        train: what is trained on.
+        train: the training images.
         lists: the images of the run by part; lists of files are stored in its folder.
         others: further images that must be the same on all processes.
     """
@@ -42,7 +42,7 @@ class Resolved:
     """What a config leaves open, resolved from the data, the weights and the machine.
 
     Attributes:
-        images: how images become numbers.
+        images: how images are prepared.
         plan: the steps and their learning rates.
         precision: `fp32` or `bf16`.
         workers: processes that read images.
