@@ -14,7 +14,7 @@ from sparse.errors import InputError
 def make_optimizer(
     model: nn.Module, optim: Any, depths: Mapping[str, int] | None = None
 ) -> torch.optim.Optimizer:
-    """Return AdamW over the trained parameters; the loop multiplies the schedule by a group's `lr_scale`.
+    """Return AdamW over the trained parameters; a group's `lr_scale` multiplies the schedule.
 
     Args:
         model: on its device.
