@@ -95,7 +95,7 @@ def test_automatic_choice_passes_over_damage_and_says_so(tmp_path, caplog):
     newest = save_checkpoint(tmp_path, 2, *example(), keep=3)
     (newest / "model.safetensors").write_bytes(b"short")
     assert newest_good(tmp_path) == tmp_path / "step-00000001"
-    assert "step-00000002 is damaged and was passed over" in caplog.text
+    assert "step-00000002 is damaged and was skipped" in caplog.text
     with pytest.raises(InputError, match="can't be used: model"):
         load_checkpoint(newest)
     (tmp_path / "step-00000001" / "manifest.json").unlink()

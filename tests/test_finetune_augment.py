@@ -118,7 +118,7 @@ def test_other_pictures(tmp_path: Path, mode: str, in_chans: int, dtype: Any) ->
 
 
 def test_a_randaugment_string_that_timm_refuses() -> None:
-    with pytest.raises(InputError, match="'rand-x9' is not understood"):
+    with pytest.raises(InputError, match="'rand-x9' is unknown to timm"):
         recolouring(FinetuneAugmentConfig(randaugment="rand-x9"), (32, 32), [0.5] * 3)
 
 

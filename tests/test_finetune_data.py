@@ -70,7 +70,7 @@ def test_a_class_that_is_only_in_train_and_stray_pictures_are_named(
     with caplog.at_level(logging.WARNING):
         assert len(find_labelled(str(tmp_path), 0.0).train.source) == 2
     assert "never measured: 'b'" in caplog.text
-    assert "1 images lie in" in caplog.text
+    assert "1 images in" in caplog.text
 
 
 def rename(old: str, new: str) -> Callable[[Path], object]:
@@ -107,7 +107,7 @@ def remove(*folders: str) -> Callable[[Path], object]:
             0.0,
             r"does not have: 'bb' \(did you mean 'b'",
         ),
-        (rename("train/b", "train/A"), 0.0, "classes 'A' and 'a', which look alike"),
+        (rename("train/b", "train/A"), 0.0, "similar classes 'A' and 'a': rename one"),
         (rename("train/b", "train/b\n"), 0.0, "rename it to printable UTF-8"),
         (rename("train/b", "train/b\udcff"), 0.0, "rename it to printable UTF-8"),
     ],

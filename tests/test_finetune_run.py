@@ -556,7 +556,7 @@ def test_skipped_updates_leave_running_statistics_alone(classes: Path, tmp_path:
 def test_batch_norm_wants_two_images_at_a_time(classes: Path, tmp_path: Path) -> None:
     given = config(classes, tmp_path / "run", model="test_resnet", batch_size=2, accumulate=2)
     given.augment.mixup = given.augment.cutmix = 0.0
-    with pytest.raises(InputError, match="has batch norm and is shown one image at a time"):
+    with pytest.raises(InputError, match="has batch norm, but sees one image at a time"):
         finetune(given)
 
 

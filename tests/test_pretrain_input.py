@@ -229,7 +229,7 @@ def test_a_batch_that_is_not_finite_is_named_and_may_be_skipped(pictures, tmp_pa
     assert pretrain(replace(settings, nonfinite="skip")) == 0
     skipped = [entry["step"] for entry in nonfinite(out)][1:]
     assert len(skipped) >= 3  # once an epoch, and again where it fills a last batch
-    assert "not applied: 3 of at most 10" in caplog.text
+    assert "update skipped: 3 of at most 10" in caplog.text
     logged = metrics(out)
     assert not {step for step, _ in logged} & set(skipped)
     assert all(math.isfinite(loss) for _, loss in logged)
@@ -255,7 +255,7 @@ def nonfinite(out):
 def test_holding_everything_out_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("fcmae.train.pretraining.FEWEST_TO_HOLD_OUT", 6)
     data = write_pictures(tmp_path / "data", 8)
-    with pytest.raises(InputError, match="holdout 8 leaves none of the 8 images to train on"):
+    with pytest.raises(InputError, match="holdout 8 leaves none of 8 images to train on: use 32"):
         pretrain(config(data, tmp_path / "run", holdout=8))
 
 

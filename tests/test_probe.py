@@ -212,7 +212,7 @@ def test_a_table_and_other_numbers_of_neighbours(
 ) -> None:
     result = probe(config(source, classes, neighbours=[3], baseline=True))
     table = capsys.readouterr().out
-    assert "24 images to learn from, 12 to measure on, 3 classes" in table
+    assert "24 training and 12 validation images, 3 classes" in table
     assert [name for name in result if name.startswith("knn")] == ["knn3"]
     for name in ("knn3", "linear"):
         for entry in (result, result["random"]):
@@ -289,8 +289,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("more", [], "has classes that train does not have: 'cat'"),
         ("noval", [], "has no folder 'val'"),
         ("one", [], "has no folder 'train'"),
-        ("one", ["--val_fraction", "0.5"], "has no folders: expected one a class"),
-        ("novel", ["--val_fraction", "0.5"], "0.5 leaves nothing to validate on"),
+        ("one", ["--val_fraction", "0.5"], "has no folders: expected one per class"),
+        ("novel", ["--val_fraction", "0.5"], "0.5 holds nothing back: every class has one image"),
         ("novel", ["--val_fraction", "1"], "val_fraction 1"),
         ("nowhere", [], "nowhere' does not exist: give a folder"),
         ("more", ["--neighbours", "[0]"], "neighbours [0] must be at least 1, such as [5,20]"),

@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(undisturbed, pictures, t
     assert "can't be used: model.safetensors" in refused.stderr
     assert not (tmp_path / "new").exists()
     again = run(*command, "--out", tmp_path / "run")
-    assert "is damaged and was passed over" in " ".join(again.stderr.split())
+    assert "is damaged and was skipped" in " ".join(again.stderr.split())
     assert weights(tmp_path / "run") == weights(undisturbed)
 
 

@@ -96,7 +96,7 @@ def test_paths_are_the_same_from_any_folder(copy, pictures, tmp_path, monkeypatc
 
 
 def test_pictures_that_moved_are_found_through_a_link(copy, pictures, tmp_path):
-    rest = r"if the same images are elsewhere now, a link to them\), or give another --out"
+    rest = r"a link to the images if they moved\), or give another --out"
     with pytest.raises(InputError, match=rf"--data {re.escape(str(pictures))} \({rest}"):
         pretrain(config(pictures.parent, copy))
     link, moved, out = tmp_path / "link", tmp_path / "moved", tmp_path / "linked"
@@ -170,7 +170,9 @@ def test_disk_space_counts_what_is_there(copy, pictures, tmp_path, monkeypatch):
     size = sum(file.stat().st_size for file in (copy / "checkpoints" / "step-00000009").iterdir())
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: usage(0, 0, 1.5 * size))
-    with pytest.raises(InputError, match=r"one being written beside 2, need 0\.00 GB more"):
+    with pytest.raises(
+        InputError, match=r"checkpoints, 2 and one being written, need 0\.00 GB more"
+    ):
         pretrain(config(pictures, tmp_path / "new"))
     shutil.rmtree(copy / "checkpoints" / "step-00000009")
     assert pretrain(config(pictures, copy)) == 0

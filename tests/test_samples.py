@@ -139,7 +139,7 @@ def test_an_interrupted_set_is_written_again(
 @pytest.mark.usefixtures("two_photographs")
 def test_refuses_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"mine")
-    with pytest.raises(InputError, match=r"not the sample set.*name an empty or new folder"):
+    with pytest.raises(InputError, match=r"not the sample set.*: give a new folder"):
         samples(tiny(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
     with pytest.raises(InputError, match="is a file"):

@@ -93,7 +93,7 @@ def test_saves_by_steps_that_take_long_are_told_once(clock, caplog):
         clock.now.seconds += 10
         clock.saved(began, 100)
     assert [record.getMessage() for record in caplog.records] == [
-        "a save took 10.0 s, 20 % of the time: --checkpoint_steps 475 or more keeps it under 5 %"
+        "a save took 10.0 s, 20% of the time: --checkpoint_steps 475 or more keeps it under 5%"
     ]
 
 

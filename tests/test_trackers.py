@@ -60,7 +60,7 @@ def test_a_tracker_that_fails_is_finished_and_the_others_go_on(
     trackers = Trackers(RunPaths(tmp_path), 1, ("broken", "sound"))
     for step in (1, 2):
         trackers.log({"loss": 1.0}, step)
-    assert caplog.text.count("broken records no more until the run is resumed: no space left") == 1
+    assert caplog.text.count("broken stops recording until the run is resumed: no space left") == 1
     assert broken.calls == ["finish"]
     assert sound.calls == [(1, {"loss": 1.0}), (2, {"loss": 1.0})]
 

@@ -1,7 +1,7 @@
 """The FCMAE decoder (arXiv 2301.00808, section 3): projection, mask token, ConvNeXt block, pixels.
 
-It is dense: every patch position takes part, the hidden ones starting from a learned token. Inside,
-a map is rows (B·h·w, D), as in the encoder.
+It is dense: it computes every patch position, and hidden ones start from a learned token. Inside, a
+map is rows (B·h·w, D), as in the encoder.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""FCMAE (arXiv 2301.00808, section 3): mask, encode what is visible, decode, compare."""
+"""FCMAE (arXiv 2301.00808, section 3): mask, encode the visible patches, decode, compare."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparse.devices import to_device
 
 @dataclass
 class FCMAEOutput:
-    """What a forward pass gives.
+    """The result of a forward pass.
 
     Attributes:
         loss: scalar, float32: mean squared error over the hidden patches.
@@ -37,7 +37,7 @@ class FCMAE(nn.Module):
         encoder: the sparse encoder.
         decoder_dim, decoder_depth: see `Decoder`.
         mask_ratio: share of patches hidden when `forward` draws the mask.
-        norm_pix_loss: normalise the target patch by patch.
+        norm_pix_loss: normalise each patch of the target.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class FCMAE(nn.Module):
         return cls(encoder, decoder_dim, decoder_depth, mask_ratio, norm_pix_loss)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters besides biases and norms that weight decay spares, as timm's models say it."""
+        """Parameters besides biases and norms without weight decay; timm's models have this too."""
         return {"decoder.mask_token"}
 
     def forward(
@@ -90,13 +90,13 @@ class FCMAE(nn.Module):
 
         Args:
             images_BCHW: height and width multiples of P.
-            mask: (B, H/P, W/P) bool, True = hidden, best kept on the CPU; drawn at random with
-                `mask_ratio` if None.
-            generator: CPU generator for a mask drawn here.
+            mask: (B, H/P, W/P) bool, True = hidden, preferably on the CPU; None draws a random
+                mask with `mask_ratio`.
+            generator: CPU generator for a random mask.
 
         Raises:
-            InputError: shapes that don't go together, or a ratio that leaves nothing visible or
-                nothing hidden.
+            InputError: the shapes do not match, or the ratio leaves nothing visible or nothing
+                hidden.
         """
         if mask is None:
             batch, _, height, width = images_BCHW.shape
