@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from fcmae.model.fcmae import FCMAE, FCMAEOutput
 
 __version__ = "0.1.0"
+PACKAGES = ("fcmae", "sparse", "finetune")
+"""Whose log messages a user sees."""
+
 __all__ = ["FCMAE", "FCMAEOutput", "PretrainConfig", "__version__"]
 
 _HOMES = {

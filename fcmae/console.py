@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from rich.console import Console
@@ -18,12 +18,11 @@ from rich.progress import (
     track,
 )
 
+from fcmae import PACKAGES
+
 Item = TypeVar("Item")
 
 console = Console(stderr=True)
-
-PACKAGES = ("fcmae", "sparse", "finetune")
-"""Whose log messages a user sees."""
 
 
 class _ConsoleHandler(logging.Handler):
@@ -78,13 +77,16 @@ class StepProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def advance(self, step: int) -> None:
+    def update(
+        self, step: int, metrics: Mapping[str, float] | None = None, seconds_left: float = 0.0
+    ) -> None:
+        """Show that a step is done, and the figures of a logged one."""
         self._bar.update(self._task, completed=step)
-
-    def report(self, step: int, epoch: int, metrics: dict[str, float], seconds_left: float) -> None:
-        """Show the figures of a logged step."""
-        figures = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        shown = f"epoch {epoch}/{self._epochs}"
+        if metrics is None:
+            return
+        epoch, *others = metrics.items()
+        shown = f"epoch {epoch[1]}/{self._epochs}"
+        figures = " ".join(f"{name} {value:.4g}" for name, value in others)
         self._bar.update(self._task, description=shown, figures=figures)
         if self._bar.disable and not self._quiet:
             line = f"{shown} step {step}/{self._total} {figures} {seconds_left / 60:.1f} min left"

@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from fcmae.config.fields import asked_settings
 from fcmae.config.pretraining import PretrainConfig
 from fcmae.train.checkpoint import damage, load_checkpoint, save_checkpoint
-from fcmae.train.resume import asked_settings, find_start
+from fcmae.train.resume import find_start
 from fcmae.weights.load import load_weights
 from sparse import SparseConvNeXtV2
 from sparse.convert import from_minkowski, to_minkowski, to_timm

@@ -153,6 +153,18 @@ def to_text(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
+def asked_settings(config: Any) -> dict[str, Any]:
+    """The config as JSON, its paths absolute, so that it compares from any folder."""
+    asked = asdict(config)
+    for key, leaf in own_leaves(type(config)).items():
+        value = asked[key]
+        if leaf.path and value is not None and value not in leaf.words:
+            paths = [value] if isinstance(value, str) else value
+            absolute = [os.path.abspath(os.path.expanduser(path)) for path in paths]
+            asked[key] = absolute if key == "data" else absolute[0]
+    return asked
+
+
 def check_paths(config: Any) -> None:
     """Raise InputError if a path that a command is to read does not exist.
 

@@ -7,7 +7,7 @@ save, a signal), so that all save and stop together.
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fcmae import rng
-from fcmae.console import StepProgress
+from fcmae.config.fields import asked_settings
 from fcmae.data.loader import lost_workers
 from fcmae.train import checkpoint, machine
 from fcmae.train.clock import Clock
 from fcmae.train.optimizer import gradient_norm
 from fcmae.train.processes import OnHost
-from fcmae.train.resume import asked_settings
 from fcmae.train.signals import Signals
 from fcmae.train.task import Interrupted, Task
 from sparse.errors import RunError
@@ -105,13 +104,20 @@ class Loop:
         if before != now and self.world.device.type == "cpu":
             _log.warning(f"resuming with {now} threads, not {before}: the last bits will differ")
 
-    def run(self, batches: Iterator[Any], signals: Signals) -> int:
+    def run(
+        self,
+        batches: Iterator[Any],
+        signals: Signals,
+        progress: Callable[..., None] = lambda *_: None,
+    ) -> int:
         """Train to the end, or until a signal.
 
         Args:
             batches: parts of batches on this process, `accumulate` of them a step, from the
                 current step on.
             signals: ask the run to stop.
+            progress: called after each step with its number, and for a logged one also with what
+                was logged and the seconds left.
 
         Returns:
             0 when done, 130 after Ctrl-C, 143 after SIGTERM or SIGUSR1; the state is saved then.
@@ -121,8 +127,7 @@ class Loop:
                 saving failed three times.
         """
         plan, config = self.plan, self.config
-        progress = StepProgress(plan.total_steps, self.step, plan.epochs, self.folder is None)
-        with signals.ctrl_c(), progress, lost_workers("; it resumes from the last checkpoint"):
+        with signals.ctrl_c(), lost_workers("; it resumes from the last checkpoint"):
             clock = Clock()
             while self.step < plan.total_steps or self.epoch_end_due:
                 bad: list[tuple[str, str]] = []
@@ -148,7 +153,7 @@ class Loop:
         return 0
 
     def _train_step(
-        self, batches: Iterator[Any], progress: StepProgress, clock: Clock
+        self, batches: Iterator[Any], progress: Callable[..., None], clock: Clock
     ) -> list[tuple[str, str]]:
         """One update: accumulate, reduce, gate, apply. Return the newly found unreadable images."""
         config, optimizer = self.config, self.task.optimizer
@@ -187,16 +192,15 @@ class Loop:
         self.task.after_step(self.step)
 
         clock.count(sum(map(len, read)) * self.world.size)
-        progress.advance(self.step)
+        progress(self.step)
         due = self.step % config.log_steps == 0 or self.step in (1, self.plan.total_steps)
         if due and self._check_finite():
             speed = clock.images_per_second()
             epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
-            shown = {"loss": float(loss), "lr": rate, "images_per_s": speed}
-            left = clock.seconds_a_step() * (self.plan.total_steps - self.step)
-            progress.report(self.step, epoch, shown, left)
+            shown = {"epoch": epoch, "loss": float(loss), "lr": rate, "images_per_s": speed}
+            progress(self.step, shown, clock.seconds_a_step() * (self.plan.total_steps - self.step))
             if self.folder is not None:
-                self.folder.log(self.step, {"epoch": epoch, **shown, "grad_norm": float(norm)})
+                self.folder.log(self.step, {**shown, "grad_norm": float(norm)})
         return [entry for entry in bad if entry[0] not in self._bad_seen]
 
     def _gradients_shared(self, last: bool) -> AbstractContextManager[None]:

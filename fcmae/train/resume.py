@@ -2,14 +2,13 @@
 
 import json
 import logging
-import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fcmae.atomic import check_out_folder
-from fcmae.config.fields import leaves, own_leaves, runtime_keys
+from fcmae.config.fields import asked_settings, leaves, runtime_keys
 from fcmae.config.files import read_yaml
 from fcmae.config.values import differences, flatten
 from fcmae.data.file_list import FileList
@@ -111,18 +110,6 @@ def _check_same_run(config: Any, command: str, checkpoint: SavedCheckpoint) -> N
             f"{key} is {now!r} but the run in {config.out!r} has {was!r}: repeat it with "
             f"--{key} {shlex.quote(text)}{moved}, or give another --out"
         )
-
-
-def asked_settings(config: Any) -> dict[str, Any]:
-    """The config as JSON, its paths absolute, so that it compares from any folder."""
-    asked = asdict(config)
-    for key, leaf in own_leaves(type(config)).items():
-        value = asked[key]
-        if leaf.path and value is not None and value not in leaf.words:
-            paths = [value] if isinstance(value, str) else value
-            absolute = [os.path.abspath(os.path.expanduser(path)) for path in paths]
-            asked[key] = absolute if key == "data" else absolute[0]
-    return asked
 
 
 def facts(config: Any, step: int, *sources: Source) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from fcmae import PACKAGES
 from fcmae.atomic import atomic_write
-from fcmae.config.files import save_yaml
-from fcmae.console import PACKAGES
 from fcmae.train.checkpoint import SavedCheckpoint, forget_after
 from fcmae.train.run_paths import RunPaths
 from fcmae.train.trackers import Trackers
@@ -27,8 +26,7 @@ class RunFolder:
     """Everything that the main process writes for a run.
 
     Args:
-        config: the config, written as `config.yaml`.
-        command: `pretrain` or `finetune`.
+        config: of the run.
         start: the checkpoint that the run resumes from, if any; later records and checkpoints are
             deleted.
 
@@ -36,9 +34,9 @@ class RunFolder:
         InputError: another process is writing to the folder.
     """
 
-    def __init__(self, config: Any, command: str, start: SavedCheckpoint | None) -> None:
-        self.paths, self.command = RunPaths(Path(config.out)), command
-        paths, step = self.paths, start.state["step"] if start else 0
+    def __init__(self, config: Any, start: SavedCheckpoint | None) -> None:
+        paths = self.paths = RunPaths(Path(config.out))
+        step = start.state["step"] if start else 0
         paths.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock = _take_lock(paths.root)
         if step == 0:
@@ -47,7 +45,6 @@ class RunFolder:
             shutil.rmtree(paths.tensorboard, ignore_errors=True)
         if config.resume not in ("auto", "never"):  # else only damaged ones can be later
             forget_after(paths.checkpoints, step)
-        save_yaml(config, paths.config)
         _cut_metrics(paths.metrics, step, bool(start and start.state["epoch_end_due"]))
         self._metrics = paths.metrics.open("ab", buffering=0)
         self._unwritten: list[str] = []

@@ -9,7 +9,8 @@ from contextlib import closing, nullcontext
 
 import torch
 
-from fcmae.console import show_logs
+from fcmae.config.files import save_yaml
+from fcmae.console import StepProgress, show_logs
 from fcmae.data.file_list import FileList
 from fcmae.data.loader import make_loader
 from fcmae.data.order import StepSampler, check_parts
@@ -59,10 +60,11 @@ def train(task: Task) -> int:
         task.optimizer = make_optimizer(task.model, config.optim, task.layer_depths())
         # No process writes, or waits for the others, before all have checked.
         world.check_same(facts(config, step, *images.lists.values(), *images.others))
-        opened = RunFolder(config, task.command, start) if world.is_main else None
+        opened = RunFolder(config, start) if world.is_main else None
         with closing(opened) if opened else nullcontext() as folder:
             task.folder = folder
             if folder is not None:
+                save_yaml(config, folder.paths.config)
                 for part, source in images.lists.items():
                     if isinstance(source, FileList):
                         source.save(folder.paths.images(part))
@@ -73,7 +75,8 @@ def train(task: Task) -> int:
             if world.is_main:
                 _announce(task, room, loop.step)
             batches = make_loader(task.dataset(), sampler, resolved.workers, device.type == "cuda")
-            code = loop.run(iter(batches), signals)
+            with StepProgress(plan.total_steps, step, plan.epochs, folder is None) as progress:
+                code = loop.run(iter(batches), signals, progress.update)
             if code == 0 and folder is not None:
                 task.export(folder)
             return code
