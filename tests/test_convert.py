@@ -288,7 +288,7 @@ def changed(state: State, changes: dict[str, Any]) -> State:
         ({"encoder.extra": torch.ones(1)}, ["expected encoder.stages.0.blocks.0", "found 67"]),
         ({"stages.1.blocks.7.conv_dw.bias": torch.ones(8)}, ["missing", "unexpected", "blocks.7"]),
         ({"stages.4.blocks.0.conv_dw.bias": torch.ones(8)}, ["1 unexpected", "stages.4"]),
-        ({"stem.0.bias": torch.ones(7)}, ["1 of another shape", "bias is (7,) and not (6,)"]),
+        ({"stem.0.bias": torch.ones(7)}, ["1 of the wrong shape", "bias is (7,), not (6,)"]),
         ({"stem.0.weight": None}, ["expected", "stem.0.weight"]),
         ({"stages.2.blocks.0.mlp.grn.bias": None}, ["1 missing (stages.2.blocks.0.mlp.grn.bias)"]),
         ({"stages.2.blocks.0.gamma": torch.ones(10)}, ["4 missing", "stages.0.blocks.0.gamma"]),
@@ -319,7 +319,7 @@ def test_minkowski_mismatches_are_in_their_own_names() -> None:
     with pytest.raises(InputError) as caught:
         from_minkowski(state)
     assert "1 missing (downsample_layers.3.1.kernel)" in str(caught.value)
-    assert "stages.0.0.dwconv.kernel is (9, 6) and not (49, 6)" in str(caught.value)
+    assert "stages.0.0.dwconv.kernel is (9, 6), not (49, 6)" in str(caught.value)
 
 
 def test_another_layout_is_named() -> None:
@@ -328,7 +328,7 @@ def test_another_layout_is_named() -> None:
         from_minkowski(encoder)
     with pytest.raises(InputError, match=r"in Minkowski layout .* expected timm"):
         to_minkowski(minkowski_by_hand(encoder))
-    with pytest.raises(InputError, match=r"expected names such as .* found layer1"):
+    with pytest.raises(InputError, match=r"expected stem\.0\.weight, .* found layer1"):
         canonical({"layer1.weight": torch.ones(1)})
     with pytest.raises(InputError, match="found nothing"):
         canonical({})

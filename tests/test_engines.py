@@ -174,7 +174,7 @@ def test_a_named_engine_that_cannot_run_is_an_error(monkeypatch):
     ("images", "mask", "message"),
     [
         ((1, 4, 64, 64), (1, 2, 2), "in_chans=4"),
-        ((1, 3, 64, 70), (1, 2, 2), "multiples of 32, such as 64×64"),
+        ((1, 3, 64, 70), (1, 2, 2), "64×70 is not a multiple of 32: use 64×64"),
         ((1, 3, 64, 64), (1, 2, 3), "True = hidden"),
     ],
 )

@@ -37,7 +37,7 @@ def config(data, out, **changes):
         ({"mask_ratio": 1.0}, "mask_ratio 1"),
         ({"mask_ratio": 0.9}, "try"),
         ({"model": "atoo", "depths": None, "dims": None}, "did you mean atto"),
-        ({"depths": [1, 2]}, "four positive whole numbers"),
+        ({"depths": [1, 2]}, "four positive integers"),
         ({"batch_size": 9, "accumulate": 2}, "nearest are 8 and 10"),
         ({"device": "cuda:7"}, "CUDA devices; use cpu"),
         ({"device": "gpu"}, "use auto, cpu, cuda"),

@@ -13,7 +13,7 @@ GOLDEN_SEED = 3786859119430737898
 
 
 def reference_bits(*arguments: int) -> int:
-    """The hash, written out in whole numbers of Python."""
+    """The hash, written out in Python integers."""
     word = 2**64 - 1
     state = 0
     for value in arguments:
