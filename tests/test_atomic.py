@@ -48,7 +48,7 @@ def test_samples_say_where_they_cannot_be_written(tmp_path, capsys):
 
 def test_a_folder_closed_to_us_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(InputError, match="is closed to this user"):
+    with pytest.raises(InputError, match=f"no write permission for {tmp_path}"):
         check_out_folder(tmp_path / "a" / "b")
 
 

@@ -67,11 +67,11 @@ MISTAKES = {
     "nothing like it": (["zzz"], ["'zzz'", "pretrain, convert, finetune"]),
     "missing settings": (
         ["pretrain"],
-        ["DATA and --out missing", "fcmae pretrain DATA... --out OUT"],
+        ["missing DATA and --out", "fcmae pretrain DATA... --out OUT"],
     ),
     "missing positional": (
         ["convert", "--out", "x"],
-        ["SOURCE missing", "fcmae convert SOURCE --out OUT"],
+        ["missing SOURCE:", "fcmae convert SOURCE --out OUT"],
     ),
     "unknown option": (["pretrain", *GIVEN, "--epoch", "3"], ["--epoch;", "--epochs?"]),
     "no abbreviation": (["pretrain", *GIVEN, "--see", "3"], ["unknown option --see", "--seed?"]),
@@ -84,11 +84,11 @@ MISTAKES = {
     "part of a name": (["finetune", *GIVEN, "--lr", "1"], ["--optim.base_lr?"]),
     "single dash": (["pretrain", *GIVEN, "-x"], ["unknown option -x", "--help"]),
     "group": (["pretrain", *GIVEN, "--optim", "x.yaml"], ["--optim is a group", "--optim.base_lr"]),
-    "whole number": (
+    "integer": (
         ["pretrain", *GIVEN, "--epochs", "abc"],
-        ["--epochs 'abc'", "auto or a whole number", "such as auto"],
+        ["--epochs 'abc'", "auto or an integer", "such as auto"],
     ),
-    "not whole": (["pretrain", *GIVEN, "--seed", "1.5"], ["--seed '1.5'", "a whole number"]),
+    "not an integer": (["pretrain", *GIVEN, "--seed", "1.5"], ["--seed '1.5'", "an integer"]),
     "number": (
         ["pretrain", *GIVEN, "--optim.base_lr=fast"],
         ["--optim.base_lr 'fast'", "a number", "such as 0.006"],
@@ -101,13 +101,13 @@ MISTAKES = {
         ["pretrain", *GIVEN, "--optim.betas", "x"],
         ["--optim.betas '[x]'", "a list of numbers", "[0.9,0.95]"],
     ),
-    "null or": (["pretrain", *GIVEN, "--depths=[2,x]"], ["'[2,x]'", "whole numbers or null"]),
+    "null or": (["pretrain", *GIVEN, "--depths=[2,x]"], ["'[2,x]'", "a list of integers or null"]),
     "near choice": (
         ["pretrain", *GIVEN, "--engine", "pach"],
         ["--engine 'pach'", "auto, minkowski, patch, dense", "'patch'?"],
     ),
     "choice": (["pretrain", *GIVEN, "--precision", "x"], ["'x'", "fp32, bf16", "such as auto"]),
-    "word or number": (["pretrain", *GIVEN, "--workers", "x"], ["auto or a whole number"]),
+    "word or number": (["pretrain", *GIVEN, "--workers", "x"], ["auto or an integer"]),
     "no value": (["pretrain", *GIVEN, "--epochs"], ["--epochs needs a value, such as auto"]),
     "next option": (["pretrain", "--data", "--out", "b"], ["--data needs a value"]),
     "empty": (["pretrain", "--data=", "--out", "b"], ["DATA is empty"]),
@@ -132,7 +132,7 @@ FILES = {
     "group": ("optim: 3", ["optim must hold settings", "3"]),
     "value": ("optim:\n  base_lr: fast", ["optim.base_lr 'fast'", "a number", "0.006"]),
     "choice": ("engine: pach", ["engine 'pach'", "'patch'?"]),
-    "number as text": ("model: 7", ["model must be a text, not 7", "quotes"]),
+    "number as string": ("model: 7", ["model must be a string, not 7", "quotes"]),
     "mapping as value": ("epochs:\n  a: 1", ["unknown key 'epochs.a'"]),
     "not YAML": ("a: [1\nb: 2", ["line 2"]),
     "no mapping": ("- a", ["'key: value'"]),
