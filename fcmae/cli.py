@@ -20,7 +20,7 @@ from fcmae import __version__
 from sparse.errors import InputError, RunError, did_you_mean
 
 COMMANDS = {
-    "pretrain": "learn from unlabeled images by reconstructing hidden patches",
+    "pretrain": "learn from unlabelled images by reconstructing hidden patches",
     "convert": "convert a pretrained sparse model to a dense one that timm loads",
     "finetune": "train on labelled images, from pretrained weights or from scratch",
     "evaluate": "measure top-1, top-5 and per-class accuracy on labelled images",

@@ -108,7 +108,7 @@ def test_several_runs_stand_side_by_side(tmp_path):
 
 def test_a_run_that_logged_nothing_has_a_page(tmp_path):
     html = render(read_runs([str(write_run(tmp_path / "new", 3, []))]))
-    assert "Nothing was logged yet." in html
+    assert "Nothing has been logged yet." in html
 
 
 def test_runs_are_given_one_after_the_other(tmp_path):
