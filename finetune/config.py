@@ -110,9 +110,9 @@ class FinetuneConfig(TrainingConfig):
     drop_path: float = 0.1
 
     init: Literal["fan_in", "model"] = setting("fan_in", group=MODEL)
-    """How a ConvNeXt starts without pretrained weights. fan_in keeps the signal's variance from
-    layer to layer, and learns in hundreds of steps; model keeps timm's weights of deviation 0.02
-    (the paper's), which need thousands."""
+    """Initial weights of a ConvNeXt trained from scratch. fan_in keeps the signal's variance from
+    layer to layer and learns in hundreds of steps; model keeps timm's weights of standard deviation
+    0.02 (the paper's), which need thousands."""
 
     head_init_scale: float | None = setting(None, at_least=0, below=inf, example="1", group=MODEL)
     """Factor on the initial weights of the head. null uses the paper's 0.001 with pretrained

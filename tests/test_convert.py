@@ -1,6 +1,6 @@
 """State dict conversion between our layout, timm's, the official dense and the Minkowski layout.
 
-The expected values of kernels are computed position by position here, never by another reshape.
+The expected kernels are computed here element by element, never by another reshape.
 """
 
 import re
@@ -31,7 +31,7 @@ def random_encoder(architecture: Architecture, seed: int = 0) -> State:
 
 
 def random_decoder(architecture: Architecture, width: int = 5, depth: int = 2) -> State:
-    """A decoder in our names, spelt out by hand."""
+    """A decoder in our names, written out by hand."""
     pixels = architecture.in_chans * 32 * 32
     shapes: dict[str, tuple[int, ...]] = {
         "decoder.proj.weight": (width, architecture.dims[3], 1, 1),
@@ -222,7 +222,7 @@ def test_minkowski_keeps_the_decoder_as_the_official_script_names_it() -> None:
     assert_same(to_minkowski(from_minkowski(theirs)), theirs)
 
 
-def test_a_whole_fcmae_survives_the_minkowski_layout() -> None:
+def test_a_complete_fcmae_survives_the_minkowski_layout() -> None:
     model = FCMAE.from_size("atto", [1, 1, 2, 1], [4, 6, 8, 10], engine="patch", decoder_dim=16)
     for tensor in model.state_dict().values():
         tensor.normal_()
@@ -299,9 +299,7 @@ def changed(state: State, changes: dict[str, Any]) -> State:
         ({"stem.0.weight": torch.ones(6, 0, 4, 4)}, ["stem.0.weight has shape (6, 0, 4, 4)"]),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named_on_both_sides(
-    changes: dict[str, Any], words: list[str]
-) -> None:
+def test_a_mismatch_names_both_sides(changes: dict[str, Any], words: list[str]) -> None:
     state = changed(random_encoder(TINY), changes)
     for function in (canonical, to_minkowski, to_timm):
         with pytest.raises(InputError) as caught:
@@ -312,7 +310,7 @@ def test_what_does_not_fit_is_named_on_both_sides(
             assert word in message
 
 
-def test_minkowski_mismatches_are_in_their_own_names() -> None:
+def test_minkowski_mismatches_use_minkowski_names() -> None:
     state = minkowski_by_hand(random_encoder(TINY))
     state["stages.0.0.dwconv.kernel"] = torch.ones(9, 6)
     del state["downsample_layers.3.1.kernel"]
