@@ -184,11 +184,9 @@ def check_layout(state: State, layout: Layout) -> dict[str, tuple[str, torch.Siz
         "of the wrong shape": differ,
     }
     if found := [f"{len(x)} {what} ({brief(x)})" for what, x in problems.items() if x]:
-        architecture = infer_architecture(state)
-        raise InputError(
-            f"state dict in {layout.title} layout does not match a ConvNeXt V2 with depths "
-            f"{list(architecture.depths)} and dims {list(architecture.dims)}: {'; '.join(found)}"
-        )
+        kind = infer_architecture(state)
+        size = f"a ConvNeXt V2 of depths {list(kind.depths)} and dims {list(kind.dims)}"
+        raise InputError(f"{layout.title} state dict does not match {size}: {'; '.join(found)}")
     return {theirs: ours[theirs] for theirs in state}
 
 
