@@ -1,4 +1,4 @@
-"""Rules for the source as a whole, read with `ast`: who imports whom, safe loading."""
+"""Rules for the whole source, checked with `ast`: import order, safe loading."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("sparse", "fcmae", "finetune")
-"""Lowest first: a package imports itself and those before it."""
+"""Lowest first: a package imports only itself and those before it."""
 
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 FILES = sorted([*SOURCES, *(ROOT / "benchmarks").rglob("*.py")])
@@ -52,7 +52,7 @@ def test_imports_go_one_way(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     higher = PACKAGES[PACKAGES.index(package) + 1 :]
     tree = parse(path)
-    # Only the command line and the facade may reach up, inside a function: --help stays light.
+    # Only the command line and the facade may import upwards, inside functions, for a fast --help.
     lazy = relative(path) in ("fcmae/cli.py", "fcmae/__init__.py") or "commands" in path.parts
     nodes = at_import(tree) if lazy else ast.walk(tree)
     assert [name for name in imported(nodes) if name.split(".")[0] in higher] == []
@@ -94,12 +94,12 @@ def test_nothing_else_unpickles(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TORCH_FREE)
-def test_what_help_needs_is_free_of_torch(name: str) -> None:
+def test_modules_for_help_do_not_import_torch(name: str) -> None:
     names = {module.split(".")[0] for module in imported(at_import(parse(ROOT / name)))}
     assert names & {"torch", "torchvision", "timm", "numpy"} == set()
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_packages_say_that_they_are_typed(name: str) -> None:
+def test_packages_are_marked_as_typed(name: str) -> None:
     assert (ROOT / name / "py.typed").is_file()
     assert (ROOT / name / "__init__.py").is_file()

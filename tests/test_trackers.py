@@ -1,4 +1,4 @@
-"""Trackers: one that fails never ends a run, and one that can't overwrite waits for checkpoints."""
+"""Trackers: a failing one never ends a run; one that can't overwrite waits for checkpoints."""
 
 import threading
 from pathlib import Path
@@ -12,7 +12,7 @@ from fcmae.train.trackers import TRACKERS, TensorBoardTracker, Trackers
 
 
 class Recorder:
-    """Remembers what it is told."""
+    """Records its calls."""
 
     def __init__(self, overwrites: bool, fails: bool = False) -> None:
         self.overwrites, self.fails = overwrites, fails
@@ -33,7 +33,7 @@ class Recorder:
         self.calls.append("finish")
 
 
-def test_steps_reach_a_tracker_that_cannot_overwrite_once_they_are_covered(
+def test_a_tracker_that_cannot_overwrite_gets_only_steps_covered_by_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live, careful = Recorder(True), Recorder(False)
@@ -51,7 +51,7 @@ def test_steps_reach_a_tracker_that_cannot_overwrite_once_they_are_covered(
     assert careful.calls[2:] == ["finish"]
 
 
-def test_a_tracker_that_fails_is_finished_and_the_others_go_on(
+def test_a_failing_tracker_is_finished_and_the_others_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken, sound = Recorder(True, fails=True), Recorder(True)
@@ -66,7 +66,7 @@ def test_a_tracker_that_fails_is_finished_and_the_others_go_on(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_tensorboard_leaves_the_hook_of_threads_as_it_was(
+def test_tensorboard_restores_the_exception_hook_of_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     before = threading.excepthook

@@ -1,4 +1,4 @@
-"""The patch engine: plain PyTorch over the visible patches only. Any device, no compiler."""
+"""The patch engine: plain PyTorch over the visible patches only, on any device."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class PatchSites(PackedSites):
 
 
 def patch_sites(mask_BHW: Tensor, device: torch.device) -> list[PatchSites]:
-    """Index tables from the mask. See `sparse.engines.Engine`."""
+    """Build index tables from the mask. See `sparse.engines.Engine`."""
     batch, rows, cols = mask_BHW.shape
     image, row, col = (~mask_BHW).nonzero().unbind(1)
     counts = (~mask_BHW).flatten(1).sum(1)

@@ -1,8 +1,8 @@
-"""Depthwise convolution of packed rows, by windows that are cut from the map with a halo.
+"""Depthwise convolution of packed rows, in windows cut from the map with a halo.
 
-In the first two stages a window is a visible patch, so nothing hidden is computed; further on a
-patch has few sites and a window is (a large part of) an image. A window's sites are fetched by one
-`index_select` through a table that is made once per batch of masks.
+In the first two stages a window is a visible patch, so nothing hidden is computed. In later stages
+a patch has few sites, and a window is an image or a large part of one. One `index_select` gathers
+the sites of all windows, through a table built once per batch of masks.
 """
 
 import torch
@@ -17,7 +17,7 @@ HALO = 3
 """Sites around a window that a 7×7 kernel reaches."""
 
 SMALLEST_PATCH = 4
-"""Patches of at least so many sites a side are windows of their own."""
+"""A patch with at least this many sites per side is a window of its own."""
 
 LARGEST = 16
 """Longest side of other windows, in sites."""
@@ -36,8 +36,8 @@ class Windows:
     Args:
         index_N: int64 position of each row on the flattened (B, H, W) map, on the CPU.
         shape: (B, H, W) of the map.
-        side: sites along a patch's side; rows stand patch after patch.
-        device: where the rows will be.
+        side: sites along a patch's side; rows are ordered patch by patch.
+        device: device of the rows.
     """
 
     def __init__(self, index_N: Tensor, shape: Shape, side: int, device: torch.device) -> None:
@@ -59,7 +59,7 @@ class Windows:
         self.count = len(core)
         self.halo = to_device(halo.flatten(), device)
         self.core = to_device(core.flatten(), device)
-        # The same with the windows running fastest, for weight gradients.
+        # The same with the window index fastest, for weight gradients.
         self.halo_last = to_device(halo.permute(1, 2, 0).flatten(), device)
         self.core_last = to_device(core.permute(1, 2, 0).flatten(), device)
         self.rows: Tensor | None = None
@@ -68,7 +68,7 @@ class Windows:
             self.rows = to_device(self.rows[core.flatten()[self.rows].argsort()], device)
 
     def with_halo(self, rows_NC: Tensor) -> Tensor:
-        """Rows → windows (G, C, h+6, w+6), channels last in memory, zeros where nothing is."""
+        """Rows → windows (G, C, h+6, w+6), channels last in memory, zeros where no row is."""
         h, w = self.size
         cut = _with_zero(rows_NC).index_select(0, self.halo)
         return cut.view(self.count, h + 2 * HALO, w + 2 * HALO, rows_NC.shape[1]).permute(
@@ -89,7 +89,7 @@ class Windows:
 
 
 def _with_zero(rows_NC: Tensor) -> Tensor:
-    """Append a row of zeros, number N."""
+    """Append a row of zeros, at index N."""
     return torch.cat([rows_NC, rows_NC.new_zeros(1, rows_NC.shape[1])])
 
 
@@ -104,7 +104,7 @@ def windowed_depthwise(
 
 
 class _WindowedDepthwise(torch.autograd.Function):
-    """Saves only the rows; windows are cut again in the backward pass."""
+    """Saves only the rows; the backward pass cuts the windows again."""
 
     @staticmethod
     def forward(ctx, x_NC, weight, bias, windows):  # type: ignore[no-untyped-def]
@@ -122,7 +122,7 @@ class _WindowedDepthwise(torch.autograd.Function):
         if not windows.count:
             return grad_NC, torch.zeros_like(weight), grad_NC.sum(0), None
         cut = windows.with_halo(grad_NC)
-        # An odd kernel with stride 1: the input's gradient is a convolution with it turned round.
+        # With an odd kernel and stride 1, the input gradient is a convolution with it flipped.
         dx_NC = windows.to_rows(F.conv2d(cut, weight.flip(2, 3), groups=len(weight)))
         if grad_NC.device.type == "cpu":
             dweight = windows.weight_gradient(x_NC, grad_NC).to(weight.dtype)
