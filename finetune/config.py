@@ -79,6 +79,9 @@ class FinetuneConfig(TrainingConfig):
     """Labelled images: a folder with train/CLASS and val/CLASS, or one folder of classes together
     with val_fraction."""
 
+    task: str = setting("auto", group=DATA)
+    """Kind of label: classify, or auto, which recognises the layout of data."""
+
     weights: str = setting("none", path=f"none, {WEIGHTS}", words=("none",), group=MODEL)
     """Pretrained weights: a converted folder, a pretraining run (converted automatically), a
     fine-tuning run (its best weights), or none, which trains from scratch."""

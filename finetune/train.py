@@ -44,7 +44,7 @@ from finetune.tasks import TASKS
 from finetune.tasks.base import LabelKind
 from sparse.devices import to_device
 from sparse.encoder import check_compiler
-from sparse.errors import RunError
+from sparse.errors import InputError, RunError
 
 HEAD_SCALE = 0.001
 """What `head_init_scale: null` means with pretrained weights (arXiv 2301.00808, Tables 9 to 11)."""
@@ -67,7 +67,10 @@ _log = logging.getLogger(__name__)
 
 def finetune(config: FinetuneConfig) -> int:
     """Fine-tune, or resume the run in `config.out`; see `fcmae.train.script.train`."""
-    return train(Finetuning(config, TASKS["classify"](config)))
+    if config.task not in ("auto", *TASKS):
+        raise InputError(f"task {config.task!r} is unknown: use auto or {', '.join(TASKS)}")
+    task = "classify" if config.task == "auto" else config.task
+    return train(Finetuning(config, TASKS[task](config)))
 
 
 class Finetuning(Task):

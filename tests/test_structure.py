@@ -1,6 +1,8 @@
 """Rules for the whole source, checked with `ast`: import order, safe loading."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +58,15 @@ def test_imports_go_one_way(path: Path) -> None:
     lazy = relative(path) in ("fcmae/cli.py", "fcmae/__init__.py") or "commands" in path.parts
     nodes = at_import(tree) if lazy else ast.walk(tree)
     assert [name for name in imported(nodes) if name.split(".")[0] in higher] == []
+
+
+@pytest.mark.parametrize("module", ["sparse.encoder", "fcmae.model.fcmae", "fcmae.train.loop"])
+def test_encoder_model_and_loop_import_little(module: str) -> None:
+    """A GPU machine without a package index has torch, numpy, timm, safetensors and Pillow."""
+    heavy = {"jsonargparse", "yaml", "rich", "tensorboard", "torchmetrics", "torchvision", "jinja2"}
+    script = f"import sys, {module}; print([n for n in {heavy} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fcmae.config.pretraining import PretrainConfig
+from fcmae.train.pretraining import pretrain
 from fcmae.train.run_paths import RunPaths
 from fcmae.train.trackers import TRACKERS, TensorBoardTracker, Trackers
+from sparse.errors import InputError
 
 
 class Recorder:
@@ -70,7 +73,7 @@ def test_tensorboard_restores_the_exception_hook_of_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     before = threading.excepthook
-    trackers = Trackers(RunPaths(tmp_path), 1)
+    trackers = Trackers(RunPaths(tmp_path), 1, ("tensorboard",))
     assert threading.excepthook is not before
     if fails:
 
@@ -81,3 +84,10 @@ def test_tensorboard_restores_the_exception_hook_of_threads(
     trackers.log({"loss": 1.0}, 1)
     trackers.finish()
     assert threading.excepthook is before
+
+
+def test_an_unknown_tracker_is_named_before_any_work(tmp_path: Path) -> None:
+    config = PretrainConfig(str(tmp_path), str(tmp_path / "run"), trackers=["tensorbord"])
+    with pytest.raises(InputError, match="'tensorbord' is unknown: use tensorboard"):
+        pretrain(config)
+    assert not (tmp_path / "run").exists()

@@ -106,7 +106,7 @@ class PretrainConfig(TrainingConfig):
     holdout: int = setting(32, at_least=0, group=DATA)
     """Images held out for figures and a validation loss; none of fewer than 500 images."""
 
-    engine: Literal["auto", "minkowski", "patch", "dense"] = runtime("auto")
+    engine: str = runtime("auto")
     """Engine of the encoder; all give the same numbers. auto uses minkowski on the CPU if it is
     installed, otherwise patch."""
 

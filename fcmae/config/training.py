@@ -130,6 +130,9 @@ class TrainingConfig(DeviceConfig):
     log_steps: int = runtime(10, at_least=1)
     """Steps between two lines in metrics.jsonl."""
 
+    trackers: list[str] = runtime(["tensorboard"])
+    """Where metrics and figures go besides the run folder's files: tensorboard, or none, '[]'."""
+
     max_pixels: int = runtime(MAX_PIXELS, at_least=1)
     """Largest image to decode, in pixels; larger ones count as unreadable. Protects memory from
     decompression bombs."""

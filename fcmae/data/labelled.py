@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,9 +41,9 @@ class Split(NamedTuple):
         """Return an image's name for messages."""
         return self.prefix + self.source.name(index)
 
-    def target(self, index: int) -> int | None:
-        """Return an image's class, or None if there are no labels."""
-        return None if self.labels is None else int(self.labels[index])
+    def target(self, index: int) -> Any:
+        """Return an image's label, or None if there are no labels."""
+        return None if self.labels is None else self.labels[index]
 
 
 class LabelledData(NamedTuple):

@@ -53,7 +53,7 @@ class RunFolder:
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for name in PACKAGES:
             logging.getLogger(name).addHandler(self._handler)
-        self.trackers = Trackers(paths, step + 1)
+        self.trackers = Trackers(paths, step + 1, config.trackers)
 
     def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
         """Append a line to metrics.jsonl and its numbers to the trackers.

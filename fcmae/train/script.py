@@ -25,6 +25,7 @@ from fcmae.train.resume import facts, find_start
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.signals import Signals
 from fcmae.train.task import Resolved, Task
+from fcmae.train.trackers import check_trackers
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def train(task: Task) -> int:
     config = task.config
     device = resolve_device(config.device)
     img_size = task.check(device)
+    check_trackers(config.trackers)
     with join_world(device) as world, Signals() as signals:
         check_parts(config.batch_size, world.size, config.accumulate)
         start = find_start(config, task.command)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fcmae.train.run_paths import RunPaths
+from sparse.errors import InputError
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +80,12 @@ TRACKERS: dict[str, Callable[[RunPaths, int], Tracker]] = {"tensorboard": Tensor
 """Each tracker by name: a function of the run's paths and the first step that it records."""
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise InputError for a tracker that is unknown."""
+    if unknown := [name for name in names if name not in TRACKERS]:
+        raise InputError(f"trackers {unknown[0]!r} is unknown: use {', '.join(TRACKERS)}")
+
+
 class Trackers:
     """All trackers of a run; one that fails is dropped with a warning and never ends the run.
 
@@ -88,9 +95,7 @@ class Trackers:
         names: keys of `TRACKERS`.
     """
 
-    def __init__(
-        self, paths: RunPaths, first_step: int, names: Sequence[str] = ("tensorboard",)
-    ) -> None:
+    def __init__(self, paths: RunPaths, first_step: int, names: Sequence[str]) -> None:
         self._active = {name: TRACKERS[name](paths, first_step) for name in names}
         self._uncovered: list[Callable[[Tracker], None]] = []
 
