@@ -1,6 +1,6 @@
 """Self-supervised pretraining of convolutional networks by masked reconstruction (FCMAE).
 
-Importing this package imports no torch; the names below load what they need on first use.
+Importing this package does not import torch; the names below load what they need on first use.
 """
 
 import importlib.util
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from fcmae.model.fcmae import FCMAE, FCMAEOutput
 
 __version__ = "0.1.0"
+PACKAGES = ("fcmae", "sparse", "finetune")
+"""Whose log messages a user sees."""
+
 __all__ = ["FCMAE", "FCMAEOutput", "PretrainConfig", "__version__"]
 
 _HOMES = {
@@ -22,15 +25,12 @@ _HOMES = {
 
 
 def _check_sparse() -> None:
-    """Our package `sparse` shares its name with PyData's; stop early if that one would be found."""
+    """Raise ImportError if Python finds PyData's package `sparse` instead of ours."""
     spec = importlib.util.find_spec("sparse")
     ours = Path(__file__).parent.parent / "sparse" / "__init__.py"
     if Path(str(spec and spec.origin)).resolve() != ours.resolve():
-        raise ImportError(
-            f"fcmae needs its own package 'sparse', but Python finds {spec and spec.origin}: "
-            "uninstall PyData's sparse in this environment (pip uninstall sparse) and install "
-            "fcmae again, or use a fresh virtual environment"
-        )
+        rule = "pip uninstall sparse and reinstall fcmae, or use a fresh virtual environment"
+        raise ImportError(f"'sparse' is {spec and spec.origin}, not fcmae's own: {rule}")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Writing a file so that a crash leaves the old one or the new one, never half of one."""
+"""Writing files so that a crash leaves either the old file or the new one, never a partial one."""
 
 import os
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from sparse.errors import InputError, RunError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; rename it to `path` once it is on the disk.
+    """Yield a temporary path beside `path`; rename it to `path` after it is synced to disk.
 
-    If the block raises, `path` is as it was and the temporary file is gone.
+    If the block raises, `path` is unchanged and the temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -25,7 +25,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Wait until a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -34,10 +34,10 @@ def sync(path: Path) -> None:
 
 
 def check_out_file(out: str | Path, *suffixes: str) -> Path:
-    """The file that a command is going to write, looked at before any work is done.
+    """Check the file that a command will write, before any work is done.
 
     Raises:
-        InputError: another ending than `suffixes`, a folder, or where nothing can be written.
+        InputError: a suffix other than `suffixes`, a folder, or a place that is not writable.
     """
     path = Path(out)
     if path.is_dir() or (suffixes and path.suffix.lower() not in suffixes):
@@ -48,26 +48,26 @@ def check_out_file(out: str | Path, *suffixes: str) -> Path:
 
 
 def check_out_folder(out: str | Path) -> Path:
-    """The folder that a command is going to write to, which may be yet to be made.
+    """Check the folder that a command will write to; it does not have to exist yet.
 
     Raises:
-        InputError: it can't be made, or nothing can be written to it.
+        InputError: it cannot be created or is not writable.
     """
     path = Path(out)
     there = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
     if not there.is_dir():
         raise InputError(f"out {str(out)!r} can't be written: {there} is a file, not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"out {str(out)!r} can't be written: {there} is closed to this user")
+        raise InputError(f"out {str(out)!r} can't be written: no write permission for {there}")
     return path
 
 
 @contextmanager
 def out_file(path: Path) -> Iterator[Path]:
-    """`atomic_write` of what a command was asked for; its folder is made where it is missing.
+    """Like `atomic_write`, for a command's output: create a missing folder, report failures.
 
     Raises:
-        RunError: it could not be written.
+        RunError: the file could not be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

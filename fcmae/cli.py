@@ -1,10 +1,10 @@
 """The command line: `fcmae COMMAND …`, the same as `python -m fcmae COMMAND …`.
 
-A new command is one file in `fcmae/commands/` and its line in the table below. Only the chosen
-command is imported, and its implementation only once the arguments are right: `fcmae --help` needs
-neither torch nor jsonargparse. A command may return an exit code; anything else counts as done.
+To add a command, add a file to `fcmae/commands/` and a line to the table below. Only the chosen
+command is imported, and its implementation only after the arguments are checked: `fcmae --help`
+needs neither torch nor jsonargparse. A command may return an exit code; anything else means 0.
 
-Exit codes: 0 done, 1 the run failed, 2 the command or config is wrong, 130 stopped by Ctrl-C,
+Exit codes: 0 success, 1 the run failed, 2 the command or config is wrong, 130 stopped by Ctrl-C,
 143 stopped by SIGTERM.
 """
 
@@ -20,38 +20,38 @@ from fcmae import __version__
 from sparse.errors import InputError, RunError, did_you_mean
 
 COMMANDS = {
-    "pretrain": "learn from unlabeled images by reconstructing hidden patches",
-    "convert": "turn a pretrained sparse model into a dense one that timm loads",
+    "pretrain": "learn from unlabelled images by reconstructing hidden patches",
+    "convert": "convert a pretrained sparse model to a dense one that timm loads",
     "finetune": "train on labelled images, from pretrained weights or from scratch",
-    "evaluate": "measure top-1, top-5 and each class on labelled images",
-    "predict": "write the best classes of each image to a CSV file",
+    "evaluate": "measure top-1, top-5 and per-class accuracy on labelled images",
+    "predict": "write the most likely classes of each image to a CSV file",
     "reconstruct": "draw original, masked and reconstructed images side by side",
-    "probe": "measure frozen features: nearest neighbours and a linear classifier",
+    "probe": "evaluate frozen features by nearest neighbours and a linear classifier",
     "embed": "write the features of images to a file",
     "diversity": "measure whether the channels of a block have collapsed",
-    "report": "write a page on one or several runs: curves, figures, settings",
-    "samples": "write a small labelled set of images to try things on",
-    "doctor": "show versions, engines, whether they agree, and how fast each is",
-    "bench": "time the engines side by side: images/s, peak memory, ratios",
+    "report": "write an HTML page about one or more runs: curves, figures, settings",
+    "samples": "write a small labelled data set for a first try",
+    "doctor": "show versions and engines, check that the engines agree, and time each",
+    "bench": "benchmark the engines: images/s, peak memory, ratios",
 }
-"""What --help says of each command. Its module in fcmae/commands/ holds the rest."""
+"""Summary of each command in --help. Its module in fcmae/commands/ holds the rest."""
 
 HELP = """usage: fcmae COMMAND ...
 
-Self-supervised pretraining of ConvNeXt V2 on your own images, and what follows.
+Self-supervised pretraining of ConvNeXt V2 on your own images, fine-tuning and evaluation.
 
 {commands}
 
-fcmae COMMAND --help explains the settings of a command; fcmae --version."""
+fcmae COMMAND --help explains the settings of a command; fcmae --version prints the version."""
 
 ENVIRONMENT = {
     # Large tensors in huge pages: fewer page faults.
     "THP_MEM_ALLOC_ENABLE": "1",
-    # Threads that wait sleep instead of spinning: with anything else on the cores, be it our own
-    # readers, spinning costs several times what sleeping does.
+    # Waiting threads sleep instead of spinning: if anything else uses the cores, such as our own
+    # data workers, spinning costs several times as much.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-"""Read by torch and OpenMP when they are loaded; what the user has set stays."""
+"""Read by torch and OpenMP when they are loaded. Variables that the user has set are kept."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a sign that the locale lacks must not end a run
+        if hasattr(stream, "reconfigure"):  # a character that the locale lacks must not end a run
             stream.reconfigure(errors="backslashreplace")
-    config = None  # while there is one, the command runs
+    config = None  # not None while the command runs
     try:
         config = _parse(name, arguments)
         result = 0 if config is None else _run(name, config)
@@ -71,20 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except InputError as error:
-        # Every process of torchrun finds the same mistake in its arguments: the first reports it.
+        # Every process of torchrun finds the same mistake in its arguments; only rank 0 reports it.
         return 2 if config is None and _rank() else _fail(prog, str(error), 2)
     except RunError as error:
         return _fail(prog, str(error), 1)
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise
-        advice = _LESS.get(name, "give a smaller --batch_size or --img_size")
+        advice = _LESS.get(name, "use a smaller --batch_size or --img_size")
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         return _fail(prog, f"out of memory ({reason}): {advice}", 1)
     except BrokenPipeError:
         if not _stdout_is_gone():
             raise
-        closed = "stdout was closed before the command was done"
+        closed = "stdout was closed before the command finished"
         return 0 if config is None else _fail(prog, closed, 1)
     except KeyboardInterrupt:
         return _fail(prog, "interrupted", 130)
@@ -92,15 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 _LESS = {
-    "pretrain": "--accumulate 2, or 4, 8 …, computes a batch in so many parts and learns the same; "
-    "--recompute true saves memory too",
-    "finetune": "--accumulate 2, or 4, 8 …, computes a batch in so many parts",
+    "pretrain": "use --accumulate 2 (or 4, 8 …) or --recompute true, with the same results",
+    "finetune": "use --accumulate 2 (or 4, 8 …)",
 }
 """What to do when memory runs out, by command."""
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """Tell whether a device or the machine ran out of memory, without importing torch."""
+    """Return whether a device or the machine ran out of memory, without importing torch."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -109,7 +108,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _parse(name: str, arguments: list[str]) -> Any:
-    """Return the command's config, or None where what was asked has been printed."""
+    """Return the command's config, or None if only help, a version or a config was printed."""
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = (f"  {command:<{width}}  {summary}" for command, summary in COMMANDS.items())
@@ -119,7 +118,7 @@ def _parse(name: str, arguments: list[str]) -> Any:
         print(f"fcmae {__version__}")
         return None
     if name not in COMMANDS:
-        what = f"unknown command {name!r}" if name else "name a command"
+        what = f"unknown command {name!r}" if name else "no command given"
         raise InputError(f"{what}; {did_you_mean(name, COMMANDS)}")
     from fcmae.config.fields import leaves
     from fcmae.config.parsing import parse  # imports jsonargparse
@@ -157,16 +156,16 @@ def _fail(prog: str, message: str, code: int) -> int:
 
 
 def _rank() -> int:
-    """Number of this process under torchrun, 0 without it."""
+    """Rank of this process under torchrun, 0 without it."""
     rank = os.environ.get("RANK", "0")
     return int(rank) if rank.isdigit() else 0
 
 
 def _stdout_is_gone() -> bool:
-    """Tell whether the reader of stdout has closed it, and if so, silence the flush at exit."""
+    """Return whether the reader of stdout has closed it; if so, silence the flush at exit."""
     stdout = sys.stdout.fileno()
     poll = select.poll()
-    poll.register(stdout, 0)  # asks for nothing; errors are always reported
+    poll.register(stdout, 0)  # no events; errors are always reported
     if not poll.poll(0):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)

@@ -1,10 +1,10 @@
-"""What a run shows while it works: a progress line on a terminal, plain lines elsewhere."""
+"""Output of a running command: a progress line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from rich.console import Console
@@ -18,16 +18,15 @@ from rich.progress import (
     track,
 )
 
+from fcmae import PACKAGES
+
 Item = TypeVar("Item")
 
 console = Console(stderr=True)
 
-PACKAGES = ("fcmae", "sparse", "finetune")
-"""Whose log messages a user sees."""
-
 
 class _ConsoleHandler(logging.Handler):
-    """Log messages as plain lines, above the progress line where there is one."""
+    """Prints log messages as plain lines, above the progress line if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         mark = "warning: " if record.levelno >= logging.WARNING else ""
@@ -35,8 +34,8 @@ class _ConsoleHandler(logging.Handler):
 
 
 def show_logs() -> None:
-    """Send the packages' log messages to the terminal, once; of processes but the main one of
-    torchrun, only warnings."""
+    """Print the packages' log messages on the terminal; under torchrun, ranks other than 0 print
+    only warnings. A second call has no effect."""
     level = logging.WARNING if os.environ.get("RANK", "0") != "0" else logging.INFO
     for name in PACKAGES:
         logger = logging.getLogger(name)
@@ -49,9 +48,9 @@ class StepProgress:
     """Progress over a run's steps.
 
     Args:
-        total_steps, start_step: how many there are and how many are done.
-        epochs: how many passes the steps make up.
-        quiet: show nothing, as processes other than the main one do.
+        total_steps, start_step: number of steps, and number of steps already done.
+        epochs: number of epochs.
+        quiet: show nothing, as on ranks other than 0.
     """
 
     def __init__(self, total_steps: int, start_step: int, epochs: int, quiet: bool) -> None:
@@ -60,7 +59,7 @@ class StepProgress:
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[values]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
@@ -68,7 +67,7 @@ class StepProgress:
             disable=quiet or not console.is_terminal,
         )
         self._task = self._bar.add_task(
-            "starting", total=total_steps, completed=start_step, figures=""
+            "starting", total=total_steps, completed=start_step, values=""
         )
 
     def __enter__(self) -> StepProgress:
@@ -78,21 +77,24 @@ class StepProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def advance(self, step: int) -> None:
+    def update(
+        self, step: int, metrics: Mapping[str, float] | None = None, seconds_left: float = 0.0
+    ) -> None:
+        """Show that a step is done, and the figures of a logged one."""
         self._bar.update(self._task, completed=step)
-
-    def report(self, step: int, epoch: int, metrics: dict[str, float], seconds_left: float) -> None:
-        """Show the figures of a logged step."""
-        figures = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        shown = f"epoch {epoch}/{self._epochs}"
-        self._bar.update(self._task, description=shown, figures=figures)
+        if metrics is None:
+            return
+        epoch, *others = metrics.items()
+        shown = f"epoch {epoch[1]}/{self._epochs}"
+        values = " ".join(f"{name} {value:.4g}" for name, value in others)
+        self._bar.update(self._task, description=shown, values=values)
         if self._bar.disable and not self._quiet:
-            line = f"{shown} step {step}/{self._total} {figures} {seconds_left / 60:.1f} min left"
+            line = f"{shown} step {step}/{self._total} {values} {seconds_left / 60:.1f} min left"
             console.print(line, highlight=False, soft_wrap=True)
 
 
 def tracked(items: Iterable[Item], total: int, what: str | None) -> Iterator[Item]:
-    """Yield items, on terminals with a progress bar named `what` that goes away at the end."""
+    """Yield items; on a terminal, show a progress bar titled `what` that disappears at the end."""
     if what is None or not console.is_terminal:
         yield from items
         return

@@ -1,8 +1,8 @@
-"""Random numbers that are a function of where they are used, so that a run needs no stream state.
+"""Random numbers as a function of where they are used, so a run has no generator state to save.
 
-Every draw is a hash of (seed, stream, epoch, index, counter): order, crops, flips and masks do not
+Every draw is a hash of (seed, stream, epoch, index, counter). Order, crops, flips and masks do not
 depend on the number of workers or processes, nor on the version of torch or numpy, and a resumed
-run draws what the run never stopped would have drawn. The golden values in the tests pin the hash.
+run draws the same numbers as one never stopped. The golden values in the tests pin the hash.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ AUGMENT = 9
 SAMPLE = 10
 DROP_PATH = 11
 FINETUNE = 12
-"""What a number is drawn for. A value is never reused or changed: old runs depend on it."""
+"""Streams: what a number is drawn for. Never reuse or change a value: old runs depend on it."""
 
 Words = npt.NDArray[np.uint64]
 Index = int | npt.NDArray[np.integer[Any]]
@@ -33,7 +33,7 @@ _WORD = 0xFFFFFFFFFFFFFFFF
 def _mix(x: Any) -> Any:
     """Scramble 64 bits one to one: the finaliser of splitmix64, then half of murmur3's.
 
-    Works alike on an int and, element by element, on an array of uint64.
+    Works on an int and, element by element, on an array of uint64.
     """
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
@@ -45,8 +45,8 @@ def bits(seed: Index, stream: int, epoch: Index, index: Index, counter: Index = 
     """Return 64 random bits for each element of the broadcast arguments.
 
     The arguments are absorbed one after the other, each by a bijection of the 64-bit state, so two
-    calls that differ in one argument never collide. All of them count modulo 2^64. The result has
-    the broadcast shape of the arguments, with at least one dimension.
+    calls that differ in one argument never collide. All are taken modulo 2^64. The result has the
+    broadcast shape of the arguments, with at least one dimension.
     """
     state: Any = 0
     for value in (seed, stream, epoch, index, counter):
@@ -58,7 +58,7 @@ def bits(seed: Index, stream: int, epoch: Index, index: Index, counter: Index = 
 def uniform(
     seed: Index, stream: int, epoch: Index, index: Index, counter: Index = 0
 ) -> npt.NDArray[np.float64]:
-    """Return numbers spread evenly over [0, 1), with 53 bits each; shapes as `bits`."""
+    """Return numbers uniform over [0, 1), with 53 bits each; shapes as in `bits`."""
     words = bits(seed, stream, epoch, index, counter)
     numbers: npt.NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return numbers

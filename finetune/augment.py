@@ -1,12 +1,12 @@
-"""Labelled images to train on: random crops, and what else changes them.
+"""Labelled images to train on: random crops, and further augmentation.
 
-Everything random is a function of (seed, epoch, index), so that workers, processes and resumes
-change nothing. Crops and flips are those of pretraining, with the semantics of timm's; RandAugment,
-colour jitter and random erasing are timm's own, which draw from global streams: those are seeded
-for each sample and put back after.
+Everything random is a function of (seed, epoch, index), so workers, processes and resumes change
+nothing. Crops and flips are those of pretraining, with the semantics of timm's. RandAugment, colour
+jitter and random erasing are timm's, which draw from global streams: these are seeded for each
+sample and restored after it.
 
-RandAugment and colour jitter work on 8-bit images of 1 or 3 channels. Deeper images, and those
-of other channel counts, are cropped, flipped and erased alone.
+RandAugment and colour jitter apply to 8-bit images of 1 or 3 channels. Other images are only
+cropped, flipped and erased.
 """
 
 import random
@@ -35,7 +35,7 @@ _ERASE = 1
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global streams of Python, numpy and torch's CPU, and put them back at the end."""
+    """Seed the global streams of Python, numpy and torch's CPU, and restore them at the end."""
     before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002 - what timm draws from
@@ -52,7 +52,7 @@ def seeded(seed: int) -> Iterator[None]:
 class TrainDataset(CropDataset):
     """Random crops of the training images with their labels, by (epoch, index).
 
-    What is erased is filled with noise of the mean and std of `images`.
+    Erased boxes are filled with noise of the mean and std of `images`.
     """
 
     config: FinetuneConfig
@@ -81,7 +81,7 @@ class TrainDataset(CropDataset):
         return replace(sample, image=image)
 
     def _erased(self, image_CHW: Pixels) -> Pixels:
-        """Erase a box. timm fills it with noise in normalised units; ours are those of pixels."""
+        """Erase a box. timm fills it with noise in normalised units, which become pixels here."""
         unit = np.float32(255 if image_CHW.dtype == np.uint8 else 1)
         normal = (image_CHW / unit - self._mean) / self._std
         erased = self._erase(torch.from_numpy(normal)).numpy() * self._std + self._mean
@@ -93,7 +93,7 @@ class TrainDataset(CropDataset):
 def recolouring(
     augment: FinetuneAugmentConfig, img_size: tuple[int, int], mean: Sequence[float]
 ) -> Any | None:
-    """Return timm's RandAugment or colour jitter as a function of a Pillow image, None without.
+    """Return timm's RandAugment or colour jitter as a function of a Pillow image; None if off.
 
     Raises:
         InputError: timm does not understand the RandAugment string.
@@ -112,8 +112,7 @@ def recolouring(
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise InputError(
-            f"augment.randaugment {augment.randaugment!r} is not understood by timm: write it as "
-            "in rand-m9-mstd0.5-inc1"
+            f"augment.randaugment {augment.randaugment!r} is unknown to timm: try rand-m9-mstd0.5"
         ) from error
     return recolour
 
@@ -121,7 +120,6 @@ def recolouring(
 def _recoloured(image_CHW: npt.NDArray[Any], recolour: Any) -> Pixels:
     """Apply a function of Pillow images to 8-bit pixels; grey ones go through RGB."""
     grey = len(image_CHW) == 1
-    picture = Image.fromarray(image_CHW[0] if grey else image_CHW.transpose(1, 2, 0))
-    done = recolour(picture.convert("RGB")).convert("L" if grey else "RGB")
-    pixels = np.array(done)
+    image = Image.fromarray(image_CHW[0] if grey else image_CHW.transpose(1, 2, 0))
+    pixels = np.array(recolour(image.convert("RGB")).convert("L" if grey else "RGB"))
     return pixels[None] if grey else np.ascontiguousarray(pixels.transpose(2, 0, 1))

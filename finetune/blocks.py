@@ -1,8 +1,8 @@
-"""ConvNeXt blocks of a timm model, computed as the encoder computes its own.
+"""ConvNeXt blocks of a timm model, computed like those of the encoder.
 
-On a CPU timm's blocks spend most of a step on passes over tensors 4C wide that no cache holds, and
-on the weight gradient of the depthwise convolution. Parameters, names and results, but for float
-noise, stay timm's.
+On a CPU, timm's blocks spend most of a step on passes over tensors 4C wide that no cache holds, and
+on the weight gradient of the depthwise convolution. Parameters, names and results stay timm's, up
+to float noise.
 """
 
 from timm.layers.activations import GELU
@@ -44,18 +44,19 @@ class FusedBlock(ConvNeXtBlock):
 
 
 def _linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Parameters of a linear layer, which the smaller sizes have as a 1×1 convolution."""
+    """Parameters of a linear layer, which is a 1×1 convolution in the smaller sizes."""
     weight, bias = weight_and_bias(layer)
     return weight.flatten(1), bias
 
 
 def speed_up(model: nn.Module, compiled: bool = False) -> None:
-    """Have the ConvNeXt blocks of a model that is on a CPU computed this way from now on.
+    """Switch the ConvNeXt blocks of a model on a CPU to this computation.
 
-    Another model, and layers that are not as in a published ConvNeXt, are left as they are.
+    Other models, and layers unlike those of a published ConvNeXt, stay unchanged.
 
     Args:
-        compiled: the model will be. The compiler then does better with timm's MLP.
+        model: on its device.
+        compiled: the model will be compiled, which is faster with timm's MLP.
     """
     if next(model.parameters()).device.type != "cpu":
         return

@@ -1,4 +1,4 @@
-"""`fcmae evaluate`: how well a classifier does on labelled images, in all and for each class."""
+"""`fcmae evaluate`: the accuracy of a classifier on labelled images, overall and per class."""
 
 import csv
 import logging
@@ -34,15 +34,15 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
     """Measure a classifier, and print a table, or with `config.json` one JSON object.
 
     Args:
-        config: what was asked.
+        config: what was asked for.
         show: False prints nothing.
 
     Returns:
-        `top1` and `top5` in percent of the `n` images (top5 is the share among the best
-        `top5_of`, fewer than five where there are fewer classes); `balanced`, the mean over the
-        classes measured; `per_class`, {name: {top1, n}}, and `not_measured`, the classes without an
-        image; `unreadable`, the images skipped; `split`, `weights`, and `kept_back`, whether
-        the images are those that the run kept back of one folder: what was measured.
+        `top1` and `top5` in percent of the `n` images (`top5` counts hits among the best `top5_of`
+        classes: five, or all if there are fewer); `balanced`, the mean over the measured classes;
+        `per_class`, {name: {top1, n}}, and `not_measured`, the classes without an image;
+        `unreadable`, the number of skipped images; and what was measured: `split`, `weights`, and
+        `kept_back`, whether the images are those that the run kept back from one folder.
 
     Raises:
         InputError: the weights, the data or `out` is wrong.
@@ -67,20 +67,18 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
 
 
 def find_split(config: EvaluateConfig, names: Sequence[str]) -> tuple[Split, bool]:
-    """Find the images to measure on, data/SPLIT/CLASS or data/CLASS, and return them and whether
-    they are those that a run kept back of one folder.
+    """Find the images to measure on, data/SPLIT/CLASS or data/CLASS. Return them and whether they
+    are those that a run kept back from one folder.
 
     A run that divided this data by `val_fraction`, or what it exported, is measured on the images
     that it kept back then, whatever was added to the folder or removed since.
 
     Raises:
-        InputError: nothing there, or classes that are not in `names`.
+        InputError: no images, or classes that are not in `names`.
     """
     root = Path(config.data).expanduser()
     if not root.is_dir():
-        raise InputError(
-            f"data {config.data!r} is not a folder: give one with {config.split}/CLASS/…"
-        )
+        raise InputError(f"data {config.data!r} is not a folder: use one with {config.split}/CLASS")
     folder, prefix = root / config.split, f"{config.split}/"
     if not folder.is_dir():
         kept = _kept_back(Path(config.source)) if config.split == VAL else None
@@ -90,10 +88,7 @@ def find_split(config: EvaluateConfig, names: Sequence[str]) -> tuple[Split, boo
                 if inside.is_dir() and inside.resolve() == trained.resolve():
                     _log.info("measuring on the %d images that the run kept back", len(kept))
                     return Split(kept, prefix, labels_of(kept, names)), True
-            _log.warning(
-                "all of %s is measured: the run kept back images of another folder, %s",
-                root, trained,
-            )  # fmt: skip
+            _log.warning("all of %s is measured: the run kept back images of %s", root, trained)
         _log.info("%s has no folder %r: its folders are treated as classes", root, config.split)
         folder, prefix = root, ""
     files, found = find_classes(folder)
@@ -102,10 +97,10 @@ def find_split(config: EvaluateConfig, names: Sequence[str]) -> tuple[Split, boo
 
 
 def _kept_back(source: Path) -> FileList | None:
-    """The images that a run divided off its training data by `val_fraction`; None of others.
+    """The images that a run kept back from its training data by `val_fraction`; None if none.
 
     Raises:
-        InputError: the run did, and its list of them is missing.
+        InputError: the list of these images is missing.
     """
     folder = source.parent if source.is_file() else source
     for run in (RunPaths(folder), RunPaths(folder.parent)):
@@ -116,7 +111,7 @@ def _kept_back(source: Path) -> FileList | None:
 
 @torch.no_grad()
 def measure(setting: Setting[Classifier], split: Split) -> tuple[Counts, int]:
-    """Return the confusion matrix (true class, predicted class) and the hits among the best five.
+    """Return the confusion matrix (true class, predicted class) and the top-5 hits.
 
     Raises:
         RunError: no image could be read.
@@ -168,7 +163,7 @@ def write_confusion(confusion: Counts, names: Sequence[str], out: Path) -> None:
 
 
 def _draw_confusion(confusion: Counts, names: Sequence[str]) -> Any:
-    """Draw the share of each true class (row) that is predicted as each class, in percent."""
+    """Plot the share of each true class (row) that is predicted as each class, in percent."""
     from matplotlib.figure import Figure
 
     share = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)

@@ -1,4 +1,4 @@
-"""timm's dense models: the one to train, from weights or from scratch, and a trained classifier."""
+"""timm's dense models: one to train, from weights or from scratch, or a trained classifier."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -36,11 +36,11 @@ class Start:
 
     Attributes:
         name: timm's name of the model.
-        args: what differs from that, such as depths and dims.
+        args: arguments that differ from its defaults, such as depths and dims.
         state: weights in timm's names; None from scratch.
-        origin: where the weights are from, in words.
-        images: how images were prepared for the weights, where that is known.
-        whole: the classifier is loaded too; else it keeps its initial weights.
+        origin: where the weights come from, in words.
+        images: how images were prepared for the weights, if known.
+        whole: load the classifier too; else it keeps its initial weights.
     """
 
     name: str
@@ -52,14 +52,14 @@ class Start:
 
 
 def find_model(model: str | None, weights: str, in_chans: int) -> Start:
-    """Find the model that a config asks for, and its weights.
+    """Find the model and the weights that a config asks for.
 
     Args:
         model: a size of ConvNeXt V2, a timm name, or None for the weights' own (else atto).
         weights: a timm folder, run, checkpoint or file, or `none`.
 
     Raises:
-        InputError: an unknown model, or weights that can't be read or are of another one.
+        InputError: an unknown model, or weights that can't be read or are of another model.
     """
     name = None if model is None else timm_name(model)
     if weights == "none":
@@ -83,8 +83,7 @@ def find_model(model: str | None, weights: str, in_chans: int) -> Start:
     if name is not None and (name != variant or (is_v2 and args)):
         sizes = "".join(f", {key} {value}" for key, value in args.items())
         raise InputError(
-            f"weights {weights!r} are of {variant}{sizes}, model is {model!r}: leave --model out, "
-            "or give weights of that model"
+            f"weights {weights!r} are of {variant}{sizes}, model is {model!r}: omit --model"
         )
     return Start(timm_name(variant), args, state, origin, read_preprocessing(file))
 
@@ -93,7 +92,7 @@ def timm_name(model: str) -> str:
     """Return timm's name of a model: sizes of ConvNeXt V2 have short names.
 
     Raises:
-        InputError: timm has no such model; names the nearest.
+        InputError: timm has no such model; suggests the nearest.
     """
     name = f"{V2}{model}" if model in SIZES else model
     base, _, tag = name.partition(".")
@@ -117,8 +116,8 @@ def build_model(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Build the model with its initial weights, and return it with its arguments for timm.
 
-    timm's models that are tied to an image size are built for `img_size`, and stochastic depth is
-    set where the model has it. Weights are loaded strictly.
+    Models of timm with a fixed image size are built for `img_size`; stochastic depth is set if the
+    model supports it. Weights are loaded strictly.
 
     Raises:
         InputError: the weights are of another model, or it can't take images of this size.
@@ -151,9 +150,7 @@ def build_model(
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         raise _wrong_size(start.name, img_size, error) from error
     if not isinstance(out, Tensor) or out.shape != (1, num_classes):
-        raise InputError(
-            f"model {start.name!r} gives no scores for {num_classes} classes: choose another"
-        )
+        raise InputError(f"model {start.name!r} does not score {num_classes} classes: use another")
     optional.pop("drop_path_rate", None)
     return model, start.args | optional
 
@@ -161,7 +158,7 @@ def build_model(
 def load_state(
     model: nn.Module, state: dict[str, Tensor], origin: str, whole: bool = False
 ) -> None:
-    """Load all weights, or all but the classifier's, which are left as they are.
+    """Load all weights, or all but the classifier's, which stay unchanged.
 
     Raises:
         InputError: names or shapes differ; prints both sides of the first difference.
@@ -172,15 +169,14 @@ def load_state(
         {name: tensor for name, tensor in tensors.items() if not name.startswith(heads)}
         for tensors in (state, own)
     )
-    if (difference := first_difference(given, expected)) is not None:
-        name, there, here = difference
+    if difference := first_difference(given, expected):
         raise InputError(
-            f"{origin}: {name} is {there} there and {here} in this model: give weights of the "
-            "same --model and --in_chans, made for this --img_size"
+            f"{origin}: {difference}: give weights of the same --model and --in_chans, made for "
+            "this --img_size"
         )
     model.load_state_dict(own | given)
     if fresh := sorted(own.keys() - given.keys()):
-        _log.info("weights from %s; left at their initial values: %s", origin, ", ".join(fresh))
+        _log.info("weights from %s; these keep their initial values: %s", origin, ", ".join(fresh))
 
 
 def classifier_names(model: Any) -> tuple[str, ...]:
@@ -192,21 +188,21 @@ def classifier_names(model: Any) -> tuple[str, ...]:
 
 
 def head_parts(model: nn.Module) -> frozenset[str]:
-    """Top modules that hold the classifier, with the norm before it where it is in there."""
+    """Top-level modules that hold the classifier, including a norm before it in the same module."""
     return frozenset(name.split(".")[0] for name in classifier_names(model))
 
 
 def init_convnext(model: nn.Module) -> None:
-    """Give a ConvNeXt's layers but the classifier weights of deviation 1/√fan_in.
+    """Give all layers of a ConvNeXt but the classifier weights of standard deviation 1/√fan_in.
 
-    Other models keep their own initial weights.
+    Other models keep their initial weights.
     """
     if isinstance(model, ConvNeXt):
         init_fan_in(model, spare=[model.get_submodule(name) for name in classifier_names(model)])
 
 
 def scale_classifier(model: nn.Module, scale: float) -> None:
-    """Multiply the classifier's initial weights, so that training starts near even chances."""
+    """Scale the classifier's initial weights, so that training starts near equal probabilities."""
     with torch.no_grad():
         for name in classifier_names(model):
             for parameter in model.get_submodule(name).parameters():
@@ -214,27 +210,27 @@ def scale_classifier(model: nn.Module, scale: float) -> None:
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Leave only the head to be trained."""
+    """Train the head only."""
     heads = head_parts(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.split(".")[0] in heads)
 
 
 def check_part(model: nn.Module, part: int) -> None:
-    """Make sure that a part of a batch, on one process at a time, is enough for the model.
+    """Make sure that the model can train on `part` images at a time.
 
     Raises:
-        InputError: it is one image, and batch norm needs several to normalise by.
+        InputError: it is one image, and batch norm needs several.
     """
     if part == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise InputError(
-            "the model has batch norm and is shown one image at a time: choose batch_size at least "
-            "2 × accumulate × processes"
+            "the model has batch norm, but sees one image at a time: use a larger --batch_size, at "
+            "least 2 × accumulate × processes"
         )
 
 
 def set_training(model: nn.Module, frozen: bool) -> None:
-    """Switch to training; a frozen backbone stays in evaluation, its running statistics too."""
+    """Switch to training mode; a frozen backbone stays in evaluation mode."""
     model.train()
     if frozen:
         heads = head_parts(model)
@@ -250,7 +246,7 @@ def _wrong_size(name: str, img_size: tuple[int, int], error: Exception) -> Input
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model in evaluation mode, its classes in order, how it wants images, and its folder."""
+    """A model in evaluation mode, its classes in order, its preprocessing, and its folder."""
 
     model: nn.Module
     names: tuple[str, ...]
@@ -269,7 +265,7 @@ def load_classifier(
         img_size: (height, width); None takes what the model was trained with.
 
     Raises:
-        InputError: nothing there, damaged, or it can't take images of this size.
+        InputError: missing, damaged, or unable to take images of this size.
     """
     folder = weights_folder(source)
     config = read_json(folder / CONFIG_FILE)
@@ -279,9 +275,8 @@ def load_classifier(
     described = isinstance(name, str) and isinstance(args, dict) and isinstance(names, list)
     if not described or len(names) != config["num_classes"]:
         raise InputError(
-            f"{folder / CONFIG_FILE} must name timm's model as its architecture and its "
-            f"{config['num_classes']} classes as label_names: give a folder that `fcmae finetune` "
-            "exported"
+            f"{folder / CONFIG_FILE} must name timm's model as its architecture and all classes as "
+            "label_names: give a folder exported by `fcmae finetune`"
         )
     images = read_preprocessing(folder / WEIGHTS_FILE) or default_preprocessing(3)
     images = replace(images, img_size=img_size or images.img_size)
@@ -299,7 +294,7 @@ def weights_folder(source: str) -> Path:
     A run stands for its best weights, a folder or its model.safetensors for itself.
 
     Raises:
-        InputError: nothing there, or nothing with a classifier.
+        InputError: there is no classifier.
     """
     path = Path(source)
     path = path.parent if path.name == WEIGHTS_FILE else path
@@ -310,5 +305,5 @@ def weights_folder(source: str) -> Path:
             return folder
     raise InputError(
         f"{source!r} holds no classifier: give a run of `fcmae finetune` after its first epoch, "
-        f"its exported folder, or a {WEIGHTS_FILE} with its {CONFIG_FILE} beside it"
+        f"its exported folder, or a {WEIGHTS_FILE} with its {CONFIG_FILE} next to it"
     )

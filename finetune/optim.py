@@ -15,8 +15,11 @@ def layer_depths(model: Any, layer_group: str) -> dict[str, int]:
     """How many layers before the head each parameter is; 0 for the head itself.
 
     A ConvNeXt's layers are its blocks, or with `group` groups of three blocks within a stage; a
-    downsampling belongs to the layer that it leads to. The stem belongs to the first block, but
-    comes before the first group. Of other models timm says what a layer is.
+    downsampling belongs to the layer after it. The stem belongs to the first block, but comes
+    before the first group. For other models timm defines the layers.
+
+    Raises:
+        InputError: timm does not define the layers of this model.
     """
     per_layer = BLOCKS_A_GROUP if layer_group == "group" else 1
     names = [name for name, _ in model.named_parameters()]
@@ -27,10 +30,8 @@ def layer_depths(model: Any, layer_group: str) -> dict[str, int]:
         last = 1 + sum(math.ceil(count / per_layer) for count in blocks)
         return {name: last - layer for name, layer in layers.items()}
     if not hasattr(model, "group_matcher"):
-        raise InputError(
-            f"timm does not say what the layers of {type(model).__name__} are: give "
-            "--optim.layer_decay 1"
-        )
+        name = type(model).__name__
+        raise InputError(f"timm does not define the layers of {name}: use --optim.layer_decay 1")
     layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
     return {name: math.ceil((last - layer) / per_layer) for name, layer in layers.items()}

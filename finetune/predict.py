@@ -1,4 +1,4 @@
-"""`fcmae predict`: the best classes of each image, as a CSV file."""
+"""`fcmae predict`: the most probable classes of each image, as a CSV file."""
 
 import csv
 import logging
@@ -20,9 +20,8 @@ _log = logging.getLogger(__name__)
 def predict(config: PredictConfig) -> Path:
     """Classify images and return the CSV file written: path,label,score,label2,score2,…
 
-    A score is the model's probability, from 0 to 1. A path begins with `config.images` as it was
-    given; for a list of paths it is in full. Images that can't be read are reported and
-    skipped.
+    A score is the model's probability, from 0 to 1. A path begins with `config.images` as given;
+    from a list of paths it is absolute. Images that can't be read are reported and skipped.
 
     Raises:
         InputError: the weights, the images or `out` is wrong.
@@ -32,7 +31,7 @@ def predict(config: PredictConfig) -> Path:
     split, model, names = setting.find_images(), setting.model.model, setting.model.names
     top, written, out = min(config.top, len(names)), 0, setting.out
     assert out is not None
-    # Names that are not UTF-8 go back to the bytes they are.
+    # Names that are not UTF-8 are written as their bytes.
     with (
         torch.no_grad(),
         out_file(out) as path,

@@ -44,20 +44,20 @@ from finetune.tasks import TASKS
 from finetune.tasks.base import LabelKind
 from sparse.devices import to_device
 from sparse.encoder import check_compiler
-from sparse.errors import RunError
+from sparse.errors import InputError, RunError
 
 HEAD_SCALE = 0.001
-"""What `head_init_scale: null` takes with pretrained weights (P Tables 9 to 11)."""
+"""What `head_init_scale: null` means with pretrained weights (arXiv 2301.00808, Tables 9 to 11)."""
 
 LEAST_WARMUP = 100
-"""Steps of warm-up, unless it is asked for or half of the run is shorter. A steeper rise can take
-away what tells images apart: see docs/experiments.md, Short runs."""
+"""Fewest steps of warm-up, unless set by the user or longer than half of the run. A steeper rise
+can make features of different images equal: see docs/experiments.md, Short runs."""
 
 MEASUREMENTS = 30
-"""On the validation images, with `val_epochs: auto`."""
+"""Number of measurements on the validation images with `val_epochs: auto`."""
 
 LOWER_RATE = 4
-"""Factor between a learning rate with which a model does not learn and the one to try next."""
+"""If a model does not learn, the learning rate to try next is lower by this factor."""
 
 BEST = "best"
 """The file of a checkpoint that holds the best weights so far."""
@@ -67,14 +67,17 @@ _log = logging.getLogger(__name__)
 
 def finetune(config: FinetuneConfig) -> int:
     """Fine-tune, or resume the run in `config.out`; see `fcmae.train.script.train`."""
-    return train(Finetuning(config, TASKS["classify"](config)))
+    if config.task not in ("auto", *TASKS):
+        raise InputError(f"task {config.task!r} is unknown: use auto or {', '.join(TASKS)}")
+    task = "classify" if config.task == "auto" else config.task
+    return train(Finetuning(config, TASKS[task](config)))
 
 
 class Finetuning(Task):
     """A timm model on labelled images.
 
     Args:
-        config: what was asked.
+        config: what was asked for.
         kind: the kind of label.
     """
 
@@ -87,7 +90,7 @@ class Finetuning(Task):
         super().__init__(config)
         self.kind = kind
         self.least_warmup = LEAST_WARMUP if config.freeze == "none" else 0
-        self.weight_copies = 1 + (config.ema_decay is not None)  # the best ones, and the average
+        self.weight_copies = 1 + (config.ema_decay is not None)  # the best weights and the average
         self.best: dict[str, Tensor] | None = None
         self.best_score: dict[str, Any] | None = None
         self._warned_at_chance = False
@@ -100,7 +103,7 @@ class Finetuning(Task):
         return img_size
 
     def find_images(self, start: SavedCheckpoint | None) -> Images:
-        """Find the images and the model, whose weights a run that resumes no longer needs."""
+        """Find the images and the model, whose weights a resumed run no longer needs."""
         config = self.config
         if start is None:
             self._origin = find_model(config.model, config.weights, config.in_chans)
@@ -143,10 +146,8 @@ class Finetuning(Task):
 
     def begin(self) -> None:
         config, resolved, world = self.config, self.resolved, self.resolved.world
-        augment = config.augment
-        self._how = replace(
-            resolved.images, crop_pct=augment.crop_pct, interpolation=augment.interpolation
-        )
+        crop_pct, interpolation = config.augment.crop_pct, config.augment.interpolation
+        self._how = replace(resolved.images, crop_pct=crop_pct, interpolation=interpolation)
         dataset = EvalDataset(self.kind.data.val, self._how, config.max_pixels)
         batches = batches_of(len(dataset), resolved.part, world.rank, world.size)
         pin = world.device.type == "cuda"
@@ -159,31 +160,29 @@ class Finetuning(Task):
         self.ema = None if config.ema_decay is None else make_ema(model, config.ema_decay)
         set_training(model, config.freeze == "backbone")
         if config.compile:
-            model.compile()  # in place: the average was copied before, and stays as it is
+            model.compile()  # in place: the average was copied before and stays uncompiled
         if self._suspects is not None:
             found = report_duplicates(self._suspects, self.kind.data, config.workers, world)
             if self.folder is not None:
                 write_duplicates(found, self.folder.paths.near_duplicates)
         if self.folder is not None and resolved.start is None:
-            self._write_best(self.folder.paths.best)  # removes what a run that never saved wrote
+            self._write_best(self.folder.paths.best)  # removes the output of a run that never saved
 
     def announcement(self) -> list[str]:
         config, origin, parameters = self.config, self._origin, list(self.model.parameters())
+        total = sum(p.numel() for p in parameters) / 1e6
         trained = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
-        share = f", of which the head is trained ({trained:.3g} M)"
         lines = [
-            f"{origin.name} from {origin.origin}: {sum(p.numel() for p in parameters) / 1e6:.1f} M "
-            f"weights{'' if config.freeze == 'none' else share}",
+            f"{origin.name} from {origin.origin}, {trained:.3g} of {total:.3g} M weights trained",
             f"layer decay {config.optim.layer_decay:g}",
         ]
         recoloured = config.augment.color_jitter or config.augment.randaugment
         if recoloured and config.in_chans not in (1, 3):
-            lines.append("randaugment and color_jitter need 1 or 3 channels and are not used")
+            lines.append("randaugment and color_jitter are not used: they need 1 or 3 channels")
         if origin.images and origin.images.img_size != self.resolved.images.img_size:
-            height, width = origin.images.img_size
+            h, w = origin.images.img_size
             lines.append(
-                f"the weights saw images of {height}×{width}: --img_size '[{height},{width}]' "
-                "gives the same"
+                f"the weights saw images of {h}×{w}: --img_size '[{h},{w}]' gives the same"
             )
         return lines
 
@@ -212,7 +211,7 @@ class Finetuning(Task):
     def end_epoch(self, epoch: int, step: int, stop: Callable[[], bool]) -> dict[str, float]:
         """Measure the model and its average, and keep the best weights of all epochs so far.
 
-        What counts are the scores of the averaged weights where there are any.
+        The scores of the averaged weights decide, if there are any.
         """
         epochs = self.resolved.plan.epochs
         if epoch % resolve_val_epochs(self.config, epochs) and epoch != epochs:
@@ -244,13 +243,11 @@ class Finetuning(Task):
         return {"best": self.best_score}
 
     def export(self, folder: RunFolder) -> None:
-        self._write_best(folder.paths.exported)
-        best = self.best_score
+        best, out = self.best_score, folder.paths.exported
+        self._write_best(out)
         if best is not None:
-            _log.info(
-                "best after epoch %d: %s; the model for timm is in %s", best["epoch"],
-                self.kind.summary(best), folder.paths.exported,
-            )  # fmt: skip
+            summary = f"best after epoch {best['epoch']}: {self.kind.summary(best)}"
+            _log.info("%s; the model for timm is in %s", summary, out)
 
     @torch.no_grad()
     def _measure(
@@ -279,18 +276,18 @@ class Finetuning(Task):
         return {name: score.compute() for name, score in scores.items()}
 
     def _warn_at_chance(self, scores: list[dict[str, float]], epoch: int) -> None:
-        """Warn once, from half of the epochs on, where the model has not begun to learn."""
+        """Warn once, from half of the epochs on, if the model has not begun to learn."""
         epochs = self.resolved.plan.epochs
         if self.folder is None or self._warned_at_chance or 2 * epoch < epochs:
             return
         chance = self.kind.chance(scores)
         if chance is not None:
             self._warned_at_chance = True
+            lower = self.config.optim.base_lr / LOWER_RATE
             _log.warning(
-                "after %d of %d epochs %s: the model has not learned; train it again in another "
-                "--out with --optim.base_lr %g",
-                epoch, epochs, chance, self.config.optim.base_lr / LOWER_RATE,
-            )  # fmt: skip
+                f"the model has not learned after {epoch} of {epochs} epochs ({chance}): train it "
+                f"again in another --out with --optim.base_lr {lower:g}"
+            )
 
     def _keep_best(self, model: nn.Module, scores: dict[str, float], epoch: int, step: int) -> None:
         before, rank = self.best_score, self.kind.rank
@@ -303,7 +300,7 @@ class Finetuning(Task):
             self._write_best(self.folder.paths.best)
 
     def _write_best(self, out: Path) -> None:
-        """Write the best weights as a timm folder, or remove what is there if there are none."""
+        """Write the best weights as a timm folder; without any, remove the folder."""
         if self.best is None:
             shutil.rmtree(out, ignore_errors=True)
         else:
@@ -318,7 +315,7 @@ class Finetuning(Task):
 
 
 EMA_AHEAD = 2
-"""Added to the completed steps t, timm's decay below is min(most, (1 + t) / (10 + t))."""
+"""Added to the completed steps t, so that timm's decay below is min(most, (1 + t) / (10 + t))."""
 
 
 def make_ema(model: nn.Module, most: float) -> ModelEmaV3:
@@ -339,7 +336,7 @@ def head_scale(config: FinetuneConfig) -> float:
 
 
 def resolve_val_epochs(config: FinetuneConfig, epochs: int) -> int:
-    """Epochs between two measurements, of a run of so many."""
+    """Epochs between two measurements in a run of `epochs`."""
     if config.val_epochs != "auto":
         return int(config.val_epochs)
     return math.ceil(epochs / MEASUREMENTS)

@@ -1,6 +1,6 @@
 """Sparse ConvNeXt V2 encoders: one network, three engines, dense weights.
 
-The names below load torch on first use, so that errors and sizes can be had without it.
+The names below load torch on first use, so errors and sizes are available without it.
 """
 
 import importlib

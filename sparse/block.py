@@ -12,7 +12,7 @@ from sparse.rows import ImageRows
 
 
 class GlobalResponseNorm(nn.Module):
-    """Parameters of GRN (arXiv 2301.00808, section 4.1, equations 1-3), zero at the start.
+    """Parameters of GRN (arXiv 2301.00808, section 4.1, equations 1-3), initially zero.
 
     Args:
         dim: channels C.
@@ -79,7 +79,7 @@ class SparseBlock(nn.Module):
     def hidden(self, x_NC: Tensor, sites: Sites) -> Tensor:
         """The block's widest activations, those that enter fc2: after GELU and, in V2, GRN.
 
-        For looking at them; training never has them all at once. → (N, 4C)
+        For inspection; training never holds them all at once. → (N, 4C)
         """
         y_NC = self.norm(sites.depthwise(x_NC, *weight_and_bias(self.conv_dw)))
         a_NK = hide(sites, F.gelu(self.mlp.fc1(y_NC)))
@@ -92,11 +92,11 @@ class SparseBlock(nn.Module):
 
 
 def weight_and_bias(layer: Any) -> Pair:
-    """Parameters of a layer that has a bias, as all of ours have."""
+    """Return a layer's weight and bias; all of our layers have both."""
     return layer.weight, layer.bias
 
 
 def drop_images(y_NC: Tensor, rate: float, images: ImageRows) -> Tensor:
-    """Stochastic depth: zero the branch of each image with probability `rate`, rescale the rest."""
+    """Zero the branch of each image with probability `rate` and rescale the rest."""
     keep_B1 = y_NC.new_empty(images.batch, 1).bernoulli_(1 - rate) / (1 - rate)
     return (images.split(y_NC) * images.expand(keep_B1)).view_as(y_NC)

@@ -1,7 +1,7 @@
 """Checkpoint conversion, state dict to state dict: ours, timm's, the official dense and Minkowski.
 
 Every function is pure and strict. The tensors themselves determine the architecture; a missing
-name, an unexpected name or a shape that differs raises an `InputError` that prints both sides.
+name, an unexpected name or a wrong shape raises an `InputError` that prints both sides.
 Nothing is dropped silently: each function documents what it does with the decoder, and of a
 classifier only `HEAD_NAMES` are dropped.
 """
@@ -79,7 +79,7 @@ def to_timm(state: State) -> dict[str, Tensor]:
 
     The decoder is dropped. An identity `head.norm` (weight 1, bias 0) is added, since timm's models
     have one and load strictly. `mlp.fc1` and `mlp.fc2` are 4-D where timm's variant of this stem
-    width has them so (`CONV_MLP_WIDTHS`).
+    width stores them so (`CONV_MLP_WIDTHS`).
 
     Raises:
         InputError: no known layout, or names and shapes that do not form a complete model.

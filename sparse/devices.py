@@ -1,4 +1,4 @@
-"""Moving tensors between devices without waiting, where that is safe."""
+"""Moving tensors between devices without blocking, where that is safe."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ def to_device(
     """Copy a tensor to a device; a copy to or from CUDA does not block the host.
 
     CUDA stages a copy from pageable memory before it returns, so the source may be a temporary.
-    Other devices, such as MPS, may read the source after it is gone: those copies wait.
+    Other devices, such as MPS, may read the source after it is freed, so those copies block.
     """
     cuda = torch.device(device).type == "cuda" or tensor.is_cuda
     return tensor.to(device, dtype, non_blocking=cuda)

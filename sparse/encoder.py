@@ -16,7 +16,7 @@ from sparse.sizes import PATCH, SIDES, resolve_size
 
 
 class SparseStage(nn.Module):
-    """Downsampling from `dim_in` channels (None in the first stage), then blocks of `dim`."""
+    """Downsampling from `dim_in` channels (None in the first stage), then blocks of width `dim`."""
 
     def __init__(self, dim_in: int | None, dim: int, blocks: Sequence[SparseBlock]) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class SparseStage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x_NC: Tensor, finer: Sites | None, here: Sites) -> Tensor:
-        """Rows at the stage before (`finer`; None in the first stage) → rows at this one."""
+        """Rows of the previous stage (`finer`; None in the first stage) → rows of this one."""
         if self.downsample is not None and finer is not None:
             norm, conv = self.downsample
             x_NC = hide(here, finer.downsample(norm(x_NC), *weight_and_bias(conv)))
@@ -40,20 +40,20 @@ class SparseStage(nn.Module):
 class SparseConvNeXtV2(nn.Module):
     """ConvNeXt V2 that computes only where images are visible.
 
-    Parameters carry timm's names and dense layouts whatever engine runs, so all engines share
+    Parameters have timm's names and dense layouts whichever engine runs, so all engines share
     state dicts and optimizer states.
 
     Args:
         depths: blocks of each of the four stages.
         dims: channels of each stage.
         in_chans: channels of the images.
-        engine: `auto`, `minkowski`, `patch` or `dense`; see `sparse.engines.get_engine`. `auto` is
-            resolved by the device of the images, when they come.
+        engine: `auto`, `minkowski`, `patch` or `dense`; see `sparse.engines.get_engine`. `forward`
+            resolves `auto` from the device of the images.
         drop_path: stochastic depth rate of the last block; it rises linearly from 0 at the first.
         use_grn: global response normalisation (V2); False for V1 blocks.
         layer_scale: initial LayerScale (V1); None for none.
-        recompute: compute each MLP's hidden layer again in the backward pass instead of keeping
-            it: the same numbers, for less memory and somewhat more time. V2 blocks only.
+        recompute: recompute each MLP's hidden layer in the backward pass instead of keeping it:
+            the same numbers with less memory and slightly more time. V2 blocks only.
         patch_size: side P of a masking patch in pixels, which is the total stride: 8, 16 or 32. The
             stem's stride is P / 8.
 
@@ -114,15 +114,15 @@ class SparseConvNeXtV2(nn.Module):
 
         Args:
             images_BCHW: height and width multiples of P, not necessarily equal.
-            mask_BHW: (B, H/P, W/P) bool, True = hidden. The mask alone says what is visible. Kept
-                on the CPU it costs no synchronisation with a GPU.
+            mask_BHW: (B, H/P, W/P) bool, True = hidden. Only the mask decides what is visible. A
+                mask on the CPU avoids a synchronisation with the GPU.
             layout: of the mask, made ahead by the engine's `lay_out`; None makes it here.
 
         Returns:
             (B, dims[-1], H/P, W/P), zeros where hidden.
 
         Raises:
-            InputError: shapes that don't go together, or an engine that can't run on this device.
+            InputError: the shapes do not match, or the engine cannot run on this device.
         """
         self._check(images_BCHW, mask_BHW)
         device = images_BCHW.device
@@ -135,17 +135,16 @@ class SparseConvNeXtV2(nn.Module):
         """Return the engine that computes on a device.
 
         Raises:
-            InputError: the engine asked for by name can't run there.
+            InputError: the named engine cannot run there.
         """
         dtype = next(self.parameters()).dtype
         return get_engine(self.engine, device.type, dtype, self._compiled)
 
     def compile_encode(self) -> None:
-        """Have `torch.compile` make one graph, without breaks, of all but the index tables.
+        """Compile all but the index tables with `torch.compile`, as one graph without breaks.
 
         Raises:
-            InputError: there is no C++ compiler, or the engine asked for by name has operators that
-                can't be compiled.
+            InputError: there is no C++ compiler, or the named engine cannot be compiled.
         """
         check_compiler()
         self._compiled = True
@@ -153,7 +152,7 @@ class SparseConvNeXtV2(nn.Module):
         self.encode = torch.compile(self.encode, fullgraph=True)  # type: ignore[method-assign]
 
     def encode(self, images_BCHW: Tensor, sites: Sequence[Sites]) -> Tensor:
-        """Encode images (B, C, H, W) with the sites laid out → (B, dims[-1], H/P, W/P)."""
+        """Encode images (B, C, H, W) at the sites of each stage → (B, dims[-1], H/P, W/P)."""
         conv, norm = self.stem
         x_NC = hide(sites[0], norm(sites[0].stem(images_BCHW, *weight_and_bias(conv))))
         for stage, finer, here in zip(self.stages, [None, *sites], sites, strict=False):
@@ -163,10 +162,10 @@ class SparseConvNeXtV2(nn.Module):
     def _check(self, images: Tensor, mask: Tensor) -> None:
         (b, c, h, w), p = images.shape, self.patch_size
         if c != self.in_chans:
-            raise InputError(f"images have {c} channels and not {self.in_chans}: pass in_chans={c}")
+            raise InputError(f"images have {c} channels, not {self.in_chans}: pass in_chans={c}")
         if h % p or w % p:
             near = "×".join(str(max(side // p, 1) * p) for side in (h, w))
-            raise InputError(f"image size {h}×{w} must be multiples of {p}, such as {near}")
+            raise InputError(f"image size {h}×{w} is not a multiple of {p}: use {near}")
         grid = (b, h // p, w // p)
         if mask.dtype != torch.bool or mask.shape != grid:
             needed = f"torch.bool {grid} for images of {tuple(images.shape)}, True = hidden"
@@ -182,20 +181,17 @@ def init_weights(module: nn.Module) -> None:
 
 
 def check_compiler() -> None:
-    """Raise InputError where `torch.compile` would find no C++ compiler."""
+    """Raise InputError if `torch.compile` would find no C++ compiler."""
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
     if not any(map(shutil.which, compilers)):
-        raise InputError(
-            f"compile needs a C++ compiler, and none of {compilers} is installed: install one "
-            "(Debian: g++) or leave compile false"
-        )
+        raise InputError(f"compile needs a C++ compiler: install one of {compilers} or turn it off")
 
 
 def init_fan_in(model: nn.Module, spare: Collection[nn.Module] = ()) -> None:
-    """Give all convolutions and linear layers but `spare` normal weights of deviation 1/√fan_in.
+    """Draw the weights of all convolutions and linear layers but `spare` from N(0, 1/fan_in).
 
-    With the paper's 0.02 every residual branch starts at a fiftieth of its input: the network
-    starts nearly linear, and a few hundred steps hardly change that.
+    With the paper's standard deviation of 0.02, every residual branch starts at a fiftieth of its
+    input: the network starts nearly linear, and a few hundred steps hardly change that.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear) and layer not in spare:

@@ -1,4 +1,4 @@
-"""The two ways a command can fail that a user can act on. Free of torch."""
+"""The two kinds of failure that a user can act on. Does not import torch."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -13,15 +13,15 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that started as asked could not continue.
+    """A run that started correctly could not continue.
 
     The message is one line that says what happened and what to do next. The command line prints it
-    on stderr and exits with 1; the last checkpoint stays.
+    on stderr and exits with 1; the last checkpoint is kept.
     """
 
 
 def did_you_mean(value: str, choices: Iterable[str]) -> str:
-    """Return the end of a message on a misspelt value: the nearest choice, else all of them."""
+    """Return the end of a message about a misspelt value: the nearest choice, or all of them."""
     known = list(choices)
     near = get_close_matches(value, known, n=1)
     return f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"

@@ -1,8 +1,8 @@
 """How checkpoints store a ConvNeXt V2: the name and shape of every tensor in each layout.
 
 Our layout is the reference: timm's names, dense kernels, no final norm. A `Layout` maps our names
-and tensors to another layout. `check_layout` compares a checkpoint with what it must hold;
-the shapes come from a model on the meta device.
+and tensors to another layout. `check_layout` compares a checkpoint with the tensors that it must
+hold; their shapes come from a model on the meta device.
 """
 
 import re
@@ -48,7 +48,7 @@ class Layout:
 
     Attributes:
         title: for messages.
-        renames: regular expressions and their replacements, which turn our name into this layout's.
+        renames: regular expressions and replacements that turn our name into this layout's.
         pack: (our name, our tensor) → this layout's tensor.
         unpack: (this layout's tensor, our shape) → our tensor.
     """
@@ -125,11 +125,8 @@ def detect_layout(state: State) -> Layout:
     for pattern, layout in _MARKS:
         if any(re.search(pattern, name) for name in state):
             return layout
-    raise InputError(
-        "not a ConvNeXt V2 state dict: expected names such as stem.0.weight (timm and this "
-        "project), downsample_layers.0.0.weight (official) or stages.0.0.dwconv.kernel "
-        f"(Minkowski), found {brief(state) or 'nothing'}"
-    )
+    names = "stem.0.weight, downsample_layers.0.0.weight or stages.0.0.dwconv.kernel"
+    raise InputError(f"not a ConvNeXt V2: expected {names}, found {brief(state) or 'nothing'}")
 
 
 def brief(names: Iterable[str]) -> str:
@@ -176,27 +173,23 @@ def check_layout(state: State, layout: Layout) -> dict[str, tuple[str, torch.Siz
     """
     detected = detect_layout(state)
     if detected is not layout:
-        raise InputError(
-            f"this state dict is in {detected.title} layout ({brief(state)}), expected "
-            f"{layout.title} layout: use canonical(state), which reads every layout"
-        )
+        rule = f"expected {layout.title} layout: canonical(state) reads every layout"
+        raise InputError(f"state dict in {detected.title} layout ({brief(state)}), {rule}")
     ours = {layout.name(name): (name, shape) for name, shape in _expected_shapes(state).items()}
     differ = []
     for theirs, (name, shape) in ours.items():
         expected = layout.pack(name, torch.empty(shape, device="meta")).shape
         if theirs in state and state[theirs].shape != expected:
-            differ.append(f"{theirs} is {tuple(state[theirs].shape)} and not {tuple(expected)}")
+            differ.append(f"{theirs} is {tuple(state[theirs].shape)}, not {tuple(expected)}")
     problems = {
         "missing": [name for name in ours if name not in state],
         "unexpected": [name for name in state if name not in ours],
-        "of another shape": differ,
+        "of the wrong shape": differ,
     }
     if found := [f"{len(x)} {what} ({brief(x)})" for what, x in problems.items() if x]:
-        architecture = infer_architecture(state)
-        raise InputError(
-            f"state dict in {layout.title} layout does not match a ConvNeXt V2 with depths "
-            f"{list(architecture.depths)} and dims {list(architecture.dims)}: {'; '.join(found)}"
-        )
+        kind = infer_architecture(state)
+        size = f"a ConvNeXt V2 of depths {list(kind.depths)} and dims {list(kind.dims)}"
+        raise InputError(f"{layout.title} state dict does not match {size}: {'; '.join(found)}")
     return {theirs: ours[theirs] for theirs in state}
 
 
@@ -237,10 +230,8 @@ def _tensor(state: State, ours: str) -> Tensor:
     layout = detect_layout(state)
     name = layout.name(ours)
     if name not in state:
-        raise InputError(
-            f"incomplete state dict in {layout.title} layout: expected {name}, "
-            f"found {len(state)} others: {brief(state)}"
-        )
+        found = f"found {len(state)} others: {brief(state)}"
+        raise InputError(f"incomplete {layout.title} state dict: expected {name}, {found}")
     if not state[name].numel():
         raise InputError(f"{name} has shape {tuple(state[name].shape)}: it must not be empty")
     return state[name]

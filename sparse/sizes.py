@@ -1,12 +1,12 @@
-"""The published ConvNeXt V2 sizes (arXiv 2301.00808, section 4 and appendix A). Free of torch."""
+"""The published ConvNeXt V2 sizes (arXiv 2301.00808, section 4 and appendix A), without torch."""
 
 from dataclasses import dataclass
 
 from sparse.errors import InputError, did_you_mean
 
 PATCH = 32
-"""The paper's side of a masking patch in pixels: the encoder's total stride, so that no patch is
-ever cut."""
+"""The paper's side of a masking patch in pixels: the encoder's total stride, so no patch is ever
+split."""
 
 SIDES = (8, 4, 2, 1)
 """Sites along a patch's side in each of the four stages, whatever its side in pixels."""
@@ -14,7 +14,7 @@ SIDES = (8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class Size:
-    """Widths and block counts of the four stages; `name` is None for a size given by hand."""
+    """Widths and block counts of the four stages; `name` is None for a custom size."""
 
     name: str | None
     depths: tuple[int, ...]
@@ -39,13 +39,13 @@ SIZES = {
 def resolve_size(
     model: str, depths: list[int] | None = None, dims: list[int] | None = None
 ) -> Size:
-    """Return the size called `model` (`atto` or `convnextv2_atto`), or one given by hand.
+    """Return the size named `model` (`atto` or `convnextv2_atto`), or a custom one.
 
-    Depths or dims that are given replace the named size's; where both equal a published size, the
-    result carries its name.
+    Given depths or dims replace those of the named size. If both equal a published size, the result
+    has its name.
 
     Raises:
-        InputError: unknown name, or not four positive whole numbers.
+        InputError: unknown name, or not four positive integers.
     """
     name = model.removeprefix("convnextv2_")
     if name not in SIZES:
@@ -54,7 +54,7 @@ def resolve_size(
     for key, value in (("depths", depths), ("dims", dims)):
         if value is not None and (len(value) != 4 or any(int(v) != v or v < 1 for v in value)):
             own = list(getattr(size, key))
-            raise InputError(f"{key} {value} must be four positive whole numbers, such as {own}")
+            raise InputError(f"{key} {value} must be four positive integers, such as {own}")
     chosen = (tuple(depths or size.depths), tuple(dims or size.dims))
     known = (size for size in SIZES.values() if (size.depths, size.dims) == chosen)
     return next(known, Size(None, *chosen))

@@ -1,4 +1,4 @@
-"""A real browser, without a screen: what a page shows and what it complains about."""
+"""A headless browser: the content of a page and its console messages."""
 
 import re
 import shutil
@@ -12,14 +12,14 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 class Page(NamedTuple):
-    """A page once it has loaded: its content, and what was written to the console."""
+    """A loaded page: its content and its console messages."""
 
     html: str
     console: list[str]
 
 
 def open_page(url: str, picture: Path, width: int = 1200, wait_ms: int = 0) -> Page:
-    """Open a page, wait until it is quiet, and save a picture of it; skips without a browser."""
+    """Open a page, wait until it is idle, and save a screenshot; skip without a browser."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed")

@@ -1,4 +1,4 @@
-"""Running the command line in a process of its own."""
+"""Running the command line in a separate process."""
 
 import json
 import os
@@ -31,7 +31,7 @@ TINY = [
     "--engine",
     "patch",
 ]
-"""A pretraining run of milliseconds a step."""
+"""A pretraining run with steps of milliseconds."""
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -43,9 +43,9 @@ _begun: list[subprocess.Popen[str]] = []
 
 
 def begin(command: list[str], log: Path | None = None, **extra: str) -> subprocess.Popen[str]:
-    """Start a command in a session of its own; see `reaped`.
+    """Start a command in its own session; see `reaped`.
 
-    Its output goes to pipes, which hold 64 kB until they are read; that of long runs to `log`.
+    Its output goes to pipes, which hold 64 kB until they are read, or to `log` for long runs.
     """
     output: Any = subprocess.PIPE if log is None else log.open("w")
     process = subprocess.Popen(
@@ -65,7 +65,7 @@ def start(*arguments: object, **extra: str) -> subprocess.Popen[str]:
 
 @contextmanager
 def reaped() -> Iterator[None]:
-    """Leave nothing behind of what is begun inside: no process and no open pipe."""
+    """Clean up after commands begun inside: leave no process and no open pipe."""
     before = len(_begun)
     try:
         yield
@@ -90,7 +90,7 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all its descendants."""
+    """Return the ids of a process and all its descendants."""
     parents: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -113,18 +113,18 @@ def run(*arguments: object, code: int = 0, **extra: str) -> subprocess.Completed
 
 
 def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
-    """Wait for a condition; False where the process ended before."""
+    """Wait for a condition; return False if the process ends first."""
     deadline = time.monotonic() + 120
     while not condition():
         if process.poll() is not None:
             return False
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.0005)
     return True
 
 
 def wait_for_steps(out: Path, steps: int, process: subprocess.Popen[str]) -> None:
-    """Wait until a run has logged so many steps; it may not have ended before."""
+    """Wait until a run has logged `steps` steps; it must not end before."""
     assert until(lambda: has_steps(out, steps), process), process.communicate()[1]
 
 
@@ -133,10 +133,10 @@ def has_steps(out: Path, steps: int) -> bool:
 
 
 def metrics(out: Path, key: str = "loss") -> list[tuple[int, Any]]:
-    """(step, value) of the logged steps that have `key`."""
+    """Return (step, value) of the logged steps that have `key`."""
     try:
         lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    except FileNotFoundError:  # a run that begins takes away what an earlier one left
+    except FileNotFoundError:  # a run that starts removes the files of an earlier one
         lines = []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
     return [(record["step"], record[key]) for record in records if key in record]

@@ -1,4 +1,4 @@
-"""Folders of pictures made on the spot; nothing that a test starts outlives it."""
+"""Generated folders of images; no process that a test starts outlives it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ def _reaped() -> Iterator[None]:
 
 
 def write_pictures(folder: Path, count: int, seed: int = 0, size: int = 80) -> Path:
-    """Smooth random colour fields, each different, as PNGs."""
+    """Write PNGs of smooth random colour fields, each different."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
@@ -28,12 +28,12 @@ def write_pictures(folder: Path, count: int, seed: int = 0, size: int = 80) -> P
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 pictures of 80×96 pixels; read-only."""
+    """24 images of 80×96 pixels; read-only."""
     return write_pictures(tmp_path_factory.mktemp("pictures"), 24)
 
 
 def write_classes(root: Path, classes: int = 3, train: int = 8, val: int = 4) -> Path:
-    """Labelled pictures of 40×48 pixels, root/train/CLASS and root/val/CLASS: shapes by class."""
+    """Write labelled images of 40×48 pixels, root/train/CLASS and root/val/CLASS."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for label in range(classes):
@@ -49,5 +49,5 @@ def write_classes(root: Path, classes: int = 3, train: int = 8, val: int = 4) ->
 
 @pytest.fixture(scope="session")
 def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes, 24 pictures to train on and 12 to validate on; read-only."""
+    """Three classes, 24 images for training and 12 for validation; read-only."""
     return write_classes(tmp_path_factory.mktemp("classes"))

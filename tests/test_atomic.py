@@ -1,4 +1,4 @@
-"""What a command writes: looked at before any work, whole or not there."""
+"""Output files: checked before any work, complete or absent."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_place_that_cannot_be_written_is_found_before_any_work(command, tmp_path, capsys):
+def test_an_unwritable_out_is_reported_before_any_work(command, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("data: x\n")  # enough of a run for a page
     (tmp_path / "x").mkdir()
     given = [
@@ -40,19 +40,19 @@ def test_a_place_that_cannot_be_written_is_found_before_any_work(command, tmp_pa
     assert f"{tmp_path / 'config.yaml'} is a file, not a folder" in line
 
 
-def test_samples_say_where_they_cannot_be_written(tmp_path, capsys):
+def test_samples_report_an_unwritable_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["samples", str(tmp_path / "file" / "new")]) == 2
     assert "is a file, not a folder" in capsys.readouterr().err
 
 
-def test_a_folder_closed_to_us_is_refused(tmp_path, monkeypatch):
+def test_a_folder_without_write_permission_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(InputError, match="is closed to this user"):
+    with pytest.raises(InputError, match=f"no write permission for {tmp_path}"):
         check_out_folder(tmp_path / "a" / "b")
 
 
-def test_the_ending_may_be_in_capitals_and_the_folder_new(tmp_path):
+def test_the_suffix_may_be_upper_case_and_the_folder_new(tmp_path):
     assert check_out_file(tmp_path / "a" / "X.PNG", ".png", ".svg").name == "X.PNG"
     assert not (tmp_path / "a").exists()
     with pytest.raises(InputError, match=r"must be a file ending in \.png or \.svg"):
@@ -61,7 +61,7 @@ def test_the_ending_may_be_in_capitals_and_the_folder_new(tmp_path):
         check_out_file(tmp_path)
 
 
-def test_what_fails_later_names_the_file_and_leaves_none(tmp_path):
+def test_a_later_failure_names_the_file_and_leaves_none(tmp_path):
     out = tmp_path / "new" / "x.txt"
 
     def write() -> None:

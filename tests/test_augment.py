@@ -20,7 +20,7 @@ LARGE = AugmentBase(crop_scale=[0.9, 1.0], crop_ratio=[*RATIO])
 @pytest.mark.parametrize(
     ("width", "height"), [(400, 533), (533, 400), (1, 30_000), (30_000, 1), (1, 1), (7, 5)]
 )
-def test_boxes_lie_in_the_picture(width: int, height: int) -> None:
+def test_boxes_lie_inside_the_image(width: int, height: int) -> None:
     for index in range(300):
         left, top, w, h = crop_box(0, 0, index, (width, height), SHAPES)
         assert w >= 1
@@ -29,7 +29,7 @@ def test_boxes_lie_in_the_picture(width: int, height: int) -> None:
         assert 0 <= top <= height - h
 
 
-def test_area_and_aspect_are_drawn_as_random_resized_crop_does() -> None:
+def test_area_and_aspect_follow_random_resized_crop() -> None:
     ours = np.array([crop_box(1, 0, i, (4000, 4000), SHAPES) for i in range(4000)])
     torch.manual_seed(0)
     image = torch.empty(1, 4000, 4000)
@@ -56,7 +56,7 @@ def test_area_and_aspect_are_drawn_as_random_resized_crop_does() -> None:
         )
 
 
-def test_a_picture_too_long_for_any_draw_is_cropped_at_its_centre() -> None:
+def test_an_image_too_long_for_any_draw_is_cropped_at_its_centre() -> None:
     assert crop_box(0, 0, 0, (1000, 10), LARGE) == (493, 0, 13, 10)
     assert crop_box(0, 0, 0, (9, 1000), LARGE) == (0, 494, 9, 12)
 

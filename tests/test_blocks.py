@@ -1,4 +1,4 @@
-"""Blocks that fine-tuning computes its own way, against timm's."""
+"""Blocks that fine-tuning replaces by its own, against timm's."""
 
 import copy
 
@@ -17,7 +17,7 @@ def random_model(name, **options):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5, **options)
     for parameter in model.parameters():
-        if parameter.ndim == 1:  # GRN and layer scale start at values that hide mistakes
+        if parameter.ndim == 1:  # the initial GRN and layer scale would hide mistakes
             torch.nn.init.normal_(parameter, std=0.5)
     return model.to(memory_format=torch.channels_last)
 
@@ -37,7 +37,7 @@ def count(model, kind):
     ],
 )
 @pytest.mark.parametrize("size", [(64, 96), (50, 50)])
-def test_outputs_and_gradients_are_timms(name, options, compiled, fused, size):
+def test_outputs_and_gradients_equal_timms(name, options, compiled, fused, size):
     expected = random_model(name, **options)
     found = copy.deepcopy(expected)
     speed_up(found, compiled)
@@ -54,7 +54,7 @@ def test_outputs_and_gradients_are_timms(name, options, compiled, fused, size):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
 
 
-def test_in_bfloat16_as_near_as_timm():
+def test_bfloat16_is_as_accurate_as_in_timm():
     exact = random_model("convnextv2_atto")
     fused = copy.deepcopy(exact)
     speed_up(fused)
@@ -65,7 +65,7 @@ def test_in_bfloat16_as_near_as_timm():
     assert (ours - want).norm() < 1.5 * (theirs - want).norm()
 
 
-def test_stochastic_depth_draws_the_same():
+def test_stochastic_depth_draws_the_same_as_in_timm():
     expected = random_model("convnextv2_atto", drop_path_rate=0.5)
     found = copy.deepcopy(expected)
     speed_up(found)
@@ -77,7 +77,7 @@ def test_stochastic_depth_draws_the_same():
     torch.testing.assert_close(*results)
 
 
-def test_other_models_and_layers_are_left_alone():
+def test_other_models_and_layers_are_unchanged():
     model = timm.create_model("resnet18")
     before = [type(module) for module in model.modules()]
     speed_up(model)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified, pruned only behind a good one."""
+"""Checkpoints: complete or absent, verified, pruned only after a good one."""
 
 import json
 from typing import Any
@@ -37,7 +37,7 @@ def example(value: float = 1.0) -> tuple[dict[str, Any], dict[str, Any]]:
     )
 
 
-def test_what_is_saved_comes_back(tmp_path):
+def test_a_saved_checkpoint_loads_unchanged(tmp_path):
     path = save_checkpoint(tmp_path, 12, *example(), keep=2)
     assert path.name == "step-00000012"
     back = load_checkpoint(path)
@@ -47,13 +47,13 @@ def test_what_is_saved_comes_back(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["step-00000012"]
 
 
-def test_the_newest_two_are_kept(tmp_path):
+def test_the_newest_two_checkpoints_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
         save_checkpoint(tmp_path, step, *example(step), keep=2)
     assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["4", "3"]
 
 
-def test_a_damaged_one_does_not_count_as_kept(tmp_path):
+def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path):
     for step in (1, 2):
         save_checkpoint(tmp_path, step, *example(step), keep=2)
     (tmp_path / "step-00000002" / "state.json").write_text("{")
@@ -63,7 +63,7 @@ def test_a_damaged_one_does_not_count_as_kept(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_every_flipped_byte_is_noticed(tmp_path, name):
+def test_every_flipped_byte_is_detected(tmp_path, name):
     path = save_checkpoint(tmp_path, 1, *example(), keep=2)
     whole = (path / name).read_bytes()
     for position in range(0, len(whole), 7):
@@ -77,7 +77,7 @@ def test_every_flipped_byte_is_noticed(tmp_path, name):
     assert damage(path) == f"{name}: No such file or directory"
 
 
-def test_a_broken_manifest_is_damage(tmp_path):
+def test_a_broken_manifest_counts_as_damage(tmp_path):
     path = save_checkpoint(tmp_path, 1, *example(), keep=2)
     for text in ("", "[]", '{"files": {}}', '{"files": {"model.safetensors": 3}}', "\x00"):
         (path / "manifest.json").write_text(text)
@@ -90,19 +90,19 @@ def test_a_broken_manifest_is_damage(tmp_path):
     assert damage(path) is not None
 
 
-def test_automatic_choice_passes_over_damage_and_says_so(tmp_path, caplog):
+def test_the_automatic_choice_skips_damage_and_logs_it(tmp_path, caplog):
     save_checkpoint(tmp_path, 1, *example(), keep=3)
     newest = save_checkpoint(tmp_path, 2, *example(), keep=3)
     (newest / "model.safetensors").write_bytes(b"short")
     assert newest_good(tmp_path) == tmp_path / "step-00000001"
-    assert "step-00000002 is damaged and was passed over" in caplog.text
+    assert "step-00000002 is damaged and was skipped" in caplog.text
     with pytest.raises(InputError, match="can't be used: model"):
         load_checkpoint(newest)
     (tmp_path / "step-00000001" / "manifest.json").unlink()
     assert newest_good(tmp_path) is None
 
 
-def test_a_failing_save_leaves_the_previous_one_and_no_half(tmp_path, monkeypatch):
+def test_a_failing_save_keeps_the_previous_checkpoint_and_no_partial_one(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, *example(), keep=2)
 
     def full(*_: object) -> None:
@@ -115,21 +115,21 @@ def test_a_failing_save_leaves_the_previous_one_and_no_half(tmp_path, monkeypatc
     assert damage(tmp_path / "step-00000001") is None
 
 
-def test_a_damaged_one_of_the_same_step_is_replaced(tmp_path):
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
     path = save_checkpoint(tmp_path, 1, *example(1), keep=2)
     (path / "model.safetensors").write_bytes(b"")
     save_checkpoint(tmp_path, 1, *example(2), keep=2)
     assert load_checkpoint(path).tensors("model")["a"][0] == 2
 
 
-def test_what_a_crash_left_is_cleared(tmp_path):
+def test_leftovers_of_a_crash_are_removed(tmp_path):
     (tmp_path / ".partial-step-00000001-9").mkdir()
     (tmp_path / ".discarded-step-00000001-9").mkdir()
     save_checkpoint(tmp_path, 2, *example(), keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
-def test_optimizer_state_goes_by_name():
+def test_optimizer_state_is_matched_by_name():
     torch.manual_seed(0)
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
     other.load_state_dict(model.state_dict())
@@ -177,7 +177,7 @@ def test_a_resume_verifies_each_file_once_and_holds_no_tensors(tmp_path, monkeyp
 
 
 def test_an_optimizer_without_the_gate_is_refused():
-    """It would apply an update whose loss is not finite."""
+    """It would apply an update with a non-finite loss."""
     model = nn.Linear(2, 2)
     check_gate(torch.optim.AdamW(model.parameters(), fused=True))
     check_gate(torch.optim.SGD(model.parameters(), fused=True))

@@ -1,4 +1,4 @@
-"""The command line: what it hands on, what it answers to mistakes, and how fast it is."""
+"""The command line: the configs it passes on, its answers to mistakes, and its speed."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Replace every command's code by one that notes its config."""
+    """Replace every command by a function that records its config."""
     configs: list[Any] = []
     use_twin(monkeypatch, configs.append)
     return configs
@@ -67,11 +67,11 @@ MISTAKES = {
     "nothing like it": (["zzz"], ["'zzz'", "pretrain, convert, finetune"]),
     "missing settings": (
         ["pretrain"],
-        ["DATA and --out missing", "fcmae pretrain DATA... --out OUT"],
+        ["missing DATA and --out", "fcmae pretrain DATA... --out OUT"],
     ),
     "missing positional": (
         ["convert", "--out", "x"],
-        ["SOURCE missing", "fcmae convert SOURCE --out OUT"],
+        ["missing SOURCE:", "fcmae convert SOURCE --out OUT"],
     ),
     "unknown option": (["pretrain", *GIVEN, "--epoch", "3"], ["--epoch;", "--epochs?"]),
     "no abbreviation": (["pretrain", *GIVEN, "--see", "3"], ["unknown option --see", "--seed?"]),
@@ -84,11 +84,11 @@ MISTAKES = {
     "part of a name": (["finetune", *GIVEN, "--lr", "1"], ["--optim.base_lr?"]),
     "single dash": (["pretrain", *GIVEN, "-x"], ["unknown option -x", "--help"]),
     "group": (["pretrain", *GIVEN, "--optim", "x.yaml"], ["--optim is a group", "--optim.base_lr"]),
-    "whole number": (
+    "integer": (
         ["pretrain", *GIVEN, "--epochs", "abc"],
-        ["--epochs 'abc'", "auto or a whole number", "such as auto"],
+        ["--epochs 'abc'", "auto or an integer", "such as auto"],
     ),
-    "not whole": (["pretrain", *GIVEN, "--seed", "1.5"], ["--seed '1.5'", "a whole number"]),
+    "not an integer": (["pretrain", *GIVEN, "--seed", "1.5"], ["--seed '1.5'", "an integer"]),
     "number": (
         ["pretrain", *GIVEN, "--optim.base_lr=fast"],
         ["--optim.base_lr 'fast'", "a number", "such as 0.006"],
@@ -101,13 +101,13 @@ MISTAKES = {
         ["pretrain", *GIVEN, "--optim.betas", "x"],
         ["--optim.betas '[x]'", "a list of numbers", "[0.9,0.95]"],
     ),
-    "null or": (["pretrain", *GIVEN, "--depths=[2,x]"], ["'[2,x]'", "whole numbers or null"]),
+    "null or": (["pretrain", *GIVEN, "--depths=[2,x]"], ["'[2,x]'", "a list of integers or null"]),
     "near choice": (
-        ["pretrain", *GIVEN, "--engine", "pach"],
-        ["--engine 'pach'", "auto, minkowski, patch, dense", "'patch'?"],
+        ["pretrain", *GIVEN, "--precision", "bf17"],
+        ["--precision 'bf17'", "auto, fp32, bf16", "'bf16'?"],
     ),
     "choice": (["pretrain", *GIVEN, "--precision", "x"], ["'x'", "fp32, bf16", "such as auto"]),
-    "word or number": (["pretrain", *GIVEN, "--workers", "x"], ["auto or a whole number"]),
+    "word or number": (["pretrain", *GIVEN, "--workers", "x"], ["auto or an integer"]),
     "no value": (["pretrain", *GIVEN, "--epochs"], ["--epochs needs a value, such as auto"]),
     "next option": (["pretrain", "--data", "--out", "b"], ["--data needs a value"]),
     "empty": (["pretrain", "--data=", "--out", "b"], ["DATA is empty"]),
@@ -131,8 +131,8 @@ FILES = {
     "dashed key": ("optim:\n  base-lr: 3", ["'optim.base-lr'", "optim.base_lr?"]),
     "group": ("optim: 3", ["optim must hold settings", "3"]),
     "value": ("optim:\n  base_lr: fast", ["optim.base_lr 'fast'", "a number", "0.006"]),
-    "choice": ("engine: pach", ["engine 'pach'", "'patch'?"]),
-    "number as text": ("model: 7", ["model must be a text, not 7", "quotes"]),
+    "choice": ("precision: bf17", ["precision 'bf17'", "'bf16'?"]),
+    "number as string": ("model: 7", ["model must be a string, not 7", "quotes"]),
     "mapping as value": ("epochs:\n  a: 1", ["unknown key 'epochs.a'"]),
     "not YAML": ("a: [1\nb: 2", ["line 2"]),
     "no mapping": ("- a", ["'key: value'"]),
@@ -205,7 +205,7 @@ def test_a_binary_config_is_refused(
     assert_one_line(capsys, "fcmae pretrain: error: ", ["my.yaml", "not a YAML text file"])
 
 
-def test_settings_of_every_form(seen: list[Any], tmp_path: Path) -> None:
+def test_settings_can_be_given_in_every_form(seen: list[Any], tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
     path.write_text(
         "data: null\nepochs: 7\noptim:\n  base_lr: 3e-4\n  betas: [9e-1, 0.95]\nseed: 1"
@@ -303,8 +303,10 @@ def test_a_missing_path_is_reported_before_the_command_is_loaded(
     assert_one_line(capsys, f"fcmae {argv[0]}: error: {key} 'no' does not exist: give ", [])
 
 
-def test_a_path_that_this_machine_does_not_hold_passes(seen: list[Any], folder: Path) -> None:
-    """A word, a URL, a pattern, and a run that resumes, which may not need what it began with."""
+def test_words_urls_patterns_and_resumed_runs_need_no_existing_path(
+    seen: list[Any], folder: Path
+) -> None:
+    """A run that resumes may no longer need the files it started from."""
     (folder / "run" / "checkpoints").mkdir(parents=True)
     for data in ("s3://bucket/photos", "hf:name", "shards/{0000..0127}.tar"):
         assert cli.main(["pretrain", "--data", data, "--out", "new", "--resume", "never"]) == 0
@@ -319,7 +321,7 @@ def test_every_command_names_its_code(name: str) -> None:
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (130, 130), (143, 143), ({}, 0)])
-def test_exit_code_is_the_commands(
+def test_the_exit_code_is_what_the_command_returns(
     returned: object, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_twin(monkeypatch, lambda _: returned)
@@ -334,7 +336,7 @@ def test_exit_code_is_the_commands(
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_errors_of_a_command(
+def test_errors_of_a_command_are_one_line_and_an_exit_code(
     error: BaseException,
     code: int,
     text: str,
@@ -353,7 +355,7 @@ def test_errors_of_a_command(
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "cure"),
+    ("name", "error", "fix"),
     [
         (
             "pretrain",
@@ -364,10 +366,10 @@ def test_errors_of_a_command(
         ("embed", MemoryError(), "--batch_size"),
     ],
 )
-def test_want_of_memory_is_one_line_with_a_cure(
+def test_out_of_memory_is_one_line_with_a_fix(
     name: str,
     error: Exception,
-    cure: str,
+    fix: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -379,7 +381,7 @@ def test_want_of_memory_is_one_line_with_a_cure(
     assert cli.main([name]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"fcmae {name}: error: out of memory (")
-    assert cure in line
+    assert fix in line
 
 
 def test_ctrl_c_while_modules_are_imported(
@@ -402,7 +404,7 @@ def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> N
         cli.main(["doctor"])
 
 
-def test_under_torchrun_one_process_tells_of_a_mistake(
+def test_under_torchrun_only_one_process_reports_a_mistake(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -424,7 +426,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_of_a_command(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every setting has its text and what it takes, in lines that fit the terminal."""
+    """Every setting shows its text, its type and its default, in lines that fit the terminal."""
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main([name, "--help"]) == 0
     text = capsys.readouterr().out
@@ -472,7 +474,7 @@ def test_help_imports_neither_torch_nor_timm() -> None:
 @pytest.mark.parametrize(
     ("argv", "code", "limit"), [(["--help"], 0, 0.2), (["pretrain", "no", "--out", "x"], 2, 0.5)]
 )
-def test_help_and_a_wrong_path_are_answered_at_once(
+def test_help_and_a_wrong_path_are_answered_quickly(
     argv: list[str], code: int, limit: float
 ) -> None:
     """Processor time counts, so that a busy machine does not fail it."""
@@ -485,14 +487,14 @@ def test_help_and_a_wrong_path_are_answered_at_once(
     assert min(spent) <= limit
 
 
-def test_module_is_the_same_program() -> None:
+def test_python_m_fcmae_is_the_same_program() -> None:
     done = run("pretrain", *GIVEN, "--epoch", "3")
     assert (done.returncode, done.stdout) == (2, "")
     wanted = "fcmae pretrain: error: unknown option --epoch; did you mean --epochs?\n"
     assert done.stderr == wanted
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_a_closed_pipe_is_not_an_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     for argv in (["--help"], ["pretrain", "--help"], ["pretrain", "--print_config"]):
@@ -501,7 +503,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     os.close(writer)
 
 
-def test_a_locale_without_utf8_and_a_closed_stdout_are_no_errors(tmp_path: Path) -> None:
+def test_a_locale_without_utf8_and_a_closed_stdout_are_not_errors(tmp_path: Path) -> None:
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": str(tmp_path)}
     done = run("pretrain", *GIVEN, "--engine", "ü", env=plain)
     assert done.returncode == 2

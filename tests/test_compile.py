@@ -1,4 +1,4 @@
-"""torch.compile takes the encoder as one graph and gives the same numbers."""
+"""torch.compile compiles the encoder to one graph that gives the same numbers."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.test_engines import make_mask, needs_minkowski, random_encoder
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("engine", ["patch", "dense"])
-def test_one_graph_without_breaks(engine, recompute):
+def test_the_encoder_compiles_to_one_graph_without_breaks(engine, recompute):
     """`fullgraph` raises at the first graph break, in the forward and in the backward pass."""
     encoder = random_encoder(
         engine, 3, model="atto", depths=[1, 1, 1, 1], recompute=recompute, drop_path=0.1
@@ -29,8 +29,8 @@ def test_one_graph_without_breaks(engine, recompute):
             torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-5)
 
 
-def test_auto_takes_an_engine_that_compiles(monkeypatch):
-    """Where MinkowskiEngine is installed too, although it is the default without compiling."""
+def test_auto_chooses_an_engine_that_compiles(monkeypatch):
+    """Even if MinkowskiEngine, the default without compilation, is installed."""
     monkeypatch.setattr("torch.compile", lambda encode, **_: encode)
     encoder = random_encoder("auto", 3, model="atto", depths=[1, 1, 1, 1])
     encoder.compile_encode()
@@ -38,13 +38,13 @@ def test_auto_takes_an_engine_that_compiles(monkeypatch):
 
 
 @needs_minkowski
-def test_minkowski_is_refused():
+def test_compiling_minkowski_is_refused():
     encoder = random_encoder("minkowski", 3, model="atto", depths=[1, 1, 1, 1])
     with pytest.raises(InputError, match="use engine 'patch'"):
         encoder.compile_encode()
 
 
-def test_no_compiler_is_said(monkeypatch):
+def test_a_missing_compiler_is_reported(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     encoder = random_encoder("patch", 3, model="atto", depths=[1, 1, 1, 1])
     with pytest.raises(InputError, match="needs a C\\+\\+ compiler"):

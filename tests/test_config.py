@@ -1,4 +1,4 @@
-"""Configs: checks, the way to YAML and back, and the shipped files against the paper's numbers."""
+"""Configs: checks, YAML round trips, and the shipped files against the paper's numbers."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_every_size_has_both_recipes() -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_shipped_config_loads_and_says_how_to_run_it(name: str) -> None:
+def test_a_shipped_config_loads_and_states_its_command(name: str) -> None:
     config = load(name)
     own = (config.depths, config.dims) if "pretrain" in name else ()
     size = resolve_size(config.model or "atto", *own)
@@ -69,7 +69,7 @@ def test_shipped_config_loads_and_says_how_to_run_it(name: str) -> None:
     ("name", "kind"),
     [("pretrain/small.yaml", PretrainConfig), ("finetune/small.yaml", FinetuneConfig)],
 )
-def test_small_is_the_defaults_written_out(name: str, kind: Any) -> None:
+def test_small_spells_out_the_defaults(name: str, kind: Any) -> None:
     assert load(name) == kind(data="photos", out="run")
     runtime = runtime_keys(kind)
     decides = {key for key in leaves(kind) if key.split(".")[0] not in runtime | {"data"}}
@@ -77,7 +77,7 @@ def test_small_is_the_defaults_written_out(name: str, kind: Any) -> None:
 
 
 @pytest.mark.parametrize("size", SIZE_NAMES)
-def test_pretraining_recipe_is_the_papers(size: str) -> None:
+def test_pretraining_recipe_equals_the_papers(size: str) -> None:
     """Paper, Table 8."""
     config = load(f"pretrain/{size}.yaml")
     assert config.model == size
@@ -105,7 +105,7 @@ FINETUNE = {
 
 
 @pytest.mark.parametrize("size", SIZE_NAMES)
-def test_finetuning_recipe_is_the_papers(size: str) -> None:
+def test_finetuning_recipe_equals_the_papers(size: str) -> None:
     config = load(f"finetune/{size}.yaml")
     optim, augment = config.optim, config.augment
     assert FINETUNE[size] == (
@@ -137,7 +137,7 @@ THROUGH_22K = {
 
 
 @pytest.mark.parametrize("size", THROUGH_22K)
-def test_recipes_through_22k_are_the_papers(size: str) -> None:
+def test_recipes_through_22k_equal_the_papers(size: str) -> None:
     middle, last = (load(f"finetune/{folder}/{size}.yaml") for folder in ("22k", "22k_1k"))
     decays = (middle.optim.layer_decay, middle.drop_path, last.optim.layer_decay, last.drop_path)
     assert (*decays, last.epochs) == THROUGH_22K[size]
@@ -150,7 +150,7 @@ def test_recipes_through_22k_are_the_papers(size: str) -> None:
     assert (last.augment.mixup, last.augment.cutmix) == (0.0, 0.0)
 
 
-def test_384_changes_the_size_alone() -> None:
+def test_384_changes_only_the_size() -> None:
     base, at_384 = (str(CONFIGS / "finetune" / name) for name in ("22k_1k/base.yaml", "384.yaml"))
     argv = ["--data", "photos", "--out", "run", "--config", base]
     small = parse(FinetuneConfig, argv, "")
@@ -160,7 +160,7 @@ def test_384_changes_the_size_alone() -> None:
     assert large == replace(small, img_size=384, augment=augment)
 
 
-def test_differences_names_what_changes_results_and_nothing_else() -> None:
+def test_differences_lists_only_settings_that_change_results() -> None:
     stored = PretrainConfig("photos", "run", seed=1)
     runtime = PretrainConfig(
         "photos", "moved", seed=1, engine="dense", device="cpu", precision="fp32", workers=3,
@@ -175,11 +175,11 @@ def test_differences_names_what_changes_results_and_nothing_else() -> None:
     ]
 
 
-def test_what_may_change_on_resume() -> None:
+def test_settings_that_may_change_on_resume() -> None:
     shared = {
         "out", "device", "precision", "compile", "workers", "resume", "checkpoint_steps",
         "checkpoint_minutes", "keep_checkpoints", "log_steps", "max_pixels", "max_bad", "nonfinite",
-        "max_nonfinite",
+        "max_nonfinite", "trackers",
     }  # fmt: skip
     own = {"engine", "recompute", "picture_epochs", "probe"}
     assert runtime_keys(PretrainConfig) == shared | own
@@ -235,7 +235,7 @@ def test_what_may_change_on_resume() -> None:
         (lambda: PredictConfig("a", "b", "c", top=0), ["top 0", "5"]),
     ],
 )
-def test_a_bad_number_says_what_would_do(build: Any, names: list[str]) -> None:
+def test_a_bad_number_names_a_value_that_works(build: Any, names: list[str]) -> None:
     with pytest.raises(InputError) as caught:
         build()
     message = str(caught.value)
@@ -244,7 +244,7 @@ def test_a_bad_number_says_what_would_do(build: Any, names: list[str]) -> None:
         assert name in message
 
 
-def test_fine_tuning_takes_sizes_that_pretraining_does_not() -> None:
+def test_fine_tuning_accepts_sizes_that_pretraining_does_not() -> None:
     assert FinetuneConfig("a", "b", img_size=100).img_size == 100
 
 
@@ -315,7 +315,7 @@ def test_everything_survives_yaml(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(st.one_of(st.text(max_size=60), st.binary(max_size=60)))
-def test_the_yaml_reader_gives_a_mapping_or_one_line(
+def test_the_yaml_reader_returns_a_mapping_or_raises_one_line(
     tmp_path_factory: pytest.TempPathFactory, content: str | bytes
 ) -> None:
     path = tmp_path_factory.mktemp("fuzz") / "config.yaml"

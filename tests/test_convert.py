@@ -1,6 +1,6 @@
 """State dict conversion between our layout, timm's, the official dense and the Minkowski layout.
 
-The expected values of kernels are computed position by position here, never by another reshape.
+The expected kernels are computed here element by element, never by another reshape.
 """
 
 import re
@@ -31,7 +31,7 @@ def random_encoder(architecture: Architecture, seed: int = 0) -> State:
 
 
 def random_decoder(architecture: Architecture, width: int = 5, depth: int = 2) -> State:
-    """A decoder in our names, spelt out by hand."""
+    """A decoder in our names, written out by hand."""
     pixels = architecture.in_chans * 32 * 32
     shapes: dict[str, tuple[int, ...]] = {
         "decoder.proj.weight": (width, architecture.dims[3], 1, 1),
@@ -222,7 +222,7 @@ def test_minkowski_keeps_the_decoder_as_the_official_script_names_it() -> None:
     assert_same(to_minkowski(from_minkowski(theirs)), theirs)
 
 
-def test_a_whole_fcmae_survives_the_minkowski_layout() -> None:
+def test_a_complete_fcmae_survives_the_minkowski_layout() -> None:
     model = FCMAE.from_size("atto", [1, 1, 2, 1], [4, 6, 8, 10], engine="patch", decoder_dim=16)
     for tensor in model.state_dict().values():
         tensor.normal_()
@@ -288,7 +288,7 @@ def changed(state: State, changes: dict[str, Any]) -> State:
         ({"encoder.extra": torch.ones(1)}, ["expected encoder.stages.0.blocks.0", "found 67"]),
         ({"stages.1.blocks.7.conv_dw.bias": torch.ones(8)}, ["missing", "unexpected", "blocks.7"]),
         ({"stages.4.blocks.0.conv_dw.bias": torch.ones(8)}, ["1 unexpected", "stages.4"]),
-        ({"stem.0.bias": torch.ones(7)}, ["1 of another shape", "bias is (7,) and not (6,)"]),
+        ({"stem.0.bias": torch.ones(7)}, ["1 of the wrong shape", "bias is (7,), not (6,)"]),
         ({"stem.0.weight": None}, ["expected", "stem.0.weight"]),
         ({"stages.2.blocks.0.mlp.grn.bias": None}, ["1 missing (stages.2.blocks.0.mlp.grn.bias)"]),
         ({"stages.2.blocks.0.gamma": torch.ones(10)}, ["4 missing", "stages.0.blocks.0.gamma"]),
@@ -299,9 +299,7 @@ def changed(state: State, changes: dict[str, Any]) -> State:
         ({"stem.0.weight": torch.ones(6, 0, 4, 4)}, ["stem.0.weight has shape (6, 0, 4, 4)"]),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named_on_both_sides(
-    changes: dict[str, Any], words: list[str]
-) -> None:
+def test_a_mismatch_names_both_sides(changes: dict[str, Any], words: list[str]) -> None:
     state = changed(random_encoder(TINY), changes)
     for function in (canonical, to_minkowski, to_timm):
         with pytest.raises(InputError) as caught:
@@ -312,14 +310,14 @@ def test_what_does_not_fit_is_named_on_both_sides(
             assert word in message
 
 
-def test_minkowski_mismatches_are_in_their_own_names() -> None:
+def test_minkowski_mismatches_use_minkowski_names() -> None:
     state = minkowski_by_hand(random_encoder(TINY))
     state["stages.0.0.dwconv.kernel"] = torch.ones(9, 6)
     del state["downsample_layers.3.1.kernel"]
     with pytest.raises(InputError) as caught:
         from_minkowski(state)
     assert "1 missing (downsample_layers.3.1.kernel)" in str(caught.value)
-    assert "stages.0.0.dwconv.kernel is (9, 6) and not (49, 6)" in str(caught.value)
+    assert "stages.0.0.dwconv.kernel is (9, 6), not (49, 6)" in str(caught.value)
 
 
 def test_another_layout_is_named() -> None:
@@ -328,7 +326,7 @@ def test_another_layout_is_named() -> None:
         from_minkowski(encoder)
     with pytest.raises(InputError, match=r"in Minkowski layout .* expected timm"):
         to_minkowski(minkowski_by_hand(encoder))
-    with pytest.raises(InputError, match=r"expected names such as .* found layer1"):
+    with pytest.raises(InputError, match=r"expected stem\.0\.weight, .* found layer1"):
         canonical({"layer1.weight": torch.ones(1)})
     with pytest.raises(InputError, match="found nothing"):
         canonical({})

@@ -1,4 +1,4 @@
-"""Converted kernels against MinkowskiEngine's own convolutions: the layout means what we say."""
+"""Converted kernels against MinkowskiEngine's own convolutions."""
 
 from types import ModuleType
 
@@ -13,7 +13,7 @@ from sparse.layouts import Architecture, encoder_shapes
 
 pytestmark = [
     pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable())),
-    # MinkowskiEngine 0.5.4 makes an object of its autograd function.
+    # MinkowskiEngine 0.5.4 instantiates its autograd function.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 

@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 
 
 def colours() -> Array:
-    """Blocks as JPEG has them, (H, W, 3), of colours that tell every turn apart."""
+    """Blocks of JPEG's size, (H, W, 3), whose colours distinguish all orientations."""
     y, x = np.mgrid[:H, :W] // 8 * 8
     bands = (40 + 4 * y, 230 - 3 * x, 60 + 2 * x + y)
     return np.stack(bands, axis=-1).astype(np.uint8)
@@ -34,12 +34,12 @@ def grey() -> Array:
 
 
 def luma(rgb: Array) -> Array:
-    """ITU-R 601 grey of a picture."""
+    """ITU-R 601 grey of an image."""
     return rgb @ np.array([0.299, 0.587, 0.114])
 
 
 def whole(path: Path, in_chans: int = 3) -> Array:
-    """Return all of a picture, not resized, as (H, W, C) float in [0, 1] (or as the file says)."""
+    """Return a whole image, not resized, (H, W, C) float in [0, 1] (or as stored)."""
     picture = read_image(os.fsencode(path), in_chans, LIMIT)
     width, height = picture.size
     pixels = picture.resized((0, 0, width, height), (height, width)).transpose(1, 2, 0)
@@ -48,7 +48,7 @@ def whole(path: Path, in_chans: int = 3) -> Array:
 
 
 def assert_close(got: Array, expected: Array) -> None:
-    """Compare to within 2/255, the expectation given in [0, 1] with or without a channel axis."""
+    """Compare to within 2/255; `expected` is in [0, 1], with or without a channel axis."""
     expected = np.broadcast_to(expected.reshape(*expected.shape[:2], -1), got.shape)
     assert np.abs(got - expected).max() <= 2 / 255
 
@@ -171,7 +171,7 @@ def test_sixteen_bit_grey_is_divided_not_clipped(tmp_path: Path, form: str) -> N
 
 
 def png(values: Array, colour_type: int) -> bytes:
-    """Write a 16-bit PNG by hand: Pillow writes none in colour."""
+    """Build a 16-bit PNG by hand, since Pillow cannot write one in colour."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return (
@@ -193,7 +193,7 @@ def test_sixteen_bit_colour_is_scaled(tmp_path: Path, bands: int, colour_type: i
     assert_close(whole(tmp_path / "x.png"), expected)
 
 
-def test_float_tiff_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_float_tiff_is_read_unscaled(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(0, 3, (H, W)).astype(np.float32)
     path = save(tmp_path, Image.fromarray(values), "TIFF")
     assert np.abs(whole(path, 1)[..., 0] - values).max() < 1e-5
@@ -218,7 +218,7 @@ TURNED: dict[int, Callable[[Array], Array]] = {
     7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
     8: np.rot90,
 }
-"""What a viewer shows of the stored pixels (EXIF 2.3, tag 274)."""
+"""How a viewer shows the stored pixels (EXIF 2.3, tag 274)."""
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -244,7 +244,7 @@ def test_exif_orientation(tmp_path: Path, form: str, orientation: int) -> None:
         assert_close(got.transpose(1, 2, 0) / 255, part / 255)
 
 
-def test_broken_exif_and_unknown_orientations_leave_the_picture_as_it_is(tmp_path: Path) -> None:
+def test_broken_exif_and_unknown_orientations_leave_the_image_unchanged(tmp_path: Path) -> None:
     for exif in (b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\x63\0\0"):
         path = save(
             tmp_path, Image.fromarray(colours()), "JPEG", quality=100, subsampling=0, exif=exif
@@ -259,7 +259,7 @@ def test_colour_profiles_are_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF", "MPO", "AVIF"])
-def test_the_first_frame_counts(tmp_path: Path, form: str) -> None:
+def test_only_the_first_frame_is_read(tmp_path: Path, form: str) -> None:
     other = Image.new("RGB", (W, H), (0, 0, 0))
     first = Image.new("RGB", (W, H), (200, 100, 50))
     options = {"lossless": True} if form == "WEBP" else {}
@@ -267,7 +267,7 @@ def test_the_first_frame_counts(tmp_path: Path, form: str) -> None:
     assert_close(whole(path), np.full((H, W, 3), (200, 100, 50)) / 255)
 
 
-def test_content_decides_not_the_name(tmp_path: Path) -> None:
+def test_content_decides_the_format_not_the_name(tmp_path: Path) -> None:
     for name in ("x.jpg", "x.npy", "x.tif", "x"):
         Image.fromarray(colours()).save(tmp_path / name, "PNG")
         assert_close(whole(tmp_path / name), colours() / 255)
@@ -288,7 +288,7 @@ def test_arrays(tmp_path: Path, channels: int, kind: str) -> None:
         assert np.abs(whole(tmp_path / "x.npy", 1) - values / scale).max() < 1e-4
 
 
-def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_unsuitable_arrays_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.npy"
     for array, words in (
         (np.zeros((4, 4, 3), np.uint8), "shape"),
@@ -310,14 +310,14 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             read_image(str(path), 5, LIMIT)
 
 
-def test_pictures_have_at_most_four_channels(tmp_path: Path) -> None:
+def test_image_files_have_at_most_four_channels(tmp_path: Path) -> None:
     path = save(tmp_path, Image.fromarray(colours()), "PNG")
     with pytest.raises(BadImage, match=r"\.npy"):
         whole(path, 5)
 
 
 def bomb(form: str, side: int) -> bytes:
-    """A file whose header promises side x side pixels, and that holds nearly none."""
+    """Build a file whose header declares side x side pixels, with almost no data."""
     if form == "PNG":
         return png(np.zeros((1, 1), np.uint16), 0).replace(
             struct.pack(">II", 1, 1), struct.pack(">II", side, side), 1
@@ -357,9 +357,7 @@ def test_bombs_are_refused_by_their_header(tmp_path: Path, form: str, side: int)
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
-def test_the_limit_may_be_above_pillows_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_limit_may_exceed_pillows_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert_close(whole(save(tmp_path, Image.fromarray(colours()), "PNG")), colours() / 255)
     assert Image.MAX_IMAGE_PIXELS == 100
@@ -367,7 +365,7 @@ def test_the_limit_may_be_above_pillows_own(
 
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (1, 1), (1, 3), (2, 300)])
 @pytest.mark.parametrize("deep", [False, True])
-def test_thin_pictures(tmp_path: Path, size: tuple[int, int], deep: bool) -> None:
+def test_thin_images(tmp_path: Path, size: tuple[int, int], deep: bool) -> None:
     top = 65535 if deep else 255
     values = np.linspace(0, top, size[0] * size[1]).reshape(size[::-1])
     image = Image.fromarray(values.astype(np.uint16 if deep else np.uint8))
@@ -391,7 +389,7 @@ def test_thin_jpegs(tmp_path: Path, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("img_size", [(96, 128), (32, 352), (320, 416)])
-def test_a_picture_narrowed_in_strips_is_the_same(
+def test_an_image_narrowed_in_strips_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, img_size: tuple[int, int]
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
@@ -405,7 +403,7 @@ def test_a_picture_narrowed_in_strips_is_the_same(
         assert np.abs(at_once.astype(float) - in_strips).max() < 1e-5
 
 
-def test_fast_decoding_of_a_large_jpeg_is_near(tmp_path: Path) -> None:
+def test_fast_decoding_of_a_large_jpeg_is_close(tmp_path: Path) -> None:
     image = Image.fromarray(colours()).resize((1060, 740), Image.Resampling.BICUBIC)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -428,7 +426,7 @@ def test_truncated_files_are_bad(tmp_path: Path, form: str) -> None:
         assert "\n" not in caught.value.reason
 
 
-def test_what_is_no_picture_is_bad(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_image_is_bad(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("no picture\n")
     (tmp_path / "zeros.jpg").write_bytes(bytes(5000))
     (tmp_path / "code.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
@@ -448,7 +446,7 @@ def test_what_is_no_picture_is_bad(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "error", [MemoryError(), zlib.error("cut"), LookupError("mode"), OSError("x")]
 )
-def test_whatever_a_decoder_raises_is_a_bad_image(
+def test_any_exception_of_a_decoder_is_a_bad_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(self: Image.Image) -> None:
@@ -460,7 +458,7 @@ def test_whatever_a_decoder_raises_is_a_bad_image(
         read_image(str(path), 3, LIMIT)
 
 
-def test_an_interrupt_while_decoding_stays_one(
+def test_an_interrupt_while_decoding_is_not_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(self: Image.Image) -> None:

@@ -1,4 +1,4 @@
-"""Devices that this machine may not have: what a run asks of them, seen from outside."""
+"""Devices that this machine may not have: the calls that a run makes, observed by mocks."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ def test_emulated_bfloat16_is_not_chosen(native, precision, monkeypatch):
     assert resolve_precision("auto", torch.device("cpu")) == "fp32"
 
 
-def test_one_process_computes_on_the_gpu_that_it_is_given(monkeypatch):
-    """Else streams and events are those of cuda:0."""
+def test_one_process_computes_on_its_own_gpu(monkeypatch):
+    """Otherwise streams and events would be those of cuda:0."""
     chosen = []
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -28,7 +28,7 @@ def test_one_process_computes_on_the_gpu_that_it_is_given(monkeypatch):
     assert chosen == [torch.device("cuda:1")]
 
 
-def test_values_are_waited_for_on_their_own_device(monkeypatch):
+def test_waiting_for_values_uses_their_own_device(monkeypatch):
     recorded = []
 
     class Event:

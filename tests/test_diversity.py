@@ -34,7 +34,7 @@ BLOCKS += ["stages.2.blocks.0", "stages.3.blocks.0"]
 
 
 def by_hand(x_NC: npt.NDArray[Any]) -> tuple[float, float]:
-    """Mean cosine distance of all pairs of channels that are not zero; share of those that are."""
+    """Mean cosine distance of all pairs of nonzero channels; fraction of zero channels."""
     live = [channel for channel in x_NC.astype(np.float64).T if channel.any()]
     distances = [
         (1 - one @ other / np.linalg.norm(one) / np.linalg.norm(other)) / 2
@@ -43,11 +43,11 @@ def by_hand(x_NC: npt.NDArray[Any]) -> tuple[float, float]:
     return float(np.mean(distances)), 1 - len(live) / x_NC.shape[1]
 
 
-def test_an_image_on_which_all_channels_are_zero_takes_no_part() -> None:
+def test_an_image_on_which_all_channels_are_zero_is_ignored() -> None:
     assert channel_diversity(torch.zeros(2, 4, 6)).tolist() == [0, 2, 0]
 
 
-def test_all_pairs_of_channels_by_hand() -> None:
+def test_all_pairs_of_channels_against_a_computation_by_hand() -> None:
     x = np.random.default_rng(0).normal(0.3, 1, (3, 10, 6)).astype(np.float32)
     x[0, :, 2] = x[2, :, 0] = x[2, :, 5] = 0
     expected = np.sum([by_hand(image) for image in x], axis=0)
@@ -56,7 +56,7 @@ def test_all_pairs_of_channels_by_hand() -> None:
     np.testing.assert_allclose(found.numpy(), [*expected, 3], rtol=1e-6)
 
 
-def test_alike_opposite_and_unrelated_channels() -> None:
+def test_identical_opposite_and_unrelated_channels() -> None:
     alike = torch.randn(1, 20, 1) * torch.tensor([1.0, 2.0, 1e-3, 50.0])
     assert channel_diversity(alike)[0].item() == pytest.approx(0, abs=1e-6)
     opposite = torch.randn(1, 20, 1) * torch.tensor([1.0, -1.0])
@@ -66,7 +66,7 @@ def test_alike_opposite_and_unrelated_channels() -> None:
 
 
 def hidden_of(encoder: SparseConvNeXtV2, images: Tensor) -> dict[str, Tensor]:
-    """What timm's blocks hand to fc2: (B, 4C, positions) by the block's name."""
+    """Inputs of fc2 in timm's blocks: (B, 4C, positions) by block name."""
     model, seen = timm_twin(encoder), {}
 
     def note(name: str, channels: int) -> Any:
@@ -90,7 +90,7 @@ def block_names(encoder: SparseConvNeXtV2) -> list[str]:
 
 @pytest.mark.parametrize("variant", ENCODERS)
 @torch.no_grad()
-def test_hidden_activations_are_timms(variant: str) -> None:
+def test_hidden_activations_equal_timms(variant: str) -> None:
     encoder = random_encoder("dense", 3, **ENCODERS[variant]).eval()
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     expected, seen = hidden_of(encoder, images), {}
@@ -109,8 +109,8 @@ def test_hidden_activations_are_timms(variant: str) -> None:
 @pytest.mark.parametrize("kind", ["random", "ragged"])
 @pytest.mark.parametrize("engine", ["dense", *FAST_ENGINES])
 @torch.no_grad()
-def test_hidden_activations_are_what_the_block_goes_on_with(engine: str, kind: str) -> None:
-    """Under a mask too: fc2 of them, added to what came in, is what goes out."""
+def test_hidden_activations_are_those_that_the_block_uses(engine: str, kind: str) -> None:
+    """Also under a mask: fc2 of them, added to the block's input, is its output."""
     encoder = random_encoder(engine, 3, **SMALL).eval()
     checked = []
 
@@ -128,7 +128,7 @@ def test_hidden_activations_are_what_the_block_goes_on_with(engine: str, kind: s
 
 @pytest.mark.parametrize("engine", ["dense", *FAST_ENGINES])
 def test_blocks_against_a_computation_by_hand(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mean over images, however they are batched; the encoder stays as it was."""
+    """A mean over images, however they are batched; the encoder does not change."""
     encoder = random_encoder(engine, 3, drop_path=0.5, **SMALL).train()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -153,7 +153,7 @@ def test_blocks_against_a_computation_by_hand(engine: str, monkeypatch: pytest.M
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
 
 
-def test_held_out_images_tell_loss_and_diversity(pictures: Path) -> None:
+def test_held_out_images_give_loss_and_diversity(pictures: Path) -> None:
     torch.manual_seed(0)
     model = FCMAE.from_size(
         "atto", depths=[1, 2, 1, 1], dims=[8, 16, 24, 32], engine="patch", drop_path=0.5,
@@ -183,7 +183,7 @@ def test_held_out_images_tell_loss_and_diversity(pictures: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Files of weights: all random, and fresh, of another depth."""
+    """Two weight files: all parameters random, and an untrained encoder of another depth."""
     folder = tmp_path_factory.mktemp("weights")
     encoders = {
         "random": random_encoder("dense", 3, **SMALL),
@@ -250,7 +250,7 @@ def test_images_are_chosen_by_a_hash_of_their_paths(
     assert found == diversity(config(sources[0], tmp_path / "list.txt"), show=False)
 
 
-def test_unreadable_pictures_are_left_out_and_named(
+def test_unreadable_images_are_skipped_and_named(
     sources: list[str], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.png").write_bytes(b"none")
@@ -280,8 +280,8 @@ def test_wrong_input_is_refused(
         diversity(config([sources[0], "nowhere"], pictures))
 
 
-def test_no_image_of_the_folder_is_drawn_over(sources: list[str], pictures: Path) -> None:
-    """Also one that is not among those measured on."""
+def test_no_image_of_the_folder_is_overwritten(sources: list[str], pictures: Path) -> None:
+    """Not even one that is not measured."""
     for image in pictures.iterdir():
         with pytest.raises(InputError, match="is one of the images"):
             diversity(config(sources[0], pictures, count=1, out=str(image)))

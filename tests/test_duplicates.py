@@ -1,4 +1,4 @@
-"""Near-duplicates among photographs: copies are found, other pictures and mirrored ones are not."""
+"""Near-duplicates among photographs: copies are found, other images and mirrored ones are not."""
 
 import threading
 from collections.abc import Callable
@@ -30,7 +30,7 @@ COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pictures in `NAMES`; read-only."""
+    """The images in `NAMES`; read-only."""
     folder = tmp_path_factory.mktemp("photographs")
     for name in NAMES:
         photograph(name).save(folder / f"{name}.png")
@@ -39,7 +39,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copies of all photographs, of each in every way; read-only."""
+    """Copies of every photograph, made in every way; read-only."""
     folder = tmp_path_factory.mktemp("copies")
     for name in NAMES:
         picture = photograph(name)
@@ -47,7 +47,7 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
             change(picture).save(folder / f"{name} {way}.png")
         picture.save(folder / f"{name} recompressed.jpg", quality=30)
         exif = Image.Exif()
-        exif[0x0112] = 6  # to be turned back by 90 degrees
+        exif[0x0112] = 6  # to be rotated back by 90 degrees
         picture.transpose(Image.Transpose.ROTATE_90).save(folder / f"{name} turned.jpg", exif=exif)
     return folder
 
@@ -71,7 +71,7 @@ def test_copies_are_found(photographs: Path, copies: Path, workers: int) -> None
         assert differ <= 20 < MOST_BITS
 
 
-def test_others_and_mirrored_copies_are_not(photographs: Path, tmp_path: Path) -> None:
+def test_other_images_and_mirrored_copies_are_not_found(photographs: Path, tmp_path: Path) -> None:
     for name in NAMES:
         picture = photograph(name)
         ImageOps.mirror(picture).save(tmp_path / f"{name}.png")
@@ -85,7 +85,7 @@ def test_others_and_mirrored_copies_are_not(photographs: Path, tmp_path: Path) -
         assert find_duplicates(originals.select([index]), others, 0) == []
 
 
-def test_the_nearest_is_told(photographs: Path, tmp_path: Path) -> None:
+def test_the_nearest_match_is_reported(photographs: Path, tmp_path: Path) -> None:
     photograph("camera").save(tmp_path / "a far.jpg", quality=3)
     photograph("camera").save(tmp_path / "b same.png")
     wanted = find_images(str(photographs)).select([1])
@@ -94,7 +94,7 @@ def test_the_nearest_is_told(photographs: Path, tmp_path: Path) -> None:
     assert 0 < bits(photographs / "camera.png", tmp_path / "a far.jpg") <= MOST_BITS
 
 
-def test_flat_and_unreadable_pictures_are_like_nothing(tmp_path: Path, pictures: Path) -> None:
+def test_flat_and_unreadable_images_match_nothing(tmp_path: Path, pictures: Path) -> None:
     Image.new("RGB", (60, 40), (9, 99, 199)).save(tmp_path / "flat.png")
     Image.new("L", (1, 1), 9).save(tmp_path / "one pixel.png")
     (tmp_path / "bad.png").write_bytes(b"none")
@@ -107,15 +107,15 @@ def test_flat_and_unreadable_pictures_are_like_nothing(tmp_path: Path, pictures:
     assert find_duplicates(odd, whole, 0) == find_duplicates(whole, odd, 0) == []
 
 
-def test_many_pictures_against_each_other(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where not all are compared at once; a picture is a copy of itself alone."""
+def test_many_images_against_each_other(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if not all are compared at once; an image is a copy of itself only."""
     monkeypatch.setattr("fcmae.data.duplicates._AT_ONCE", 5)
     files = find_images(str(pictures))
     expected = [Duplicate(files.name(index), files.name(index), 0) for index in range(24)]
     assert find_duplicates(files, files, 0) == expected
 
 
-def test_a_reader_that_died_is_told(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_worker_is_reported(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(files: FileList, index: int) -> bytes:
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
 
@@ -126,7 +126,7 @@ def test_a_reader_that_died_is_told(pictures: Path, monkeypatch: pytest.MonkeyPa
 
 
 class Threads(World):
-    """Two processes of a run, played by two threads."""
+    """Two processes of a run, simulated by two threads."""
 
     items: dict[int, Any] = {}  # noqa: RUF012
     meeting = threading.Barrier(2, timeout=60)
@@ -142,10 +142,10 @@ class Threads(World):
 def test_processes_share_the_search(
     photographs: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None waits for another that searches alone, and each has the result of one process."""
+    """No process waits for one that searches alone, and each has the result of one process."""
     files, originals = find_images(str(copies)), find_images(str(photographs))
     expected = find_duplicates(files, originals, 0)
-    # Hashed before: Pillow's limits, which reading sets, are not made for threads.
+    # Hash first: reading sets Pillow's limits, which are not thread-safe.
     hashes = {
         s.path(i): perceptual_hash(s.path(i)) for s in (files, originals) for i in range(len(s))
     }

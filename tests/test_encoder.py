@@ -20,7 +20,7 @@ from tests.test_engines import FAST_ENGINES, random_encoder
 @pytest.mark.parametrize("engine", ["dense", *FAST_ENGINES])
 @pytest.mark.parametrize("model", ["atto", "tiny"])
 def test_nothing_hidden_equals_timm(engine, model):
-    """Both ways round: our weights in timm's model give our features."""
+    """Our weights in timm's model give our features."""
     torch.manual_seed(0)
     encoder = random_encoder(engine, 3, model=model)
     reference = timm.create_model(f"convnextv2_{model}", num_classes=0)
@@ -75,7 +75,7 @@ def apply_mlp(x, norm, mlp, sites, recompute=False):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("piece", [1, 2**22])
 @pytest.mark.parametrize("counts", [(5, 5), (2, 2, 2, 2, 2), (3, 7), (0, 10)])
-def test_grn_mlp_is_the_formula_image_by_image(counts, piece, recompute, monkeypatch):
+def test_grn_mlp_equals_the_formula_image_by_image(counts, piece, recompute, monkeypatch):
     monkeypatch.setattr("sparse.rows.PIECE", piece)
     norm, mlp, parameters = random_mlp(3)
     x = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
@@ -135,7 +135,7 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean(counts):
     assert (kept / 500 - 1).abs().max() < 0.1  # 4 standard deviations
 
 
-def test_drop_path_rises_with_depth_and_rests_in_evaluation():
+def test_drop_path_rises_with_depth_and_is_off_in_evaluation():
     encoder = random_encoder("dense", 3, model="atto", drop_path=0.3)
     rates = [block.drop_path for stage in encoder.stages for block in stage.blocks]
     assert rates == pytest.approx([0.3 * i / 11 for i in range(12)])

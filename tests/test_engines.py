@@ -127,7 +127,7 @@ def test_hidden_pixels_do_not_leak(engine):
 
 @pytest.mark.parametrize("engine", ["dense", *FAST_ENGINES])
 def test_black_pixels_are_visible(engine):
-    """What is visible is what the mask says: an image of zeros is not an empty one."""
+    """Only the mask decides what is visible: an image of zeros is not empty."""
     encoder = random_encoder(engine, 3, model="atto", depths=[1, 1, 1, 1])
     out = encoder(torch.zeros(1, 3, 64, 64), torch.tensor([[[False, True], [True, True]]]))
     assert out[0, :, 0, 0].abs().min() > 0
@@ -147,8 +147,8 @@ def test_everything_hidden_stays_in_the_graph(engine):
 
 
 @needs_minkowski
-def test_minkowski_leaves_torch_threads_alone_and_repeats_itself():
-    """MinkowskiEngine sets OpenMP's thread count, and its maps could come in another order."""
+def test_minkowski_keeps_torchs_thread_count_and_is_deterministic():
+    """MinkowskiEngine sets OpenMP's thread count, and the order of its maps could vary."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -185,11 +185,11 @@ def test_a_named_engine_that_cannot_run_is_an_error(monkeypatch):
     ("images", "mask", "message"),
     [
         ((1, 4, 64, 64), (1, 2, 2), "in_chans=4"),
-        ((1, 3, 64, 70), (1, 2, 2), "multiples of 32, such as 64×64"),
+        ((1, 3, 64, 70), (1, 2, 2), "64×70 is not a multiple of 32: use 64×64"),
         ((1, 3, 64, 64), (1, 2, 3), "True = hidden"),
     ],
 )
-def test_shapes_that_do_not_fit(images, mask, message):
+def test_mismatched_shapes_are_refused(images, mask, message):
     encoder = SparseConvNeXtV2.from_size("atto", depths=[1, 1, 1, 1], engine="dense")
     with pytest.raises(InputError, match=message):
         encoder(torch.zeros(images), torch.zeros(mask, dtype=torch.bool))
@@ -207,7 +207,7 @@ def test_a_second_derivative_raises_instead_of_being_wrong(engine):
 
 
 def test_auto_is_resolved_by_the_device_of_the_images():
-    """`FCMAE.from_size("atto").cuda()` has to work where MinkowskiEngine is installed."""
+    """`FCMAE.from_size("atto").cuda()` must work if MinkowskiEngine is installed."""
     encoder = random_encoder("auto", 3, model="atto", depths=[1, 1, 1, 1])
     assert encoder.engine_on(torch.device("cpu")).name == available_engines()[0]
     assert encoder.engine_on(torch.device("cuda")).name == "patch"

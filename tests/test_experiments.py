@@ -1,4 +1,4 @@
-"""What the experiments stand on: folders of labels, steps done once, runs side by side."""
+"""Foundations of the experiments: labelled folders, steps done once, concurrent runs."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
 
 
-def test_copies_are_shrunk_never_grown(labelled, tmp_path):
+def test_copies_are_shrunk_but_never_enlarged(labelled, tmp_path):
     out = shrink(labelled, tmp_path / "small", 10)
     for name, size in (("5", (15, 10)), ("0", (8, 6))):
         with Image.open(out / f"train/cat/{name}.png.jpg") as picture:
@@ -49,13 +49,13 @@ def test_copies_are_shrunk_never_grown(labelled, tmp_path):
     assert len(names(out)) == 100
 
 
-def test_copies_of_pictures_that_differ_in_their_endings_are_two(tmp_path):
+def test_images_that_differ_only_in_their_suffix_are_both_copied(tmp_path):
     for ending in ("png", "jpg"):
         Image.new("RGB", (8, 8)).save(tmp_path / f"a.{ending}")
     assert names(shrink(tmp_path, tmp_path / "small", 8)) == ["a.jpg", "a.png.jpg"]
 
 
-def test_shares_of_labels_hold_for_every_class_and_lie_within_each_other(labelled, tmp_path):
+def test_label_shares_hold_for_every_class_and_are_nested(labelled, tmp_path):
     shares = {n: label_share(labelled, n, tmp_path / str(n)) for n in (10, 30, 100)}
     found = {n: set(names(folder / "train")) for n, folder in shares.items()}
     assert {n: len(files) for n, files in found.items()} == {10: 8, 30: 24, 100: 80}
@@ -76,14 +76,14 @@ def test_a_test_split_is_half_of_val_where_there_is_none(labelled, tmp_path):
     assert with_test(out, tmp_path / "again") == out
 
 
-def test_a_tenth_trains_and_the_rest_judges(labelled, tmp_path):
+def test_a_tenth_trains_and_the_rest_evaluates(labelled, tmp_path):
     out = tenth(labelled / "train", tmp_path / "tenth")
     train, val = set(names(out / "train")), set(names(out / "val"))
     assert (len(train), len(val)) == (8, 72)
     assert train.isdisjoint(val)
 
 
-def test_a_step_is_done_once_and_outlives_the_process(tmp_path):
+def test_a_finished_step_is_not_repeated_by_another_process(tmp_path):
     assert study(tmp_path).once("a", lambda: {"top1": 3.0}) == {"top1": 3.0}
     assert study(tmp_path).once("a", lambda: pytest.fail("done before")) == {"top1": 3.0}
 
@@ -111,14 +111,14 @@ def test_results_of_other_settings_are_refused(tmp_path):
         ),
     ],
 )
-def test_what_is_tried_are_options_that_change_something(config, options):
+def test_every_variant_changes_an_option(config, options):
     given = ["--data", "photos", "--out", "run"]
     assert (parse(config, [*given, *map(str, options)], "") != parse(config, given, "")) == bool(
         options
     )
 
 
-def test_no_more_runs_at_a_time_than_asked_for_however_steps_nest(tmp_path, monkeypatch):
+def test_nested_steps_never_exceed_the_number_of_concurrent_runs(tmp_path, monkeypatch):
     running, most, lock = [], [], threading.Lock()
     pause = threading.Event()
 
@@ -140,7 +140,7 @@ def test_no_more_runs_at_a_time_than_asked_for_however_steps_nest(tmp_path, monk
     assert [*found["a"]] == [0, 1, 2]
 
 
-def test_after_a_failure_nothing_more_is_begun(tmp_path, monkeypatch):
+def test_after_a_failure_no_further_run_starts(tmp_path, monkeypatch):
     begun = []
 
     def run(command, **options):
@@ -154,9 +154,9 @@ def test_after_a_failure_nothing_more_is_begun(tmp_path, monkeypatch):
     assert len(begun) == 1
 
 
-def test_the_search_goes_on_while_the_best_rate_is_the_last(tmp_path, monkeypatch):
-    """Top-1 peaks at 6.4e-2 and, of four lengths, at the second; test is of the seeds; one run
-    with the first seed goes beyond."""
+def test_the_search_continues_while_the_best_rate_is_the_last(tmp_path, monkeypatch):
+    """Top-1 peaks at a rate of 6.4e-2 and at the second of four lengths. The test results are those
+    of the seeds, and the first seed runs once at a length beyond."""
     asked = []
 
     def finetune(name, data, *options):
@@ -185,10 +185,8 @@ def test_the_search_goes_on_while_the_best_rate_is_the_last(tmp_path, monkeypatc
     }  # fmt: skip
 
 
-def test_tables_and_plots_are_made_again_from_results_alone(
-    labelled, tmp_path, monkeypatch, capsys
-):
-    """A copy of results.json is enough: nothing is trained, and no weights need to be there."""
+def test_tables_and_figures_are_rebuilt_from_results_alone(labelled, tmp_path, monkeypatch, capsys):
+    """A copy of results.json is enough: nothing is trained, and no weights are needed."""
     out = tmp_path / "out"
     out.mkdir()
     found = {
@@ -222,8 +220,8 @@ def test_tables_and_plots_are_made_again_from_results_alone(
     assert {path.name for path in out.glob("*.png")} == {"label_shares.png", "frozen_features.png"}
 
 
-def test_runs_of_pretraining_are_judged_by_what_follows(labelled, tmp_path, monkeypatch):
-    """Fine-tuning learns from a tenth and is judged by the rest; features are those of all."""
+def test_pretraining_runs_are_judged_by_fine_tuning_and_features(labelled, tmp_path, monkeypatch):
+    """Fine-tuning trains on a tenth and is evaluated on the rest; features are those of all."""
     asked = {}
 
     def pretrain(self, name, data, *options, module):

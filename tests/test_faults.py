@@ -6,7 +6,7 @@ from tests.faults.campaign import Row, Unavailable, run_campaign, run_trial, tab
 from tests.faults.rows import ROWS
 
 SLOW = {"broken", "disk", "kill", "lock", "nonfinite", "place", "rank", "signal", "worker"}
-"""Rows whose trials run whole trainings, or decode thousands of images."""
+"""Rows whose trials train complete runs or decode thousands of images."""
 
 
 def trials():
@@ -24,7 +24,7 @@ def test_short_form(row, number):
         pytest.skip(str(reason))
 
 
-def test_a_campaign_goes_on_where_it_was(tmp_path, capsys):
+def test_a_stopped_campaign_resumes(tmp_path, capsys):
     done = []
 
     def trial(number, random, folder):

@@ -1,4 +1,4 @@
-"""Frozen features: against timm, from every kind of source, and whoever computes them."""
+"""Frozen features: against timm, from every kind of source, in any number of processes."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def assert_close(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("engine", ["dense", *FAST_ENGINES])
 @pytest.mark.parametrize("size", [(64, 64), (96, 32)])
 @torch.no_grad()
-def test_features_are_timms(variant: str, engine: str, size: tuple[int, int]) -> None:
+def test_features_equal_timms(variant: str, engine: str, size: tuple[int, int]) -> None:
     encoder = random_encoder(engine, 3, **ENCODERS[variant])
     images = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(1))
     expected = timm_twin(encoder).forward_features(images).mean((2, 3))
@@ -103,7 +103,7 @@ def without_prefix(file: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "part", ["", "exported", "checkpoints/step-00000003", "exported/model.safetensors"]
 )
-def test_a_run_says_how_it_wants_images(run: Path, part: str) -> None:
+def test_a_run_stores_its_preprocessing(run: Path, part: str) -> None:
     backbone = load_backbone(str(run / part), CPU)
     assert backbone.images == Preprocessing((64, 96), (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
     assert not backbone.encoder.training
@@ -121,9 +121,7 @@ def finetune_config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:
     return FinetuneConfig(data=str(data), out=str(out), **settings | changes)
 
 
-def test_a_run_of_fine_tuning_stands_for_its_best_weights(
-    run: Path, classes: Path, tmp_path: Path
-) -> None:
+def test_a_fine_tuning_run_gives_its_best_weights(run: Path, classes: Path, tmp_path: Path) -> None:
     out = tmp_path / "fine"
     assert finetune(finetune_config(classes, out, weights=str(run))) == 0
     backbone = load_backbone(str(out), CPU)
@@ -135,7 +133,7 @@ def test_a_run_of_fine_tuning_stands_for_its_best_weights(
     assert not torch.equal(weight, last)
 
 
-def test_weights_alone_take_imagenets_preparation(tmp_path: Path) -> None:
+def test_weights_alone_use_imagenets_preprocessing(tmp_path: Path) -> None:
     encoder = random_encoder("dense", 5, **SMALL)
     save_file(encoder.state_dict(), tmp_path / "weights.safetensors")
     backbone = load_backbone(str(tmp_path / "weights.safetensors"), CPU)
@@ -152,7 +150,7 @@ def test_odd_sizes_become_multiples_of_32(run: Path, tmp_path: Path, side: int, 
     assert load_backbone(str(tmp_path / "copy"), CPU).images.img_size == (taken, 224)
 
 
-def test_what_is_no_convnext_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_is_not_a_convnext_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere: no such file"):
         load_backbone("nowhere", CPU)
     with pytest.raises(InputError, match="no weights: expected a run"):
@@ -162,7 +160,7 @@ def test_what_is_no_convnext_is_refused(tmp_path: Path) -> None:
         load_backbone(str(tmp_path / "w.safetensors"), CPU)
 
 
-def test_random_weights_are_those_that_pretraining_starts_from() -> None:
+def test_random_weights_equal_those_that_pretraining_starts_from() -> None:
     like = backbone_of(random_encoder("patch", 3, model="atto"))
     found, again = random_backbone(like), random_backbone(like)
     assert found.images == like.images
@@ -184,7 +182,7 @@ def backbone_of(encoder: SparseConvNeXtV2, size: tuple[int, int] = (64, 96)) -> 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine pictures, of which 0004.png is none; read-only."""
+    """Nine files, of which 0004.png is not an image; read-only."""
     folder = write_pictures(tmp_path_factory.mktemp("nine"), 9, seed=3)
     (folder / "0004.png").write_bytes(b"none")
     return folder
@@ -202,7 +200,7 @@ def features_of(
 
 @torch.no_grad()
 def one_by_one(backbone: Backbone, files: FileList) -> Tensor:
-    """What timm makes of the files in `GOOD`."""
+    """timm's features of the files in `GOOD`."""
     model, images = timm_twin(backbone.encoder), backbone.images
     data = EvalDataset(Split(files), images)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (images.mean, images.std))
@@ -238,13 +236,13 @@ def test_two_processes_share_the_work(folder: Path, monkeypatch: pytest.MonkeyPa
     assert both.bad == one.bad
 
 
-def test_nothing_readable_is_no_features(folder: Path) -> None:
+def test_a_folder_without_readable_images_gives_no_features(folder: Path) -> None:
     files = find_images(str(folder)).select([4])
     found = features_of(backbone_of(random_encoder("patch", 3, **SMALL)), Split(files), 4, 0)
     assert (found.values.shape, len(found.indices), len(found.bad)) == ((0, 32), 0, 1)
 
 
-def test_one_channel_reads_pictures_as_grey(folder: Path, tmp_path: Path) -> None:
+def test_one_channel_reads_images_as_grey(folder: Path, tmp_path: Path) -> None:
     for name in ("0000.png", "0001.png"):
         with Image.open(folder / name) as picture:
             picture.convert("L").save(tmp_path / name)
@@ -257,7 +255,7 @@ def test_one_channel_reads_pictures_as_grey(folder: Path, tmp_path: Path) -> Non
 def resolved(
     img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], **changes: Any
 ) -> Resolved:
-    """What a run on this CPU resolves, with no workers."""
+    """The resolved settings of a run on this CPU without workers."""
     images = Preprocessing(img_size, tuple(mean), tuple(std))
     return Resolved(images, Plan(1, 1, 0.1, 0), **{"part": 7, **changes})
 
@@ -271,7 +269,7 @@ def failing(message: str) -> Any:
     return lambda *_, **__: map(fail, [0])
 
 
-def test_a_reader_that_died_is_told_with_the_way_out(
+def test_a_dead_worker_is_reported_with_a_fix(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = find_images(str(folder))

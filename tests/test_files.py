@@ -81,7 +81,7 @@ def test_links_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None
 
 
 def test_links_to_files_count_as_images(tmp_path: Path) -> None:
-    """Tools that keep content by its hash link to it from hidden folders, or from other names."""
+    """Content-addressed stores link to files in hidden folders or with other names."""
     touch(tmp_path, "root/.git/objects/1.jpg", "root/blobs/2", "root/run/3.jpg", "root/a/4.jpg")
     root = tmp_path / "root"
     (root / "one.jpg").symlink_to(".git/objects/1.jpg")
@@ -122,7 +122,7 @@ def test_a_text_file_lists_paths(tmp_path: Path) -> None:
     assert files.path(names(files).index(b"b.jpg")) == os.fsencode(tmp_path / "b.jpg")
 
 
-def test_a_single_picture_is_a_source(tmp_path: Path) -> None:
+def test_a_single_image_is_a_source(tmp_path: Path) -> None:
     touch(tmp_path, "one.JPG")
     assert names(find_images(str(tmp_path / "one.JPG"))) == [b"one.JPG"]
 
@@ -136,7 +136,7 @@ def test_the_run_folder_is_skipped(tmp_path: Path) -> None:
     assert len(find_images(str(tmp_path), exclude=str(tmp_path / "not there"))) == 3
 
 
-def test_bad_sources_say_what_would_work(tmp_path: Path) -> None:
+def test_bad_sources_name_what_would_work(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "x.txt").write_text("")
     (tmp_path / "binary").write_bytes(b"\x7fELF\0\0")
@@ -182,13 +182,13 @@ def test_the_holdout_depends_on_the_paths_alone() -> None:
 
 
 @pytest.mark.parametrize(("files", "count"), [(499, 32), (1000, 0), (500, 500)])
-def test_no_holdout_where_there_is_too_little(files: int, count: int) -> None:
+def test_small_data_sets_hold_out_nothing(files: int, count: int) -> None:
     train, held = split_holdout(a_list(*[b"%d.jpg" % i for i in range(files)]), count)
     assert len(train) == files
     assert len(held) == 0
 
 
-def test_a_selection_shares_the_names_and_is_saved_whole(tmp_path: Path) -> None:
+def test_a_selection_shares_the_names_and_is_saved_completely(tmp_path: Path) -> None:
     files = a_list(*[b"%d.jpg" % i for i in range(100_000)])
     picked = files.select(np.arange(99_999, 0, -3))
     assert np.shares_memory(picked.names, files.names)
@@ -199,7 +199,7 @@ def test_a_selection_shares_the_names_and_is_saved_whole(tmp_path: Path) -> None
     assert loaded.fingerprint() == picked.fingerprint() != files.fingerprint()
 
 
-def test_bytes_a_file_in_memory() -> None:
+def test_memory_per_file() -> None:
     files = a_list(*[b"n01440764/n01440764_%08d.JPEG" % i for i in range(10_000)])
     arrays = (files.names, files.lengths, files.root_ids, files._starts)
     assert sum(array.nbytes for array in arrays) <= 10_000 * (33 + 12)
@@ -224,10 +224,10 @@ def test_any_names_survive_saving(
 
 @EXAMPLES
 @given(st.data())
-def test_a_damaged_list_is_refused_or_the_same(
+def test_a_damaged_list_is_refused_or_unchanged(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Archives have bytes that say nothing about the content, such as a date."""
+    """Some bytes of an archive, such as dates, do not affect its content."""
     target = tmp_path_factory.mktemp("list") / "files"
     files = a_list(b"a.jpg", b"b.jpg")
     files.save(target)
@@ -259,7 +259,7 @@ def test_a_damaged_list_is_refused_or_the_same(
     ],
     ids=lambda change: "-".join(f"{name} {value.dtype}" for name, value in change.items()),
 )
-def test_a_list_whose_parts_do_not_fit_is_refused(
+def test_a_list_with_inconsistent_parts_is_refused(
     tmp_path: Path, change: dict[str, np.ndarray]
 ) -> None:
     a_list(b"a.jpg", b"b.jpg").save(tmp_path / "list")
@@ -272,7 +272,7 @@ def test_a_list_whose_parts_do_not_fit_is_refused(
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x93NUMPY\x01\0"])
-def test_what_is_no_list_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_list_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "list").write_bytes(content)
     with pytest.raises(InputError, match="damaged"):
         FileList.load(tmp_path / "list")

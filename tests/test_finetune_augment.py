@@ -1,4 +1,4 @@
-"""Samples: functions of (seed, epoch, index), whatever the picture, the workers or the streams."""
+"""Samples are functions of (seed, epoch, index), independent of workers and random streams."""
 
 import random
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_a_sample_depends_on_its_key_alone(classes: Path) -> None:
     assert data[0, 9].target == 1
 
 
-def test_global_streams_are_left_alone(classes: Path) -> None:
+def test_global_random_streams_are_untouched(classes: Path) -> None:
     def draws() -> list[float]:
         return [random.random(), np.random.rand(), torch.rand(()).item()]  # noqa: NPY002
 
@@ -72,7 +72,7 @@ def test_global_streams_are_left_alone(classes: Path) -> None:
         assert draws() == wanted
 
 
-def test_an_unreadable_picture_is_replaced_together_with_its_class(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_replaced_together_with_its_class(tmp_path: Path) -> None:
     for name, colour in (("a", "red"), ("b", "blue")):
         (tmp_path / name).mkdir()
         Image.new("RGB", (40, 40), colour).save(tmp_path / name / "good.png")
@@ -86,7 +86,7 @@ def test_an_unreadable_picture_is_replaced_together_with_its_class(tmp_path: Pat
     assert sample.image[:, 0, 0].tolist() == ([255, 0, 0], [0, 0, 255])[sample.target]
 
 
-def test_erasing_touches_one_box(classes: Path) -> None:
+def test_erasing_changes_one_box(classes: Path) -> None:
     plain = dataset(classes / "train", FinetuneAugmentConfig(random_erasing=0))
     erasing = dataset(classes / "train", FinetuneAugmentConfig(random_erasing=1))
     for index in range(6):
@@ -104,7 +104,7 @@ def test_erasing_touches_one_box(classes: Path) -> None:
     ("mode", "in_chans", "dtype"),
     [("L", 1, np.uint8), ("L", 3, np.uint8), ("RGBA", 4, np.uint8), ("I;16", 1, np.float32)],
 )
-def test_other_pictures(tmp_path: Path, mode: str, in_chans: int, dtype: Any) -> None:
+def test_other_kinds_of_images(tmp_path: Path, mode: str, in_chans: int, dtype: Any) -> None:
     values = np.random.default_rng(0).integers(0, 256, (40, 40, 4), dtype=np.uint8)
     pixels = (
         values if mode == "RGBA" else values[..., 0].astype(np.uint16 if "16" in mode else "u1")
@@ -118,7 +118,7 @@ def test_other_pictures(tmp_path: Path, mode: str, in_chans: int, dtype: Any) ->
 
 
 def test_a_randaugment_string_that_timm_refuses() -> None:
-    with pytest.raises(InputError, match="'rand-x9' is not understood"):
+    with pytest.raises(InputError, match="'rand-x9' is unknown to timm"):
         recolouring(FinetuneAugmentConfig(randaugment="rand-x9"), (32, 32), [0.5] * 3)
 
 
@@ -132,11 +132,11 @@ def test_evaluation_is_resize_and_centre_crop(pictures: Path) -> None:
         wanted = reference(Image.open(files.path(index).decode())).numpy().astype(float)
         image = data[index].image
         assert image is not None
-        # The crop's corner may lie half a pixel off, since ours is cut before it is resized.
+        # The crop's corner may be half a pixel off, since ours is cropped before it is resized.
         assert np.abs(image - wanted).mean() < 2
 
 
-def test_a_picture_that_cannot_be_read_has_no_image(tmp_path: Path) -> None:
+def test_an_unreadable_file_gives_no_image(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"none")
     images = Preprocessing((32, 32), (0.5,) * 3, (0.5,) * 3)
     data = EvalDataset(Split(find_images(str(tmp_path)), "val/"), images)
@@ -146,7 +146,7 @@ def test_a_picture_that_cannot_be_read_has_no_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("n", "batch", "size"), [(10, 3, 1), (10, 3, 2), (7, 2, 3), (1, 4, 4)])
-def test_each_sample_is_measured_once_in_equally_many_batches(
+def test_each_sample_is_measured_once_in_equal_numbers_of_batches(
     n: int, batch: int, size: int
 ) -> None:
     shares = [batches_of(n, batch, rank, size) for rank in range(size)]

@@ -1,4 +1,4 @@
-"""Labelled folders: classes, splits, and what is refused."""
+"""Labelled folders: classes, splits and refused input."""
 
 import logging
 import shutil
@@ -13,7 +13,7 @@ from sparse.errors import InputError
 
 
 def touch(root: Path, *names: str) -> Path:
-    """Empty files: finding them does not read them."""
+    """Create empty files: finding them does not read them."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -63,14 +63,14 @@ def test_the_split_of_a_class_does_not_depend_on_other_classes(tmp_path: Path) -
     assert len(held("b", "d")) == 3
 
 
-def test_a_class_that_is_only_in_train_and_stray_pictures_are_named(
+def test_a_class_that_is_only_in_train_and_stray_images_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     touch(tmp_path, "train/a/0.jpg", "train/b/0.jpg", "train/stray.jpg", "val/a/1.jpg")
     with caplog.at_level(logging.WARNING):
         assert len(find_labelled(str(tmp_path), 0.0).train.source) == 2
     assert "never measured: 'b'" in caplog.text
-    assert "1 images lie in" in caplog.text
+    assert "1 images in" in caplog.text
 
 
 def rename(old: str, new: str) -> Callable[[Path], object]:
@@ -107,7 +107,7 @@ def remove(*folders: str) -> Callable[[Path], object]:
             0.0,
             r"does not have: 'bb' \(did you mean 'b'",
         ),
-        (rename("train/b", "train/A"), 0.0, "classes 'A' and 'a', which look alike"),
+        (rename("train/b", "train/A"), 0.0, "similar classes 'A' and 'a': rename one"),
         (rename("train/b", "train/b\n"), 0.0, "rename it to printable UTF-8"),
         (rename("train/b", "train/b\udcff"), 0.0, "rename it to printable UTF-8"),
     ],
@@ -131,11 +131,11 @@ def test_ten_thousand_classes(tmp_path: Path) -> None:
     assert labels_of(data.val.source, data.names).tolist() == [7]
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere.* is not a folder"):
         find_labelled(str(tmp_path / "nowhere"), 0.0)
 
 
-def test_one_picture_a_class_leaves_nothing_to_validate_on(tmp_path: Path) -> None:
+def test_one_image_per_class_leaves_nothing_to_validate_on(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="every class has one image"):
         find_labelled(str(touch(tmp_path, "a/0.jpg", "b/0.jpg")), 0.5)

@@ -1,4 +1,4 @@
-"""Which model is built from what weights, and what is refused."""
+"""Building models from weights, and refused input."""
 
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ def test_names_of_models() -> None:
 
 
 @pytest.mark.parametrize("names", [("head.norm", "head.fc"), ("norm", "head")])
-def test_a_trained_final_norm_arrives_too(tmp_path: Path, names: tuple[str, str]) -> None:
-    """As in going on from 22K to 1K; in timm's names and the official ones."""
+def test_a_trained_final_norm_is_loaded_too(tmp_path: Path, names: tuple[str, str]) -> None:
+    """As when fine-tuning from 22K to 1K; in timm's and in the official names."""
     state = random_encoder(**dict(zip(("depths", "dims"), FEMTO, strict=True))).state_dict()
     norm = {"weight": torch.rand(384) + 0.5, "bias": torch.randn(384)}
     state |= {f"{names[0]}.{kind}": tensor for kind, tensor in norm.items()}
@@ -79,7 +79,7 @@ def test_unknown_models_are_refused(model: str, message: str) -> None:
         find_model(model, "none", 3)
 
 
-def test_pretrained_weights_arrive_in_the_dense_model(tmp_path: Path) -> None:
+def test_pretrained_weights_are_loaded_into_the_dense_model(tmp_path: Path) -> None:
     encoder = random_encoder()
     start = find_model(None, exported(encoder, tmp_path / "out"), 3)
     assert start.images is not None
@@ -112,7 +112,7 @@ def test_weights_of_another_size_or_channel_count_are_refused(tmp_path: Path) ->
         find_model(None, atto, 1)
 
 
-def test_loading_is_strict_but_for_the_classifier() -> None:
+def test_loading_is_strict_except_for_the_classifier() -> None:
     model: Any = timm.create_model("test_resnet", num_classes=3)
     state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     fresh = model.get_classifier().weight.detach().clone()
@@ -133,7 +133,7 @@ def test_loading_is_strict_but_for_the_classifier() -> None:
     ("name", "size", "kept"),
     [("test_vit", (64, 64), {"img_size": (64, 64)}), ("test_resnet", (64, 96), {})],
 )
-def test_image_size_goes_to_models_that_are_tied_to_one(
+def test_image_size_is_passed_to_models_with_a_fixed_one(
     name: str, size: tuple[int, int], kept: dict[str, object]
 ) -> None:
     model, args = build_model(Start(name, {}), 3, 1, size, drop_path=0.1)
@@ -141,7 +141,7 @@ def test_image_size_goes_to_models_that_are_tied_to_one(
     assert model(torch.zeros(2, 1, *size)).shape == (2, 3)
 
 
-def test_a_model_without_stochastic_depth_is_built_without() -> None:
+def test_a_model_that_has_no_drop_path_is_built_without_it() -> None:
     model, args = build_model(Start("dla46_c", {}), 3, 3, (64, 64), drop_path=0.1)
     assert args == {}
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
@@ -171,7 +171,8 @@ def test_scaling_the_classifier() -> None:
 
 
 def test_fan_in_keeps_the_variance_and_the_model_keeps_its_classifier() -> None:
-    """A ConvNeXt from scratch: every layer's deviation is 1/√fan_in; other models stay as built."""
+    """In a ConvNeXt from scratch every layer's standard deviation is 1/√fan_in; other models keep
+    their own weights."""
     torch.manual_seed(0)
     net: Any = timm.create_model("convnextv2_atto", num_classes=10)
     head = net.get_classifier().weight.clone()

@@ -1,4 +1,4 @@
-"""Layer-wise rates and weight decay, against numbers worked out by hand."""
+"""Layer-wise rates and weight decay, against numbers computed by hand."""
 
 from collections import defaultdict
 
@@ -42,8 +42,8 @@ def test_base_makes_twelve_groups(name: str, layer: int) -> None:
     assert convnext_layer(name, BASE, 3) == layer
 
 
-def test_single_gives_each_block_a_layer_and_a_downsampling_to_what_it_leads_to() -> None:
-    """Depths 1, 1, 2, 1: the blocks are layers 1 to 5, and the head comes after."""
+def test_single_makes_each_block_a_layer_with_the_downsampling_before_it() -> None:
+    """Depths 1, 1, 2, 1: the blocks are layers 1 to 5, followed by the head."""
     rates = {}
     model = tiny_convnext()
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -58,7 +58,7 @@ def test_single_gives_each_block_a_layer_and_a_downsampling_to_what_it_leads_to(
     assert rates["stages.0.blocks.0.conv_dw.bias"] == rates["stem.0.weight"] == 0.03125
 
 
-def test_group_of_free_depths() -> None:
+def test_group_for_custom_depths() -> None:
     depths = layer_depths(tiny_convnext(), "group")
     assert depths["head.fc.bias"] == 0
     assert depths["stages.2.blocks.0.norm.bias"] == depths["stages.2.blocks.1.norm.bias"] == 2
@@ -103,7 +103,7 @@ def test_a_layer_decay_of_one_makes_two_groups() -> None:
     assert [group["lr_scale"] for group in groups] == [1.0, 1.0]
 
 
-def test_what_is_frozen_is_left_out() -> None:
+def test_frozen_parameters_are_excluded() -> None:
     model = tiny_convnext().requires_grad_(False)
     model.get_submodule("head").requires_grad_(True)
     optimizer = make_optimizer(

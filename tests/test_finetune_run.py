@@ -1,4 +1,4 @@
-"""Whole runs on toy data: what they write, that they can be stopped anywhere, what they measure."""
+"""Complete runs on toy data: their files, interruption at any point, and evaluation."""
 
 import csv
 import json
@@ -85,7 +85,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert written == (other / "exported" / name).read_bytes()
 
 
-def test_a_run_writes_what_it_should(run: Path) -> None:
+def test_a_run_writes_all_its_files(run: Path) -> None:
     ends = [line for line in metrics(run) if "val_top1" in line]
     assert [line["step"] for line in ends] == [3, 6]
     figures = {f"{name}_{key}" for name in ("val", "ema") for key in ("top1", "top5", "loss")}
@@ -115,10 +115,10 @@ def test_the_exported_folder_loads_in_timm_both_ways(run: Path) -> None:
 
 
 @pytest.mark.parametrize(("step", "workers"), [(2, 0), (3, 0), (4, 0), (4, 2)])
-def test_a_run_that_goes_on_is_the_run_never_stopped(
+def test_a_resumed_run_equals_one_never_stopped(
     run: Path, classes: Path, tmp_path: Path, step: int, workers: int
 ) -> None:
-    """Later checkpoints, and a later best, are taken away: all of it must come again."""
+    """Later checkpoints and later best weights are removed: the run must reproduce all of them."""
     shutil.copytree(run, tmp_path / "run")
     for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints")[: STEPS - step]:
         shutil.rmtree(checkpoint)
@@ -126,7 +126,7 @@ def test_a_run_that_goes_on_is_the_run_never_stopped(
     assert_same_run(run, tmp_path / "run")
 
 
-def test_a_run_that_was_killed_is_the_run_never_stopped(
+def test_a_killed_and_resumed_run_equals_one_never_stopped(
     run: Path, classes: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -150,7 +150,7 @@ def test_a_run_that_was_killed_is_the_run_never_stopped(
     assert_same_run(run, out)
 
 
-def test_a_run_stopped_while_it_measures_measures_again(
+def test_a_run_stopped_during_evaluation_evaluates_again(
     run: Path, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = EvalDataset.__getitem__
@@ -167,10 +167,10 @@ def test_a_run_stopped_while_it_measures_measures_again(
     assert_same_run(run, tmp_path / "run")
 
 
-def test_best_weights_are_those_that_the_checkpoint_knows(
+def test_best_weights_are_those_of_the_checkpoint(
     run: Path, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Going on from before the first epoch's end, what was found later is forgotten at once."""
+    """Resuming from before the first epoch's end discards later best weights immediately."""
     shutil.copytree(run, tmp_path / "run")
     for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints")[: STEPS - 2]:
         shutil.rmtree(checkpoint)
@@ -180,7 +180,7 @@ def test_best_weights_are_those_that_the_checkpoint_knows(
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(classes: Path, tmp_path: Path) -> None:
+def test_two_processes_learn_the_same_as_one(classes: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     changes: dict[str, Any] = {"augment": FinetuneAugmentConfig(randaugment="rand-m5")}
     assert finetune(config(classes, one, drop_path=0.0, **changes)) == 0
@@ -201,9 +201,7 @@ def test_a_finished_run_repeated_does_nothing(run: Path, classes: Path, tmp_path
     assert_same_run(run, tmp_path / "run")
 
 
-def test_a_model_tied_to_an_image_size_goes_on_and_comes_back(
-    classes: Path, tmp_path: Path
-) -> None:
+def test_a_model_with_a_fixed_image_size_resumes_and_loads(classes: Path, tmp_path: Path) -> None:
     changes = {"model": "test_vit", "img_size": [32, 48], "epochs": 1}
     assert finetune(config(classes, tmp_path / "run", **changes)) == 0
     shutil.rmtree(list_checkpoints(tmp_path / "run" / "checkpoints")[0])
@@ -226,7 +224,7 @@ def test_another_setting_is_refused(run: Path, classes: Path) -> None:
         finetune(config(classes, run, drop_path=0.3))
 
 
-def test_a_frozen_backbone_stays_as_it_was(classes: Path, tmp_path: Path) -> None:
+def test_a_frozen_backbone_does_not_change(classes: Path, tmp_path: Path) -> None:
     finetune(config(classes, tmp_path / "run", freeze="backbone", model="test_resnet", epochs=1))
     first = load_file(tmp_path / "run" / "checkpoints" / "step-00000001" / "model.safetensors")
     last = final(tmp_path / "run")["model"]
@@ -234,7 +232,7 @@ def test_a_frozen_backbone_stays_as_it_was(classes: Path, tmp_path: Path) -> Non
     assert changed == {"fc.weight", "fc.bias"}
 
 
-def test_unreadable_pictures_are_replaced_left_out_and_named(tmp_path: Path) -> None:
+def test_unreadable_images_are_replaced_skipped_and_named(tmp_path: Path) -> None:
     data = write_classes(tmp_path / "data", train=8, val=4)
     (data / "train" / "class 0" / "0.png").write_bytes(b"none")
     (data / "val" / "class 1" / "0.png").write_bytes(b"none")
@@ -272,8 +270,8 @@ def test_bad_settings_are_refused_before_anything_is_written(
 def test_a_short_run_learns_by_default(
     tmp_path: Path, warmup_epochs: float | None, learns: bool
 ) -> None:
-    """16 steps from scratch over 24 images that only memory tells apart. With a tenth of warm-up
-    all features become one, and the loss ends at ln 3, that of even chances."""
+    """16 steps from scratch on 24 images that can only be memorised. With 10 % of warm-up all
+    features collapse, and the loss ends at ln 3, that of uniform predictions."""
     for seed, name in enumerate("abc"):
         for split, count in (("train", 8), ("val", 1)):
             write_pictures(tmp_path / "data" / split / name, count, seed)
@@ -297,8 +295,8 @@ def test_a_model_at_chance_is_reported_once(
     classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, tops: list[float], warned: str | None,
 ) -> None:  # fmt: skip
-    """Of three classes of four images each, chance is 33.3 %, and 46.9 % a standard error above.
-    What the first epoch of three gives is too early to judge by."""
+    """For three classes of four images each, chance is 33.3 %, and one standard error above it is
+    46.9 %. The result of the first of three epochs is too early to judge by."""
     scores = iter(tops)
 
     def measure(task: Finetuning, models: dict[str, Any], _: Any) -> dict[str, dict[str, float]]:
@@ -383,7 +381,7 @@ def test_evaluate_prints_a_table_and_draws(
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-def test_of_very_many_classes_the_worst_are_shown(
+def test_only_the_worst_of_many_classes_are_shown(
     run: Path, classes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finetune.evaluate.MOST_ROWS", 1)
@@ -394,7 +392,7 @@ def test_of_very_many_classes_the_worst_are_shown(
     assert f"the worst 1 of {len(found)} classes" in " ".join(said.split())
 
 
-def test_evaluate_summary_of_classes_that_are_not_there() -> None:
+def test_evaluate_summary_of_missing_classes() -> None:
     result = summarise(np.array([[3, 1, 0], [0, 0, 0], [2, 0, 2]]), 7, ("a", "b", "c"))
     assert result["top1"] == pytest.approx(62.5)
     assert result["top5"] == pytest.approx(87.5)
@@ -402,7 +400,7 @@ def test_evaluate_summary_of_classes_that_are_not_there() -> None:
     assert result["per_class"] == {"a": {"top1": 75.0, "n": 4}, "c": {"top1": 50.0, "n": 4}}
 
 
-def test_classes_go_by_name(run: Path, classes: Path, tmp_path: Path) -> None:
+def test_classes_are_matched_by_name(run: Path, classes: Path, tmp_path: Path) -> None:
     """A data set with some of the classes; one that the model does not know is refused."""
     shutil.copytree(classes / "val" / "class 2", tmp_path / "class 2")
     result = evaluate(EvaluateConfig(str(run), str(tmp_path), workers=0), show=False)
@@ -413,7 +411,7 @@ def test_classes_go_by_name(run: Path, classes: Path, tmp_path: Path) -> None:
         evaluate(EvaluateConfig(str(run), str(tmp_path), workers=0))
 
 
-def test_a_run_that_divided_its_data_is_measured_on_what_it_kept_back(
+def test_a_run_with_val_fraction_is_evaluated_on_its_held_out_images(
     classes: Path, tmp_path: Path
 ) -> None:
     data, out = classes / "train", tmp_path / "run"
@@ -424,11 +422,11 @@ def test_a_run_that_divided_its_data_is_measured_on_what_it_kept_back(
     assert result["top1"] == pytest.approx(logged[0])
 
 
-def test_what_was_kept_back_stays_kept_back(
+def test_held_out_images_stay_held_out(
     classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """From another folder, of what was exported, and after pictures came and went."""
+    """From another folder, for exported weights, and after images were added and removed."""
     data, out = tmp_path / "flat", tmp_path / "run"
     shutil.copytree(classes / "train", data)
     finetune(config(data, out, val_fraction=0.25, epochs=1))
@@ -450,11 +448,11 @@ def test_what_was_kept_back_stays_kept_back(
     assert "the run kept back images of" in caplog.text
 
 
-def test_classes_that_are_not_measured_are_told(
+def test_classes_that_are_not_measured_are_reported(
     classes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """A class of one picture trains and is never measured: the figures say of what they are."""
+    """A class of one image is trained but never measured: the results name the classes measured."""
     data = tmp_path / "data"
     shutil.copytree(classes / "train", data)
     for picture in [*(data / "class 1").iterdir()][1:]:
@@ -471,14 +469,14 @@ def test_classes_that_are_not_measured_are_told(
     assert "balanced over 2 of 3 classes" in said
 
 
-def test_weights_of_another_size_of_images_are_told(
+def test_weights_of_another_image_size_are_reported(
     run: Path, classes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     finetune(config(classes, tmp_path / "run", model=None, weights=str(run), img_size=64, epochs=1))
     assert "the weights saw images of 32×32: --img_size '[32,32]' gives the same" in caplog.text
 
 
-def test_a_class_that_left_val_does_not_end_a_run(classes: Path, tmp_path: Path) -> None:
+def test_a_class_removed_from_val_does_not_end_a_run(classes: Path, tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(classes, data)
     finetune(config(data, out))
@@ -491,8 +489,8 @@ def test_a_class_that_left_val_does_not_end_a_run(classes: Path, tmp_path: Path)
     assert sorted(bad) == [f"val/class 2/{number}.png" for number in range(4)]
 
 
-def test_a_run_stands_for_its_best_weights(run: Path) -> None:
-    """As what to start from too, whatever the model."""
+def test_a_run_given_as_weights_means_its_best_weights(run: Path) -> None:
+    """Also as initial weights, for any model."""
     start = find_model(None, str(run), 3)
     assert start.name == "test_convnext"
     best = load_file(run / "best" / "model.safetensors")
@@ -531,15 +529,15 @@ def test_a_wrong_config_beside_the_weights_is_refused(
         evaluate(EvaluateConfig(str(tmp_path / "w"), str(classes), workers=0))
 
 
-def test_only_the_weights_of_a_folder_stand_for_it(run: Path, classes: Path) -> None:
+def test_evaluate_needs_the_weights_of_a_folder_not_its_config(run: Path, classes: Path) -> None:
     with pytest.raises(
         InputError, match=r"no classifier: .* model\.safetensors with its config\.json"
     ):
         evaluate(EvaluateConfig(str(run / "exported" / "config.json"), str(classes), workers=0))
 
 
-def test_skipped_updates_leave_running_statistics_alone(classes: Path, tmp_path: Path) -> None:
-    """One picture of huge numbers: its batches count for nothing, in the average too."""
+def test_skipped_updates_leave_running_statistics_unchanged(classes: Path, tmp_path: Path) -> None:
+    """One image has huge values: its batches have no effect, on the averaged weights neither."""
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(classes, data)
     huge = np.full((40, 40, 3), 1e38, np.float32)
@@ -553,14 +551,14 @@ def test_skipped_updates_leave_running_statistics_alone(classes: Path, tmp_path:
     assert all(t.isfinite().all() for part in final(out).values() for t in part.values())
 
 
-def test_batch_norm_wants_two_images_at_a_time(classes: Path, tmp_path: Path) -> None:
+def test_batch_norm_needs_two_images_per_batch(classes: Path, tmp_path: Path) -> None:
     given = config(classes, tmp_path / "run", model="test_resnet", batch_size=2, accumulate=2)
     given.augment.mixup = given.augment.cutmix = 0.0
-    with pytest.raises(InputError, match="has batch norm and is shown one image at a time"):
+    with pytest.raises(InputError, match="has batch norm, but sees one image at a time"):
         finetune(given)
 
 
-def test_a_loss_that_is_no_number_is_the_worst() -> None:
+def test_a_nan_loss_is_the_worst() -> None:
     kind = Classify(FinetuneConfig(data="photos", out="run"))
     scores = [(60.0, math.nan), (50.0, 1.0), (50.0, math.nan), (50.0, 2.0)]
     best_first = sorted(
@@ -601,7 +599,9 @@ def test_predict_from_a_list_of_paths_with_odd_names(
     assert b'"' + odd + b'",class ' in out.read_bytes()
 
 
-def test_measuring_now_and_then_leaves_the_training_as_it_is(classes: Path, tmp_path: Path) -> None:
+def test_the_interval_of_evaluations_does_not_change_training(
+    classes: Path, tmp_path: Path
+) -> None:
     ends = {}
     for name, every in (("each", 1), ("some", 2)):
         assert finetune(config(classes, tmp_path / name, epochs=5, val_epochs=every)) == 0
@@ -611,9 +611,7 @@ def test_measuring_now_and_then_leaves_the_training_as_it_is(classes: Path, tmp_
     assert all(ends["each"][step] == line for step, line in ends["some"].items())
 
 
-def test_near_duplicates_of_the_validation_pictures_are_listed(
-    classes: Path, tmp_path: Path
-) -> None:
+def test_near_duplicates_of_the_validation_images_are_listed(classes: Path, tmp_path: Path) -> None:
     other = tmp_path / "unlabeled"
     other.mkdir()
     with Image.open(classes / "val" / "class 1" / "2.png") as picture:
@@ -630,7 +628,7 @@ def test_near_duplicates_of_the_validation_pictures_are_listed(
     ("images", "epochs", "val_epochs"),
     [(1, 200, 7), (300, 200, 7), (301, 200, 7), (600, 100, 4), (3000, 20, 1), (10**6, 20, 1)],
 )
-def test_fewer_images_are_passed_over_more_often(images: int, epochs: int, val_epochs: int) -> None:
+def test_fewer_images_get_more_epochs(images: int, epochs: int, val_epochs: int) -> None:
     given = FinetuneConfig(data="photos", out="run")
     assert Finetuning.auto_epochs.resolve(given.epochs, images) == epochs
     assert resolve_val_epochs(given, epochs) == val_epochs
@@ -638,8 +636,8 @@ def test_fewer_images_are_passed_over_more_often(images: int, epochs: int, val_e
 
 
 @pytest.mark.slow
-def test_compiled_steps_train_and_eager_ones_measure(classes: Path, tmp_path: Path) -> None:
-    """The same numbers as without, and torch compiles one graph: none for measuring."""
+def test_compiled_steps_train_and_eager_ones_evaluate(classes: Path, tmp_path: Path) -> None:
+    """The same numbers as without compilation; torch compiles one graph, none for evaluation."""
     losses = []
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -652,7 +650,7 @@ def test_compiled_steps_train_and_eager_ones_measure(classes: Path, tmp_path: Pa
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_no_compiler_is_said(
+def test_a_missing_compiler_is_reported(
     classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
@@ -661,7 +659,7 @@ def test_no_compiler_is_said(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_layer_decay_that_a_model_cannot_have_writes_nothing(
+def test_an_unsupported_layer_decay_writes_nothing(
     classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(model: Any, layer_group: str) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Hypothesis against what reads files that a run did not write itself: manifest, state, weights."""
+"""Hypothesis tests of the readers of foreign files: manifest, state, weights."""
 
 import hashlib
 import json
@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from fcmae.config.fields import asked_settings
 from fcmae.config.pretraining import PretrainConfig
 from fcmae.train.checkpoint import damage, load_checkpoint, save_checkpoint
-from fcmae.train.resume import asked_settings, find_start
+from fcmae.train.resume import find_start
 from fcmae.weights.load import load_weights
 from sparse import SparseConvNeXtV2
 from sparse.convert import from_minkowski, to_minkowski, to_timm
@@ -46,7 +47,7 @@ def checkpoint(tmp_path):
 
 @QUICK
 @given(content=MANIFESTS.map(json.dumps).map(str.encode) | st.binary(max_size=40))
-def test_any_manifest_is_good_or_damage(checkpoint, content):
+def test_any_manifest_is_intact_or_damaged(checkpoint, content):
     original = json.loads((checkpoint / "manifest.json").read_bytes())
     manifest = checkpoint / "manifest.json"
     whole = manifest.read_bytes()
@@ -59,7 +60,7 @@ def test_any_manifest_is_good_or_damage(checkpoint, content):
         manifest.write_bytes(whole)
 
 
-def test_the_state_as_it_was_is_used(checkpoint):
+def test_an_unchanged_state_is_used(checkpoint):
     config = PretrainConfig("data", str(checkpoint.parent.parent))
     assert find_start(config, "pretrain").state["step"] == 1
 
@@ -67,7 +68,7 @@ def test_the_state_as_it_was_is_used(checkpoint):
 @QUICK
 @given(data=st.data())
 def test_any_state_is_used_or_refused(checkpoint, data):
-    """A state that someone wrote by hand, with the right hash in the manifest."""
+    """A state edited by hand, with the right hash in the manifest."""
     state, manifest = checkpoint / "state.json", checkpoint / "manifest.json"
     whole = state.read_bytes(), manifest.read_bytes()
     keys = json.loads(whole[0])

@@ -1,7 +1,7 @@
 """A short loss trajectory kept in git: a refactor gives the same numbers.
 
-A change of numerics (initial weights, order, crops, masks, optimizer) must say so and write new
-ones: `python -m tests.test_golden`.
+A change of numerics (initial weights, order, crops, masks, optimizer) must be stated and needs new
+losses: `python -m tests.test_golden`.
 """
 
 import json
@@ -34,7 +34,7 @@ def trajectory(engine: str, init: Literal["fan_in", "paper"], folder: Path) -> l
 
 @pytest.mark.parametrize("init", ["fan_in", "paper"])
 @pytest.mark.parametrize("engine", ["dense", "patch", "minkowski"])
-def test_losses_are_the_golden_ones(engine, init, tmp_path):
+def test_losses_equal_the_golden_ones(engine, init, tmp_path):
     if engine == "minkowski" and why_unavailable() is not None:
         pytest.skip(str(why_unavailable()))
     golden = json.loads(GOLDEN.read_text())[init]

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same numbers there, no waiting in a step, memory, compilation."""
+"""Behaviour on a GPU: the same numbers, steps that never wait for it, memory, compilation."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ GPU = torch.device("cuda")
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_patch_on_the_gpu_is_dense_on_the_cpu(kind):
+def test_patch_on_the_gpu_equals_dense_on_the_cpu(kind):
     mask = make_mask(kind, 2, 3, 2)
     images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
     found, expected = {}, {}
@@ -59,7 +59,7 @@ def test_patch_takes_less_memory_than_dense():
 
 
 @pytest.mark.slow
-def test_compiled_is_eager():
+def test_compiled_equals_eager():
     encoder = random_encoder("patch", 3, model="atto").to(GPU)
     images, mask = example(4, (96, 96), 0.6, GPU)
     eager = encoder(images, mask)

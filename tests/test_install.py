@@ -22,7 +22,7 @@ APT = ["apt-get update", "apt-get install -y libopenblas-dev"]
 
 
 class Machine:
-    """Answers the installer's commands. By default it is ready for the build, and not as root."""
+    """Answers the installer's commands. By default it can build, and the user is not root."""
 
     def __init__(self) -> None:
         self.working = False
@@ -74,7 +74,7 @@ def machine(tmp_path, monkeypatch) -> Machine:
     return machine
 
 
-def test_a_working_installation_is_left_alone(machine):
+def test_a_working_installation_is_not_rebuilt(machine):
     machine.working = True
     assert main([]) == 0
     assert machine.commands == []
@@ -122,7 +122,7 @@ def test_root_installs_system_packages(machine):
         (False, "pip", [], "-m ensurepip"),
     ],
 )
-def test_what_is_missing_is_named_with_the_command_that_installs_it(
+def test_missing_packages_are_named_with_the_command_that_installs_them(
     machine, capsys, root, lacks, attempts, advice
 ):
     machine.root, machine.lacks, machine.apt_fails = root, {lacks}, True
@@ -157,7 +157,7 @@ def test_commands_and_their_output_are_logged(tmp_path):
     assert "\nfrom the child\n" in log.read_text()
 
 
-def test_a_module_that_does_not_convolve_does_not_count(tmp_path, monkeypatch):
+def test_a_module_that_does_not_convolve_counts_as_not_working(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("def tensor(*_args, **_options): ...\nint32 = None")
     (tmp_path / "MinkowskiEngine.py").write_text("__version__ = '0.5.4'")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -72,7 +72,7 @@ def test_steps_follow_the_epochs() -> None:
     assert [i for batch in batches[3:6] for _, i in batch] == epoch_order(7, 1, 10, 4).tolist()
 
 
-def test_a_resumed_sampler_goes_on_where_it_was() -> None:
+def test_a_resumed_sampler_continues_at_its_step() -> None:
     whole = keys_of(StepSampler(10, 4, 7, 0, 9, accumulate=2))
     for start in range(10):
         rest = StepSampler(10, 4, 7, start, 9, accumulate=2)
@@ -129,7 +129,7 @@ def test_bad_files_are_replaced_by_the_same_ones_in_every_run(files: FileList) -
     assert replaced[0] == replaced[1]
 
 
-def test_a_sample_of_a_folder_that_went_away_has_no_image(tmp_path: Path) -> None:
+def test_a_sample_of_a_deleted_folder_has_no_image(tmp_path: Path) -> None:
     for i in range(30):
         (tmp_path / f"{i}.jpg").touch()
     sample = crops(find_images(str(tmp_path)), 64, 64)[(0, 0)]
@@ -173,7 +173,7 @@ def test_a_batch_has_the_masks_of_its_samples(files: FileList) -> None:
     assert len(batch) == 2
 
 
-def test_eight_bit_and_deeper_pictures_share_a_batch(tmp_path: Path) -> None:
+def test_eight_bit_and_deeper_images_share_a_batch(tmp_path: Path) -> None:
     Image.new("L", (64, 64), 51).save(tmp_path / "a.png")
     Image.fromarray(np.full((64, 64), 13107, np.uint16)).save(tmp_path / "b.png")
     dataset = crops(find_images(str(tmp_path)), 64, 64, in_chans=1)
@@ -203,7 +203,7 @@ def test_normalise(dtype: torch.dtype) -> None:
     assert torch.equal(given, kept)
 
 
-def test_held_out_pictures_have_the_same_masks_whatever_else_there_is(files: FileList) -> None:
+def test_held_out_images_have_the_same_masks_whatever_the_other_images(files: FileList) -> None:
     def masks_of(files: FileList) -> tuple[dict[str, Tensor], list[str]]:
         images = Preprocessing((64, 96), (0.5,) * 3, (0.5,) * 3)
         masks: dict[str, Tensor] = {}
@@ -313,7 +313,7 @@ def test_workers_leave_signals_to_the_main_process_and_end_with_it(
     assert not any(map(is_alive, workers))
 
 
-def test_a_reader_that_dies_while_it_sends_ends_in_one_line():
+def test_a_worker_that_dies_while_sending_ends_in_one_line():
     ours, theirs = multiprocessing.Pipe()
     theirs.close()
     said = r"failed \(EOFError while it sent images\).*--workers"
@@ -327,9 +327,9 @@ def test_a_reader_that_dies_while_it_sends_ends_in_one_line():
 
 
 @pytest.mark.parametrize(
-    ("scale", "std", "told"), [(1.0, 0.2, False), (0.02, 0.2, True), (1.0, 30.0, True)]
+    ("scale", "std", "reported"), [(1.0, 0.2, False), (0.02, 0.2, True), (1.0, 30.0, True)]
 )
-def test_a_mean_and_std_of_other_pictures_are_told(tmp_path, caplog, scale, std, told):
+def test_a_mean_and_std_of_other_images_are_reported(tmp_path, caplog, scale, std, reported):
     random = np.random.default_rng(0)
     for number in range(4):
         pixels = random.uniform(0, scale, (40, 40, 5)).astype(np.float32)
@@ -337,21 +337,21 @@ def test_a_mean_and_std_of_other_pictures_are_told(tmp_path, caplog, scale, std,
     files = find_images(str(tmp_path))
     config = PretrainConfig("", "", in_chans=5, max_pixels=10_000)
     warn_if_far_off(config, Preprocessing((32, 32), (0.45,) * 5, (std,) * 5), files)
-    assert ("--augment.mean data --augment.std data" in caplog.text) == told
+    assert ("--augment.mean data --augment.std data" in caplog.text) == reported
 
 
-def test_pictures_of_another_kind_say_what_to_do(tmp_path):
-    for name, shape, cure in (
+def test_arrays_of_another_shape_name_a_fix(tmp_path):
+    for name, shape, fix in (
         ("last", (9, 8, 5), "not (H, W, 3): give --in_chans 5"),
         ("first", (5, 9, 8), "not (H, W, 3): channels come last"),
     ):
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "a.npy", np.zeros(shape, np.float32))
         sample = crops(find_images(str(tmp_path / name)), 64, 64)[0, 0]
-        assert sample.bad[0][1].endswith(f"is {cure}")
+        assert sample.bad[0][1].endswith(f"is {fix}")
 
 
-def test_the_first_sample_without_an_image_says_what_was_tried():
+def test_the_first_sample_without_an_image_names_the_files_tried():
     """Not an image of another sample of the batch, which was replaced."""
     replaced = Sample(np.zeros((1, 2, 2), np.uint8), 3, bad=[("a.jpg", "cut short")])
     missing = Sample(None, 4, bad=[("b.jpg", "empty"), ("c.jpg", "empty")])

@@ -20,7 +20,7 @@ SMALL = {"depths": [1, 1, 1, 1], "engine": "patch", "decoder_dim": 32}
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_patchify_runs_row_column_channel(channels):
+def test_patchify_orders_by_row_column_channel(channels):
     images = torch.randn(2, channels, 64, 96)
     patches = patchify(images)
     assert patches.shape == (2, channels * 1024, 2, 3)
@@ -43,14 +43,14 @@ def test_loss_is_the_mean_over_hidden_patches_of_normalised_errors():
     torch.testing.assert_close(found, torch.stack(losses).mean())
 
 
-def test_predicting_the_mean_costs_one():
+def test_predicting_the_mean_has_a_loss_of_one():
     images = torch.randn(2, 3, 64, 64)
     mask = torch.ones(2, 2, 2, dtype=torch.bool)
     loss = reconstruction_loss(torch.zeros(2, 3072, 2, 2), images, mask, norm_pix=True)
     assert loss.item() == pytest.approx(1, abs=1e-3)  # 3071/3072: the variance is unbiased
 
 
-def test_pixels_come_back_from_normalised_patches():
+def test_pixels_are_recovered_from_normalised_patches():
     images = torch.rand(2, 3, 64, 64)
     patches = patchify(images)
     mean, deviation = patch_statistics(patches)
@@ -97,7 +97,7 @@ def test_all_hidden_trains_without_nan():
 
 
 def test_the_mask_token_stands_where_patches_are_hidden():
-    """With an identity projection, hidden positions of the decoder's input are the token."""
+    """With an identity projection, the decoder's input equals the token at hidden positions."""
     model = FCMAE.from_size("atto", **{**SMALL, "decoder_dim": 320, "decoder_depth": 0})
     with torch.no_grad():
         model.decoder.proj.weight.copy_(torch.eye(320)[:, :, None, None])
@@ -123,7 +123,7 @@ def test_official_widths():
 
 @pytest.mark.parametrize("init", ["fan_in", "paper"])
 def test_initial_weights(init):
-    """fan_in keeps the signal's variance through the encoder; the paper's are 0.02 everywhere."""
+    """fan_in keeps the signal's variance through the encoder; the paper uses 0.02 everywhere."""
     model = build_model(PretrainConfig(data="-", out="-", init=init, engine="patch"))
     fan_ins = {
         "encoder.stem.0": 48, "encoder.stages.2.downsample.1": 320,

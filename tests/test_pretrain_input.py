@@ -1,4 +1,4 @@
-"""What a user can get wrong when pretraining: one line, exit 2, nothing written."""
+"""Mistakes in the input of pretraining: one line, exit 2, nothing written."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def config(data, out, **changes):
         ({"mask_ratio": 1.0}, "mask_ratio 1"),
         ({"mask_ratio": 0.9}, "try"),
         ({"model": "atoo", "depths": None, "dims": None}, "did you mean atto"),
-        ({"depths": [1, 2]}, "four positive whole numbers"),
+        ({"depths": [1, 2]}, "four positive integers"),
         ({"batch_size": 9, "accumulate": 2}, "nearest are 8 and 10"),
         ({"device": "cuda:7"}, "CUDA devices; use cpu"),
         ({"device": "gpu"}, "use auto, cpu, cuda"),
@@ -68,7 +68,7 @@ def test_data_that_is_missing_or_empty(tmp_path):
         pretrain(config(tmp_path / "empty", tmp_path / "run"))
 
 
-def test_an_out_that_is_not_ours(pictures, tmp_path):
+def test_an_out_folder_that_is_not_a_run(pictures, tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("dear")
     with pytest.raises(InputError, match=r"holds 'a.txt', which is not a run"):
@@ -77,7 +77,7 @@ def test_an_out_that_is_not_ours(pictures, tmp_path):
         pretrain(config(pictures, tmp_path / "letters" / "a.txt"))
 
 
-def test_unreadable_pictures_are_skipped_and_named(tmp_path):
+def test_unreadable_images_are_skipped_and_named(tmp_path):
     data = write_pictures(tmp_path / "data", 39)
     (data / "broken.png").write_bytes(b"\x89PNG nothing")
     assert pretrain(config(data, tmp_path / "run")) == 0
@@ -86,7 +86,7 @@ def test_unreadable_pictures_are_skipped_and_named(tmp_path):
     assert json.loads(lines[0])["reason"]
 
 
-def test_too_many_unreadable_pictures_stop_the_run(tmp_path):
+def test_too_many_unreadable_images_stop_the_run(tmp_path):
     data = write_pictures(tmp_path / "data", 20)
     for i in range(4):
         (data / f"broken{i}.png").write_bytes(b"")
@@ -105,7 +105,7 @@ def test_a_folder_smaller_than_the_batch_cycles(tmp_path, caplog):
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
     pictures, tmp_path, save, log
 ):
-    """Also where nothing was to be logged or saved at that step."""
+    """Even if nothing is due to be logged or saved at that step."""
     wild = config(
         pictures, tmp_path, epochs=40, checkpoint_steps=save, log_steps=log,
         optim=OptimConfig(base_lr=1e30),
@@ -119,7 +119,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
     assert all(map(math.isfinite, (loss for _, loss in metrics(tmp_path))))
 
 
-def test_held_out_images_give_a_loss_and_pictures(tmp_path):
+def test_held_out_images_give_a_loss_and_figures(tmp_path):
     data = write_pictures(tmp_path / "data", 500, size=40)
     run = config(data, tmp_path / "run", batch_size=250, epochs=2, picture_epochs=2, holdout=8)
     assert pretrain(run) == 0
@@ -180,8 +180,8 @@ def test_bf16_autocast_keeps_float32_weights(pictures, tmp_path, engine):
     assert losses["bf16"] != losses["fp32"]
 
 
-def test_fast_decode_moves_pixels_a_little(tmp_path):
-    """On pictures much larger than the crop; the loss follows."""
+def test_fast_decode_changes_pixels_slightly(tmp_path):
+    """On images much larger than the crop; the loss changes slightly too."""
     for i in range(8):
         noise = np.random.default_rng(i).integers(0, 256, (60, 60, 3), dtype=np.uint8)
         image = Image.fromarray(noise).resize((600, 600), Image.Resampling.BICUBIC)
@@ -198,7 +198,7 @@ def test_fast_decode_moves_pixels_a_little(tmp_path):
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_a_cpu_that_multiplies_bf16_is_pointed_out(pictures, tmp_path, caplog, monkeypatch, able):
+def test_a_cpu_with_fast_bf16_is_pointed_out(pictures, tmp_path, caplog, monkeypatch, able):
     caplog.set_level("INFO")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": able}, raising=False)
     assert pretrain(config(pictures, tmp_path)) == 0
@@ -206,7 +206,7 @@ def test_a_cpu_that_multiplies_bf16_is_pointed_out(pictures, tmp_path, caplog, m
 
 
 def broken_pictures(folder, pictures, count):
-    """Float pictures whose pixels overflow float32 when they are normalised, among good ones."""
+    """Float images whose pixels overflow float32 when normalised, among good ones."""
     shutil.copytree(pictures, folder)
     for i in range(count):
         pixels = np.full((80, 80), 3e38, np.float32)
@@ -229,7 +229,7 @@ def test_a_batch_that_is_not_finite_is_named_and_may_be_skipped(pictures, tmp_pa
     assert pretrain(replace(settings, nonfinite="skip")) == 0
     skipped = [entry["step"] for entry in nonfinite(out)][1:]
     assert len(skipped) >= 3  # once an epoch, and again where it fills a last batch
-    assert "not applied: 3 of at most 10" in caplog.text
+    assert "update skipped: 3 of at most 10" in caplog.text
     logged = metrics(out)
     assert not {step for step, _ in logged} & set(skipped)
     assert all(math.isfinite(loss) for _, loss in logged)
@@ -255,12 +255,12 @@ def nonfinite(out):
 def test_holding_everything_out_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("fcmae.train.pretraining.FEWEST_TO_HOLD_OUT", 6)
     data = write_pictures(tmp_path / "data", 8)
-    with pytest.raises(InputError, match="holdout 8 leaves none of the 8 images to train on"):
+    with pytest.raises(InputError, match="holdout 8 leaves none of 8 images to train on: use 32"):
         pretrain(config(data, tmp_path / "run", holdout=8))
 
 
-def test_processes_that_see_other_things_do_not_begin(pictures, tmp_path, monkeypatch):
-    """As if a second process had found other files, or been given another seed."""
+def test_processes_that_disagree_do_not_start(pictures, tmp_path, monkeypatch):
+    """As if a second process had found other files or had another seed."""
     for name, there, said in (
         (
             "files (list 1)",

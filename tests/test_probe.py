@@ -1,4 +1,4 @@
-"""What frozen features are worth: against numpy and scipy, and the command."""
+"""Evaluation of frozen features: against NumPy and SciPy, and the command."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def knn_by_hand(train: Array, labels: Array, val: Array, k: int, classes: int) -
 
 
 def blobs(n: int, classes: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Features (N, 5) around a middle for each class; classes in turn, the same middles always."""
+    """Features (N, 5) around a centre for each class; classes in turn, always the same centres."""
     middles = np.random.default_rng(99).normal(0, 2, (classes, 5))
     labels = np.arange(n) % classes
     noise = np.random.default_rng(seed).normal(0, spread, (n, 5))
@@ -90,7 +90,7 @@ def fit_by_hand(x: Array, labels: Array, classes: int, penalty: float) -> tuple[
 def test_linear_fit_against_scipy(
     penalty: float, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With all logits at once, those of seven pictures and of one."""
+    """With all logits at once, and those of seven images and of one at a time."""
     monkeypatch.setattr(probing, "_AT_ONCE", at_once)
     x, labels = blobs(100, 4, 3)
     weight, bias = fit_by_hand(x.numpy(), labels.numpy(), 4, penalty)
@@ -123,12 +123,12 @@ def test_the_penalty_is_the_one_with_the_lowest_loss_by_hand(spread: float) -> N
     assert guess.tolist() == (val @ weight + bias).argmax(1).tolist()
 
 
-def test_classes_that_lie_apart_are_told_apart() -> None:
+def test_well_separated_classes_are_all_recognised() -> None:
     data = labelled(0.1)
     assert torch.equal(linear_probe(data)[0], data.val_labels)
 
 
-def test_a_channel_that_never_changes_says_nothing() -> None:
+def test_a_constant_channel_has_no_effect() -> None:
     data = labelled(3)
     train, val = (torch.cat([part, torch.full((len(part), 1), 7.0)], 1) for part in data[::2][:2])
     guess, penalty = linear_probe(data._replace(train=train, val=val + torch.eye(6)[5]))
@@ -136,7 +136,7 @@ def test_a_channel_that_never_changes_says_nothing() -> None:
     assert (guess.tolist(), penalty) == (expected[0].tolist(), expected[1])
 
 
-def test_one_picture_a_class_takes_the_middle_penalty() -> None:
+def test_one_image_per_class_uses_the_middle_penalty() -> None:
     guess, penalty = linear_probe(labelled(0.1, n=4, chosen=0))
     assert penalty == 0.01
     assert guess.tolist() == labelled(0.1).val_labels.tolist()
@@ -212,14 +212,14 @@ def test_a_table_and_other_numbers_of_neighbours(
 ) -> None:
     result = probe(config(source, classes, neighbours=[3], baseline=True))
     table = capsys.readouterr().out
-    assert "24 images to learn from, 12 to measure on, 3 classes" in table
+    assert "24 training and 12 validation images, 3 classes" in table
     assert [name for name in result if name.startswith("knn")] == ["knn3"]
     for name in ("knn3", "linear"):
         for entry in (result, result["random"]):
             assert f"{entry[name]['top1']:.1f}" in table
 
 
-def test_unreadable_pictures_are_left_out_and_named(
+def test_unreadable_images_are_skipped_and_named(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_classes(tmp_path / "data", val=6)
@@ -235,7 +235,7 @@ def test_unreadable_pictures_are_left_out_and_named(
     assert probe(config(source, data), show=False) == {**found, "unreadable": 0}
 
 
-def test_one_folder_is_divided(source: Path, classes: Path) -> None:
+def test_one_folder_is_split(source: Path, classes: Path) -> None:
     found = probe(config(source, classes / "train", val_fraction=0.25), show=False)
     assert (found["train"], found["val"]) == (18, 6)
 
@@ -251,7 +251,7 @@ def test_other_numbers_of_channels(source: Path, classes: Path, tmp_path: Path) 
     assert main(["probe", str(five), "--data", str(classes), "--workers", "0"]) == 1
 
 
-def test_hundreds_of_classes_some_with_a_single_picture(source: Path, tmp_path: Path) -> None:
+def test_hundreds_of_classes_some_with_a_single_image(source: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for label in range(300):
         for split, count in (("train", 1 + label % 2), ("val", 1)):
@@ -268,7 +268,7 @@ def test_hundreds_of_classes_some_with_a_single_picture(source: Path, tmp_path: 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Labelled folders, each wrong in its own way; read-only."""
+    """Labelled folders, each with a different mistake; read-only."""
     root = tmp_path_factory.mktemp("data")
     picture = write_pictures(root / "one", 1, size=32) / "0000.png"
     for name in (
@@ -289,8 +289,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("more", [], "has classes that train does not have: 'cat'"),
         ("noval", [], "has no folder 'val'"),
         ("one", [], "has no folder 'train'"),
-        ("one", ["--val_fraction", "0.5"], "has no folders: expected one a class"),
-        ("novel", ["--val_fraction", "0.5"], "0.5 leaves nothing to validate on"),
+        ("one", ["--val_fraction", "0.5"], "has no folders: expected one per class"),
+        ("novel", ["--val_fraction", "0.5"], "0.5 holds nothing back: every class has one image"),
         ("novel", ["--val_fraction", "1"], "val_fraction 1"),
         ("nowhere", [], "nowhere' does not exist: give a folder"),
         ("more", ["--neighbours", "[0]"], "neighbours [0] must be at least 1, such as [5,20]"),
@@ -300,7 +300,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("more", ["--source", "nowhere"], "source 'nowhere' does not exist: give a run"),
     ],
 )
-def test_wrong_input_is_told_in_one_line(
+def test_wrong_input_is_reported_in_one_line(
     source: Path, data: Path, capsys: pytest.CaptureFixture[str],
     folder: str, arguments: list[str], message: str,
 ) -> None:  # fmt: skip
@@ -311,7 +311,7 @@ def test_wrong_input_is_told_in_one_line(
     assert message in line
 
 
-def test_classes_of_another_fine_tuning_are_refused(
+def test_classes_of_another_fine_tuning_run_are_refused(
     source: Path, classes: Path, tmp_path: Path
 ) -> None:
     run, other = tmp_path / "run", tmp_path / "other"

@@ -1,4 +1,4 @@
-"""Probing while pretraining: it says what `fcmae probe` says later, and changes nothing."""
+"""Probing during pretraining: it gives the results of `fcmae probe` and changes nothing."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def config(pictures: Path, out: Path, classes: Path | None, **changes: Any) -> P
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Classes that say nothing, so that figures lie between 0 and 100; read-only."""
+    """Classes unrelated to the images, so that results lie between 0 and 100 %; read-only."""
     root = tmp_path_factory.mktemp("classes")
     for seed, name in enumerate(("a", "b", "c")):
         write_pictures(root / "train" / name, 12, seed, size=64)
@@ -54,7 +54,7 @@ def run(pictures: Path, classes: Path, tmp_path_factory: pytest.TempPathFactory)
     return out
 
 
-def test_the_last_figures_are_those_of_the_command(run: Path, classes: Path) -> None:
+def test_the_last_results_equal_those_of_the_command(run: Path, classes: Path) -> None:
     found = {key: metrics(run, key) for key in KEYS}
     assert all([step for step, _ in values] == [6, 9] for values in found.values())
     result = probe(ProbeConfig(str(run), str(classes), workers=0, batch_size=5), show=False)
@@ -64,7 +64,7 @@ def test_the_last_figures_are_those_of_the_command(run: Path, classes: Path) -> 
         assert values[-1][1] == pytest.approx(result[key.removeprefix("probe_")]["top1"])
 
 
-def test_the_weights_are_those_of_a_run_that_is_not_probed(
+def test_the_weights_equal_those_of_a_run_that_is_not_probed(
     run: Path, pictures: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -77,7 +77,7 @@ def test_the_weights_are_those_of_a_run_that_is_not_probed(
         assert newest[0].read_bytes() == newest[1].read_bytes()
 
 
-def test_a_run_stopped_while_it_probes_probes_again(
+def test_a_run_stopped_during_a_probe_probes_again(
     run: Path, pictures: Path, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, out = EvalDataset.__getitem__, tmp_path / "run"
@@ -96,8 +96,8 @@ def test_a_run_stopped_while_it_probes_probes_again(
     assert weights(out) == weights(run)
 
 
-def test_features_are_taken_with_nothing_dropped(classes: Path) -> None:
-    """The model comes back in training mode, random numbers where they were."""
+def test_features_are_computed_without_drop_path(classes: Path) -> None:
+    """The model returns to training mode, and the random streams are unchanged."""
     torch.manual_seed(0)
     model = FCMAE.from_size(
         "atto", depths=[1, 1, 1, 1], dims=[8, 16, 24, 32], engine="patch", drop_path=0.9
@@ -148,10 +148,10 @@ def test_wrong_probes_are_refused_before_anything_is_written(
     assert not out.exists()
 
 
-def test_processes_compare_what_they_probe_before_anything_is_written(
+def test_processes_compare_their_probe_data_before_anything_is_written(
     pictures: Path, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lists that differ would leave one process waiting for the features of another."""
+    """With different lists, one process would wait for the features of another."""
     compared: list[dict[str, Any]] = []
 
     def record(_: World, facts: dict[str, Any]) -> None:

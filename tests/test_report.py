@@ -34,7 +34,7 @@ document.title = page.documentElement.scrollWidth + " " +
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, classes) -> Path:
-    """Two epochs with held-out pictures and probes."""
+    """Two epochs with held-out images and probes."""
     root = tmp_path_factory.mktemp("report")
     pictures = write_pictures(root / "pictures", 500, size=32)
     (pictures / "broken <b>.png").write_bytes(b"none")
@@ -47,7 +47,7 @@ def trained(tmp_path_factory, classes) -> Path:
 
 
 def write_run(folder: Path, epochs: int, lines: list[str]) -> Path:
-    """A run folder as fine-tuning leaves it, without weights."""
+    """A run folder as fine-tuning writes it, without weights."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(f"data: d\nweights: none\nmodel: atto\nepochs: {epochs}\n")
     (folder / "metrics.jsonl").write_text("\n".join(lines))
@@ -85,11 +85,11 @@ def test_reconstructions_are_those_that_the_run_drew(trained):
     found = re.findall(r'"data:image/jpeg;base64,([^"]+)"', html)
     assert len(found) == 2  # the last ones and the first
     width, height = Image.open(io.BytesIO(base64.b64decode(found[0]))).size
-    assert width == 4 * 128 + 3 * 4  # pictures of 64 px are drawn at twice their size
+    assert width == 4 * 128 + 3 * 4  # images of 64 px are drawn at twice their size
     assert height == 18 + 8 * (128 + 4) - 4
 
 
-def test_several_runs_stand_side_by_side(tmp_path):
+def test_several_runs_are_shown_side_by_side(tmp_path):
     line = '{"step": 3, "loss": 1.5, "val_top1": 40.0}'
     a = write_run(tmp_path / "first" / "run", 3, [line, '{"step": 6, "val_top1": 35.0}'])
     b = write_run(tmp_path / "second" / "run", 5, [line, '{"step": 4, "lo'])
@@ -108,10 +108,10 @@ def test_several_runs_stand_side_by_side(tmp_path):
 
 def test_a_run_that_logged_nothing_has_a_page(tmp_path):
     html = render(read_runs([str(write_run(tmp_path / "new", 3, []))]))
-    assert "Nothing was logged yet." in html
+    assert "Nothing has been logged yet." in html
 
 
-def test_runs_are_given_one_after_the_other(tmp_path):
+def test_runs_are_given_as_several_arguments(tmp_path):
     runs = [write_run(tmp_path / f"run, {i}", 3, []) for i in range(3)]
     run("report", *runs, "--out", tmp_path / "page.html")
     assert "<h1>run, 0, run, 1, run, 2</h1>" in (tmp_path / "page.html").read_text()
@@ -125,7 +125,7 @@ def test_runs_are_given_one_after_the_other(tmp_path):
         (["run"], "page.txt", "must be a file ending in .html"),
     ],
 )
-def test_what_can_be_no_page_is_refused(tmp_path, runs, out, message):
+def test_wrong_runs_and_pages_are_refused(tmp_path, runs, out, message):
     write_run(tmp_path / "run", 3, [])
     paths = [str(tmp_path / name) for name in runs]
     with pytest.raises(InputError, match=message):
@@ -133,7 +133,7 @@ def test_what_can_be_no_page_is_refused(tmp_path, runs, out, message):
 
 
 @pytest.mark.slow
-def test_tensorboard_shows_the_curves_and_the_pictures(trained, tmp_path):
+def test_tensorboard_shows_the_curves_and_the_figures(trained, tmp_path):
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -167,7 +167,7 @@ def test_tensorboard_shows_the_curves_and_the_pictures(trained, tmp_path):
 
 
 def test_blocks_of_encoders_of_other_depths_are_side_by_side(tmp_path):
-    """Three blocks in the first stage beside two: the second stage begins at the same place."""
+    """Three blocks in the first stage beside two: the second stages are aligned."""
     deep = {f"stages.{stage}.blocks.{block}": 0.4 for stage in (0, 1) for block in range(3)}
     flat = {name: 0.3 for name in deep if not name.endswith("2")}
     figure = figures.diversity({"deep": deep, "none": {}, "flat": flat})

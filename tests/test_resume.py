@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, continued elsewhere or split up are the run never disturbed."""
+"""Runs that are killed, stopped, resumed elsewhere or split up equal an undisturbed run."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.conftest import write_pictures
 
 needs_minkowski = pytest.mark.skipif(why_unavailable() is not None, reason=f"{why_unavailable()}")
 EPOCHS = ["--epochs", "16"]
-STEPS = 48  # 24 pictures in batches of 8
+STEPS = 48  # 24 images in batches of 8
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_finished_run_repeated_does_nothing(undisturbed, pictures):
 def test_accumulation_and_two_processes_see_the_same_and_learn_the_same(
     undisturbed, pictures, tmp_path
 ):
-    """Same samples and masks; sums in another order, so within float tolerance."""
+    """The same samples and masks; the order of sums differs, so within float tolerance."""
     command = ["pretrain", "--data", pictures, *TINY, *EPOCHS]
     run(*command, "--out", tmp_path / "parts", "--accumulate", 2)
     launched = subprocess.run(
@@ -137,7 +137,7 @@ def test_accumulation_and_two_processes_see_the_same_and_learn_the_same(
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over_or_refused(undisturbed, pictures, tmp_path):
+def test_a_damaged_checkpoint_is_skipped_or_refused(undisturbed, pictures, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}"
     model = bytearray((newest / "model.safetensors").read_bytes())
@@ -148,13 +148,13 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(undisturbed, pictures, t
     assert "can't be used: model.safetensors" in refused.stderr
     assert not (tmp_path / "new").exists()
     again = run(*command, "--out", tmp_path / "run")
-    assert "is damaged and was passed over" in " ".join(again.stderr.split())
+    assert "is damaged and was skipped" in " ".join(again.stderr.split())
     assert weights(tmp_path / "run") == weights(undisturbed)
 
 
 @pytest.mark.slow
-def test_files_that_came_and_went(undisturbed, pictures, tmp_path):
-    """New files are ignored with a notice, vanished ones count as unreadable."""
+def test_added_and_removed_files_are_handled(undisturbed, pictures, tmp_path):
+    """New files are ignored with a message, removed ones count as unreadable."""
     data = write_pictures(tmp_path / "data", 24)
     command = ["pretrain", "--data", data, "--out", tmp_path / "run", *TINY, *EPOCHS,
                "--max_bad", 0.2]  # fmt: skip

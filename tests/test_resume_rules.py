@@ -1,4 +1,4 @@
-"""Where a run begins, decided in this process: what is gone on with, gone back to, or refused."""
+"""Where a run starts: what it resumes from, goes back to or refuses."""
 
 import json
 import os
@@ -25,7 +25,7 @@ SETTINGS = {
     "workers": 0, "engine": "patch", "log_steps": 1, "checkpoint_steps": 3, "device": "cpu",
     "decoder": DecoderConfig(dim=16),
 }  # fmt: skip
-STEPS = 9  # 24 pictures in batches of 8, three epochs
+STEPS = 9  # 24 images in batches of 8, three epochs
 
 
 def config(data: Path, out: Path, **changes: object) -> PretrainConfig:
@@ -50,8 +50,8 @@ def copy(whole, tmp_path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
-def test_going_back_leaves_the_later_checkpoints_behind(whole, copy, pictures):
-    """What is named counts, though later steps were saved; and they are not come back to."""
+def test_going_back_discards_later_checkpoints(whole, copy, pictures):
+    """A named checkpoint is used although later ones exist, and those are not used again."""
     named = str(copy / "checkpoints" / "step-00000003")
     given = config(pictures, copy, resume=named, checkpoint_steps=2, keep_checkpoints=2)
     assert pretrain(given) == 0
@@ -60,8 +60,10 @@ def test_going_back_leaves_the_later_checkpoints_behind(whole, copy, pictures):
     assert weights(copy) == weights(whole)
 
 
-def test_the_same_command_goes_on_and_not_back_again(whole, copy, pictures, tmp_path, caplog):
-    """Neither in the run's own folder nor in a new one, whose checkpoint may be gone by then."""
+def test_the_same_command_resumes_and_does_not_go_back_again(
+    whole, copy, pictures, tmp_path, caplog
+):
+    """Neither in the run's own folder nor in a new one, even if the named checkpoint is gone."""
     named = whole / "checkpoints" / "step-00000003"
     new = config(pictures, tmp_path / "new", resume=str(named), keep_checkpoints=10)
     assert pretrain(new) == 0
@@ -76,7 +78,7 @@ def test_the_same_command_goes_on_and_not_back_again(whole, copy, pictures, tmp_
         pretrain(config(pictures, copy, resume=str(named)))
 
 
-def test_a_run_that_goes_on_needs_no_start_weights(pictures, tmp_path):
+def test_a_resumed_run_does_not_need_its_initial_weights(pictures, tmp_path):
     encoder = build_model(config(pictures, tmp_path)).encoder
     save_file(encoder.state_dict(), tmp_path / "start.safetensors")
     given = config(pictures, tmp_path / "run", init_from=str(tmp_path / "start.safetensors"))
@@ -95,8 +97,8 @@ def test_paths_are_the_same_from_any_folder(copy, pictures, tmp_path, monkeypatc
     assert pretrain(config(Path(os.path.relpath(pictures, tmp_path)), copy)) == 0
 
 
-def test_pictures_that_moved_are_found_through_a_link(copy, pictures, tmp_path):
-    rest = r"if the same images are elsewhere now, a link to them\), or give another --out"
+def test_images_that_moved_are_found_through_a_link(copy, pictures, tmp_path):
+    rest = r"a link to the images if they moved\), or give another --out"
     with pytest.raises(InputError, match=rf"--data {re.escape(str(pictures))} \({rest}"):
         pretrain(config(pictures.parent, copy))
     link, moved, out = tmp_path / "link", tmp_path / "moved", tmp_path / "linked"
@@ -111,7 +113,7 @@ def test_pictures_that_moved_are_found_through_a_link(copy, pictures, tmp_path):
     assert weights(out) == before
 
 
-def test_what_was_null_is_repeated_as_null(whole, pictures):
+def test_the_fix_repeats_stored_values_null_too(whole, pictures):
     changed = config(pictures, whole)
     changed.optim.clip_grad = 1.0
     with pytest.raises(InputError, match=r"repeat it with --optim\.clip_grad null, or"):
@@ -122,8 +124,8 @@ def test_what_was_null_is_repeated_as_null(whole, pictures):
         pretrain(changed)
 
 
-def test_a_setting_younger_than_the_run_had_its_default(copy, pictures):
-    """Checkpoints are signed: the state is changed as an older version would have written it."""
+def test_a_setting_newer_than_the_run_had_its_default(copy, pictures):
+    """Checkpoints have hashes: the state is rewritten as an older version would have done."""
     newest = list_checkpoints(copy / "checkpoints")[0]
     old = load_checkpoint(newest)
     del old.state["asked"]["drop_path"], old.state["asked"]["optim"]["clip_grad"]
@@ -139,7 +141,7 @@ def test_a_setting_younger_than_the_run_had_its_default(copy, pictures):
         pretrain(config(pictures, copy, drop_path=0.1))
 
 
-def test_a_finished_run_without_checkpoints_is_left_alone(copy, pictures):
+def test_a_finished_run_without_checkpoints_is_untouched(copy, pictures):
     shutil.rmtree(copy / "checkpoints")
     before = metrics(copy)
     with pytest.raises(InputError, match="a finished run whose checkpoints are gone"):
@@ -147,7 +149,7 @@ def test_a_finished_run_without_checkpoints_is_left_alone(copy, pictures):
     assert metrics(copy) == before
 
 
-def test_the_folder_of_another_tool_is_left_alone(pictures, tmp_path):
+def test_the_folder_of_another_tool_is_untouched(pictures, tmp_path):
     (tmp_path / "run" / "tb").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("model: {name: other}\n")
     with pytest.raises(InputError, match=r"holds 'config\.yaml', which is not a run of fcmae"):
@@ -155,7 +157,7 @@ def test_the_folder_of_another_tool_is_left_alone(pictures, tmp_path):
     assert (tmp_path / "run" / "tb").is_dir()
 
 
-def test_a_run_that_never_saved_starts_anew(whole, pictures, tmp_path):
+def test_a_run_that_never_saved_starts_over(whole, pictures, tmp_path):
     out = tmp_path / "run"
     (out / "checkpoints").mkdir(parents=True)
     given = config(pictures, out)
@@ -165,12 +167,14 @@ def test_a_run_that_never_saved_starts_anew(whole, pictures, tmp_path):
     assert metrics(out) == metrics(whole)
 
 
-def test_disk_space_counts_what_is_there(copy, pictures, tmp_path, monkeypatch):
-    """A disk with room for one checkpoint is too small for a new run, and enough to go on."""
+def test_disk_space_counts_existing_checkpoints(copy, pictures, tmp_path, monkeypatch):
+    """A disk with room for one checkpoint is too small for a new run, but enough to resume."""
     size = sum(file.stat().st_size for file in (copy / "checkpoints" / "step-00000009").iterdir())
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: usage(0, 0, 1.5 * size))
-    with pytest.raises(InputError, match=r"one being written beside 2, need 0\.00 GB more"):
+    with pytest.raises(
+        InputError, match=r"checkpoints, 2 and one being written, need 0\.00 GB more"
+    ):
         pretrain(config(pictures, tmp_path / "new"))
     shutil.rmtree(copy / "checkpoints" / "step-00000009")
     assert pretrain(config(pictures, copy)) == 0
@@ -179,7 +183,7 @@ def test_disk_space_counts_what_is_there(copy, pictures, tmp_path, monkeypatch):
 
 
 def test_the_end_of_an_epoch_is_logged_once(tmp_path):
-    """A run stopped before it, which then ended the epoch and was killed before it saved."""
+    """The run is stopped before it, resumes past it and is killed before the next save."""
     file = tmp_path / "metrics.jsonl"
     lines = [{"step": 6, "loss": 1, "lr": 1}, {"step": 6, "val_top1": 5}, {"step": 7, "lr": 1}]
     for due, kept in ((False, 2), (True, 1)):
@@ -188,7 +192,7 @@ def test_the_end_of_an_epoch_is_logged_once(tmp_path):
         assert [*map(json.loads, file.read_text().splitlines())] == lines[:kept]
 
 
-def test_a_checkpoint_that_is_none_is_answered_with_those_there(whole, pictures, tmp_path):
+def test_a_wrong_checkpoint_path_lists_the_existing_checkpoints(whole, pictures, tmp_path):
     for named in ("Auto", str(whole / "checkpoint" / "step-00000003")):
         with pytest.raises(InputError, match=r"give auto, never or one of .*step-00000009, .*03$"):
             pretrain(config(pictures, whole, resume=named))
@@ -198,7 +202,7 @@ def test_a_checkpoint_that_is_none_is_answered_with_those_there(whole, pictures,
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_images_that_all_fail_are_listed(tmp_path, workers):
-    """Neither an image nor any of its replacements can be read: that ends the run at once."""
+    """If neither an image nor any of its replacements can be read, the run ends immediately."""
     (tmp_path / "photos").mkdir()
     for number in range(9):
         (tmp_path / "photos" / f"{number}.jpg").write_bytes(b"not an image")

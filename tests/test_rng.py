@@ -13,7 +13,7 @@ GOLDEN_SEED = 3786859119430737898
 
 
 def reference_bits(*arguments: int) -> int:
-    """The hash, written out in whole numbers of Python."""
+    """The hash, written out in Python integers."""
     word = 2**64 - 1
     state = 0
     for value in arguments:
@@ -29,19 +29,19 @@ def reference_bits(*arguments: int) -> int:
 
 
 @pytest.mark.parametrize("arguments", [(0, 1, 0, 0, 0), (7, 3, 11, 999_999, 4), (-1, 2, 5, -9, 1)])
-def test_bits_are_the_hash_written_out(arguments: tuple[int, int, int, int, int]) -> None:
+def test_bits_equal_the_hash_written_out(arguments: tuple[int, int, int, int, int]) -> None:
     assert int(rng.bits(*arguments)[0]) == reference_bits(*arguments)
 
 
 def test_golden_values() -> None:
-    """These never change: stored runs resume by them."""
+    """These never change: stored runs depend on them."""
     assert rng.bits(0, rng.ORDER, 0, 0).tolist() == GOLDEN_BITS[:1]
     assert rng.bits(2**63 + 5, rng.CROP, 3, 12_345, np.arange(2)).tolist() == GOLDEN_BITS[1:]
     assert rng.permutation(0, 0, 10).tolist() == GOLDEN_ORDER
     assert rng.seed_for(1, rng.MODEL, 0, 0) == GOLDEN_SEED
 
 
-def test_arrays_give_what_their_elements_give() -> None:
+def test_arrays_give_the_same_as_their_elements() -> None:
     index, counter = np.arange(3)[:, None], np.arange(4)
     table = rng.bits(5, rng.MASK, 2, index, counter)
     assert table.shape == (3, 4)
@@ -70,7 +70,7 @@ def test_uniform_numbers_fill_the_unit_interval_evenly() -> None:
         assert numbers.max() < 1
         counts, _ = np.histogram(numbers, bins=100, range=(0, 1))
         chi_square = ((counts - 1000.0) ** 2 / 1000.0).sum()
-        assert 50 < chi_square < 165  # 99 degrees of freedom: beyond is one in ten thousand
+        assert 50 < chi_square < 165  # 99 degrees of freedom: outside with probability 1e-4
 
 
 def test_counters_seeds_and_epochs_are_independent() -> None:

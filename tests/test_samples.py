@@ -1,4 +1,4 @@
-"""Sample images: how many, cut from where, and the same every time."""
+"""Sample images: their number, where they are cropped, and reproducibility."""
 
 from pathlib import Path
 from random import Random
@@ -29,7 +29,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def overlap(one: Box, other: Box) -> bool:
-    """Whether the two share a pixel."""
+    """Return whether the two boxes share a pixel."""
     return (
         max(one.left, other.left) < min(one.right, other.right)
         and max(one.top, other.top) < min(one.bottom, other.bottom)
@@ -68,7 +68,7 @@ def test_overlap_means_a_shared_pixel() -> None:
     assert not overlap(box, Box(10, 0, 20, 10))
 
 
-def test_cells_keep_a_gap_and_cover_the_picture() -> None:
+def test_cells_keep_a_gap_and_cover_the_image() -> None:
     split = cells(400, 400, Random(0))
     assert (len(split["train"]), len(split["val"])) == (12, 4)
     assert {(box.left, box.right) for box in split["train"]} == {
@@ -76,7 +76,7 @@ def test_cells_keep_a_gap_and_cover_the_picture() -> None:
     }  # fmt: skip
 
 
-def test_a_square_fills_its_cell_at_most() -> None:
+def test_a_square_fits_in_its_cell() -> None:
     random, cell = Random(0), Box(10, 20, 60, 60)
     boxes = [square(cell, random) for _ in range(500)]
     assert min(box.left for box in boxes) == 10
@@ -87,7 +87,7 @@ def test_a_square_fills_its_cell_at_most() -> None:
 
 
 @pytest.mark.usefixtures("two_photographs")
-def test_writes_what_was_asked_for(tmp_path: Path) -> None:
+def test_writes_the_requested_images(tmp_path: Path) -> None:
     root = samples(tiny(tmp_path / "a"))
     files = contents(root)
     assert len(files) == 2 * (5 + 2)
@@ -109,7 +109,7 @@ def test_bytes_depend_on_the_settings_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_photographs")
-def test_a_finished_set_is_left_alone(tmp_path: Path) -> None:
+def test_a_finished_set_is_not_written_again(tmp_path: Path) -> None:
     victim = samples(tiny(tmp_path)) / "val/cat/0000.jpg"
     victim.unlink()
     samples(tiny(tmp_path))
@@ -139,7 +139,7 @@ def test_an_interrupted_set_is_written_again(
 @pytest.mark.usefixtures("two_photographs")
 def test_refuses_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"mine")
-    with pytest.raises(InputError, match=r"not the sample set.*name an empty or new folder"):
+    with pytest.raises(InputError, match=r"not the sample set.*: give a new folder"):
         samples(tiny(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
     with pytest.raises(InputError, match="is a file"):

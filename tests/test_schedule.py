@@ -1,4 +1,4 @@
-"""Schedules by hand."""
+"""Schedules, against numbers computed by hand."""
 
 from types import SimpleNamespace
 
@@ -72,13 +72,13 @@ def clock(monkeypatch):
     return clock
 
 
-def test_saves_by_time_take_at_most_a_twentieth_of_it(clock):
+def test_saves_by_time_take_at_most_a_twentieth_of_the_time(clock):
     clock.now.seconds = 599
     assert not clock.save_due(10)
     assert not clock.save_due(0)
     clock.now.seconds = 601
     assert clock.save_due(10)
-    clock.now.seconds += 60  # a save as slow as that: once every 20 minutes, 19 of them training
+    clock.now.seconds += 60  # one such slow save every 20 minutes, 19 of them training
     clock.saved(601, None)
     clock.now.seconds += 19 * 60 - 1
     assert not clock.save_due(10)
@@ -86,14 +86,14 @@ def test_saves_by_time_take_at_most_a_twentieth_of_it(clock):
     assert clock.save_due(10)
 
 
-def test_saves_by_steps_that_take_long_are_told_once(clock, caplog):
+def test_slow_saves_by_steps_are_reported_once(clock, caplog):
     for _ in range(3):
         clock.now.seconds += 40  # 100 steps
         began = clock.now.seconds
         clock.now.seconds += 10
         clock.saved(began, 100)
     assert [record.getMessage() for record in caplog.records] == [
-        "a save took 10.0 s, 20 % of the time: --checkpoint_steps 475 or more keeps it under 5 %"
+        "a save took 10.0 s, 20% of the time: --checkpoint_steps 475 or more keeps it under 5%"
     ]
 
 
@@ -101,6 +101,6 @@ def test_saves_by_steps_that_take_long_are_told_once(clock, caplog):
     ("images", "epochs"),
     [(10, 800), (1500, 800), (3036, 400), (6000, 200), (11_000, 110), (12_001, 100), (10**6, 100)],
 )
-def test_few_images_are_seen_more_often(images, epochs):
+def test_fewer_images_get_more_epochs(images, epochs):
     assert Pretraining.auto_epochs.resolve("auto", images) == epochs
     assert Pretraining.auto_epochs.resolve(7, images) == 7

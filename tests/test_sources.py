@@ -1,4 +1,4 @@
-"""The seam between images and all that reads them: another source gives what a folder gives."""
+"""The interface of image sources: any other source gives the same as a folder."""
 
 import hashlib
 import io
@@ -81,7 +81,7 @@ def memory(folder: FileList) -> Memory:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_source_in_memory_trains_as_its_folder(
+def test_a_source_in_memory_trains_like_its_folder(
     folder: FileList, memory: Memory, workers: int
 ) -> None:
     def batches(source: Source, workers: int) -> list[Batch]:
@@ -97,7 +97,7 @@ def test_a_source_in_memory_trains_as_its_folder(
         assert ours.bad == theirs.bad
 
 
-def test_a_source_in_memory_is_measured_and_split_as_its_folder(
+def test_a_source_in_memory_is_measured_and_split_like_its_folder(
     folder: FileList, memory: Memory
 ) -> None:
     assert memory.fingerprint() == folder.fingerprint()

@@ -1,6 +1,8 @@
-"""Rules for the source as a whole, read with `ast`: who imports whom, safe loading."""
+"""Rules for the whole source, checked with `ast`: import order, safe loading."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("sparse", "fcmae", "finetune")
-"""Lowest first: a package imports itself and those before it."""
+"""Lowest first: a package imports only itself and those before it."""
 
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 FILES = sorted([*SOURCES, *(ROOT / "benchmarks").rglob("*.py")])
@@ -52,10 +54,19 @@ def test_imports_go_one_way(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     higher = PACKAGES[PACKAGES.index(package) + 1 :]
     tree = parse(path)
-    # Only the command line and the facade may reach up, inside a function: --help stays light.
+    # Only the command line and the facade may import upwards, inside functions, for a fast --help.
     lazy = relative(path) in ("fcmae/cli.py", "fcmae/__init__.py") or "commands" in path.parts
     nodes = at_import(tree) if lazy else ast.walk(tree)
     assert [name for name in imported(nodes) if name.split(".")[0] in higher] == []
+
+
+@pytest.mark.parametrize("module", ["sparse.encoder", "fcmae.model.fcmae", "fcmae.train.loop"])
+def test_encoder_model_and_loop_import_little(module: str) -> None:
+    """A GPU machine without a package index has torch, numpy, timm, safetensors and Pillow."""
+    heavy = {"jsonargparse", "yaml", "rich", "tensorboard", "torchmetrics", "torchvision", "jinja2"}
+    script = f"import sys, {module}; print([n for n in {heavy} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
@@ -94,12 +105,12 @@ def test_nothing_else_unpickles(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TORCH_FREE)
-def test_what_help_needs_is_free_of_torch(name: str) -> None:
+def test_modules_for_help_do_not_import_torch(name: str) -> None:
     names = {module.split(".")[0] for module in imported(at_import(parse(ROOT / name)))}
     assert names & {"torch", "torchvision", "timm", "numpy"} == set()
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_packages_say_that_they_are_typed(name: str) -> None:
+def test_packages_are_marked_as_typed(name: str) -> None:
     assert (ROOT / name / "py.typed").is_file()
     assert (ROOT / name / "__init__.py").is_file()

@@ -40,7 +40,7 @@ def run(pictures, tmp_path_factory) -> Path:
     return out
 
 
-def test_reconstruct_draws_a_row_a_picture(run, pictures, tmp_path):
+def test_reconstruct_draws_a_row_per_image(run, pictures, tmp_path):
     out = tmp_path / "deep" / "picture.png"
     loss = reconstruct(ReconstructConfig(str(run), str(pictures), str(out), count=3))
     assert 0.5 < loss < 1.5
@@ -71,7 +71,7 @@ def test_reconstruct_refuses(run, pictures, tmp_path, change, message):
         reconstruct(ReconstructConfig(**config))
 
 
-def test_a_picture_is_not_drawn_over_itself(run, tmp_path):
+def test_an_input_image_is_not_overwritten(run, tmp_path):
     data = write_pictures(tmp_path / "data", 2)
     before = (data / "0001.png").read_bytes()
     with pytest.raises(InputError, match="is one of the images: give another file"):
@@ -80,8 +80,8 @@ def test_a_picture_is_not_drawn_over_itself(run, tmp_path):
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.02, 0.03), (0.0, 1500.0), (-3.0, 3.0)])
-def test_dim_and_wide_pictures_are_stretched(low, high):
-    """What is drawn of 16-bit pictures, which use little of their range, and of odd floats."""
+def test_dim_and_wide_images_are_stretched(low, high):
+    """Display of 16-bit images, which use little of their range, and of unusual floats."""
     model = FCMAE.from_size("atto", depths=[1, 1, 1, 1], engine="dense", decoder_dim=8)
     images = torch.linspace(low, high, 3 * 64 * 64).view(1, 3, 64, 64)
     mask = torch.tensor([[[True, False], [True, False]]])
@@ -92,8 +92,8 @@ def test_dim_and_wide_pictures_are_stretched(low, high):
     torch.testing.assert_close(columns[0], ((unit - 0.01) / 0.98).clamp(0, 1), rtol=0, atol=1e-3)
 
 
-def test_a_perfect_prediction_is_the_picture(monkeypatch):
-    """Normalised patches come back in real pixel values."""
+def test_a_perfect_prediction_is_the_image(monkeypatch):
+    """Normalised patches are converted back to pixel values."""
     model = FCMAE.from_size("atto", depths=[1, 1, 1, 1], engine="dense", decoder_dim=8)
     images = torch.rand(2, 3, 64, 64)
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
@@ -125,12 +125,12 @@ def test_a_perfect_prediction_is_the_picture(monkeypatch):
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_any_number_of_channels_is_shown(channels):
-    """Columns of 64 pixels are drawn twice as large: their headings need the room."""
+    """Columns of 64 pixels are drawn twice as large to fit their headings."""
     assert grid([torch.rand(2, channels, 32, 64)] * 4).shape == (18 + 2 * 68 - 4, 4 * 132 - 4, 3)
     assert grid([torch.rand(1, channels, 64, 96)] * 4).shape == (18 + 64, 4 * 100 - 4, 3)
 
 
-def test_doctor_finds_the_engines_agree(capsys):
+def test_doctor_finds_that_the_engines_agree(capsys):
     assert doctor(DoctorConfig()) == 0
     shown = capsys.readouterr().out
     assert "DISAGREES" not in shown
@@ -163,12 +163,12 @@ def test_bench_prints_one_json_object(capsys):
 
 
 @pytest.mark.parametrize(("model", "published"), [("atto", 0.55e9), ("tiny", 4.47e9)])
-def test_macs_are_the_published_ones(model, published):
+def test_macs_equal_the_published_ones(model, published):
     assert macs(model, (224, 224)) == pytest.approx(published, rel=0.01)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=str)
-def test_every_config_makes_its_model(path, tmp_path):
+def test_every_config_builds_its_model(path, tmp_path):
     text = path.read_text() + "\ndata: photos\nout: run\n"
     (tmp_path / "c.yaml").write_text(text)
     with torch.device("meta"):

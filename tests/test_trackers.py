@@ -1,4 +1,4 @@
-"""Trackers: one that fails never ends a run, and one that can't overwrite waits for checkpoints."""
+"""Trackers: a failing one never ends a run; one that can't overwrite waits for checkpoints."""
 
 import threading
 from pathlib import Path
@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fcmae.config.pretraining import PretrainConfig
+from fcmae.train.pretraining import pretrain
 from fcmae.train.run_paths import RunPaths
 from fcmae.train.trackers import TRACKERS, TensorBoardTracker, Trackers
+from sparse.errors import InputError
 
 
 class Recorder:
-    """Remembers what it is told."""
+    """Records its calls."""
 
     def __init__(self, overwrites: bool, fails: bool = False) -> None:
         self.overwrites, self.fails = overwrites, fails
@@ -33,7 +36,7 @@ class Recorder:
         self.calls.append("finish")
 
 
-def test_steps_reach_a_tracker_that_cannot_overwrite_once_they_are_covered(
+def test_a_tracker_that_cannot_overwrite_gets_only_steps_covered_by_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live, careful = Recorder(True), Recorder(False)
@@ -51,7 +54,7 @@ def test_steps_reach_a_tracker_that_cannot_overwrite_once_they_are_covered(
     assert careful.calls[2:] == ["finish"]
 
 
-def test_a_tracker_that_fails_is_finished_and_the_others_go_on(
+def test_a_failing_tracker_is_finished_and_the_others_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken, sound = Recorder(True, fails=True), Recorder(True)
@@ -60,17 +63,17 @@ def test_a_tracker_that_fails_is_finished_and_the_others_go_on(
     trackers = Trackers(RunPaths(tmp_path), 1, ("broken", "sound"))
     for step in (1, 2):
         trackers.log({"loss": 1.0}, step)
-    assert caplog.text.count("broken records no more until the run is resumed: no space left") == 1
+    assert caplog.text.count("broken stops recording until the run is resumed: no space left") == 1
     assert broken.calls == ["finish"]
     assert sound.calls == [(1, {"loss": 1.0}), (2, {"loss": 1.0})]
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_tensorboard_leaves_the_hook_of_threads_as_it_was(
+def test_tensorboard_restores_the_exception_hook_of_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     before = threading.excepthook
-    trackers = Trackers(RunPaths(tmp_path), 1)
+    trackers = Trackers(RunPaths(tmp_path), 1, ("tensorboard",))
     assert threading.excepthook is not before
     if fails:
 
@@ -81,3 +84,10 @@ def test_tensorboard_leaves_the_hook_of_threads_as_it_was(
     trackers.log({"loss": 1.0}, 1)
     trackers.finish()
     assert threading.excepthook is before
+
+
+def test_an_unknown_tracker_is_named_before_any_work(tmp_path: Path) -> None:
+    config = PretrainConfig(str(tmp_path), str(tmp_path / "run"), trackers=["tensorbord"])
+    with pytest.raises(InputError, match="'tensorbord' is unknown: use tensorboard"):
+        pretrain(config)
+    assert not (tmp_path / "run").exists()

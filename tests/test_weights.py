@@ -108,7 +108,7 @@ def test_pickled_checkpoints_as_training_scripts_write_them(
     assert (f"key '{key}'" in found.origin) == (key is not None)
 
 
-def test_averaged_weights_come_first(tmp_path: Path) -> None:
+def test_averaged_weights_are_preferred(tmp_path: Path) -> None:
     plain, averaged = random_encoder(seed=1), random_encoder(seed=2)
     torch.save({"model": plain, "model_ema": averaged}, tmp_path / "w.pth")
     assert_same(load_weights(tmp_path / "w.pth").state, averaged)
@@ -151,7 +151,7 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path, zipped: 
         assert "save its state dict alone" in str(caught.value)
 
 
-def test_a_namespace_does_not_open_the_door(tmp_path: Path) -> None:
+def test_an_argparse_namespace_does_not_allow_other_objects(tmp_path: Path) -> None:
     witness, file = tmp_path / "witness", tmp_path / "w.pth"
     torch.save({"args": argparse.Namespace(inner=Malicious(witness))}, file)
     with pytest.raises(InputError, match="refused"):
@@ -159,7 +159,7 @@ def test_a_namespace_does_not_open_the_door(tmp_path: Path) -> None:
     assert not witness.exists()
 
 
-def test_damaged_files_are_one_clear_line(tmp_path: Path) -> None:
+def test_damaged_files_give_one_clear_line(tmp_path: Path) -> None:
     state = random_encoder()
     torch.save(state, tmp_path / "zip.pth")
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
@@ -194,7 +194,7 @@ def test_pickles_without_our_weights(tmp_path: Path, content: Any, words: str) -
     assert words in str(caught.value)
 
 
-def test_sources_that_are_no_weights(tmp_path: Path) -> None:
+def test_sources_without_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
         load_weights(tmp_path / "nothing")
     with pytest.raises(InputError, match="no weights: expected a run"):
@@ -205,7 +205,7 @@ def test_sources_that_are_no_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("in_chans", [1, 2, 3, 4, 7])
-def test_adapt_in_chans_is_timms_rule(in_chans: int) -> None:
+def test_adapt_in_chans_follows_timms_rule(in_chans: int) -> None:
     weight = torch.randn(5, 3, 4, 4)
     torch.testing.assert_close(adapt_in_chans(weight, in_chans), adapt_input_conv(in_chans, weight))
 
@@ -275,7 +275,7 @@ def test_the_folder_loads_in_timm_both_ways_and_computes_the_same(
     torch.testing.assert_close(found, features, rtol=1e-4, atol=1e-5)
 
 
-def test_the_folder_can_take_a_classifier(tmp_path: Path) -> None:
+def test_timm_can_add_a_classifier_to_the_folder(tmp_path: Path) -> None:
     export_folder(random_encoder(), SMALL, tmp_path, Preprocessing((64, 64), MEAN, STD))
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
@@ -324,7 +324,7 @@ def test_export_checks_mean_and_std(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_convert_a_run_takes_its_image_settings(
+def test_converting_a_run_keeps_its_image_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {
@@ -346,7 +346,7 @@ def test_convert_a_run_takes_its_image_settings(
     )
 
 
-def test_convert_minkowski_there_and_back(tmp_path: Path) -> None:
+def test_convert_to_minkowski_and_back(tmp_path: Path) -> None:
     state = {f"encoder.{name}": tensor for name, tensor in random_encoder().items()}
     theirs = to_minkowski(state)
     torch.save({"model": theirs, "args": argparse.Namespace(x=1)}, tmp_path / "official.pth")
@@ -375,7 +375,7 @@ def test_convert_refuses_to_replace_another_model(tmp_path: Path) -> None:
     save_file(random_encoder(), tmp_path / "a.safetensors")
     save_file(random_encoder(Architecture(SMALL.depths, SMALL.dims, 1)), tmp_path / "b.safetensors")
     out = tmp_path / "out"
-    for _ in range(2):  # the same kind of encoder again is no other model
+    for _ in range(2):  # the same kind of encoder again is not another model
         convert(ConvertConfig(str(tmp_path / "a.safetensors"), str(out)))
     before = (out / "model.safetensors").read_bytes()
     with pytest.raises(InputError, match=r"another model: convnextv2_tiny.* 0 classes, 3 chan"):
@@ -392,7 +392,7 @@ def test_convert_refuses_to_replace_another_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("channels", "mean"), [(3, MEAN), (1, (0.449,)), (2, (0.449, 0.449))])
-def test_convert_weights_that_say_nothing_about_images(
+def test_convert_weights_without_image_settings(
     tmp_path: Path, channels: int, mean: tuple[float, ...]
 ) -> None:
     state = random_encoder(Architecture(SMALL.depths, SMALL.dims, channels))

@@ -1,6 +1,6 @@
-"""One file per command: its config, and what runs it.
+"""One file per command: its config and the name of the function that runs it.
 
-`CONFIG` is a class, or names one as `module:class`; `RUN` names a function of it. What is named is
-imported on demand, so that `--help` and a wrong command are answered without torch. The table of
-commands is in `fcmae.cli`.
+`CONFIG` is a class or its name, `module:class`; `RUN` is the name of a function that takes it.
+Names are imported on demand, so `--help` and a wrong command need no torch. The table of commands
+is in `fcmae.cli`.
 """

@@ -1,4 +1,4 @@
-"""`fcmae bench`: how fast the engines are."""
+"""`fcmae bench`: compare the speed of the engines."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from sparse.sizes import PATCH
 
 @dataclass
 class BenchConfig(DeviceConfig):
-    """Time the engines side by side on this machine: images/s, peak memory, ratios."""
+    """Benchmark the engines on this machine: images/s, peak memory, ratios."""
 
     json: bool = False
-    """Print one JSON object and nothing else."""
+    """Print only one JSON object."""
 
     models: list[str] = setting(["atto"])
     """Sizes to time, such as atto tiny or '[atto,tiny]'."""
@@ -23,10 +23,10 @@ class BenchConfig(DeviceConfig):
     """Side of the images in pixels, or '[HEIGHT,WIDTH]'. Multiples of 32."""
 
     mask_ratio: float = 0.6
-    """Share of the patches that is hidden, between 0 and 1."""
+    """Fraction of the patches to hide, between 0 and 1."""
 
     rounds: int = setting(5, at_least=1)
-    """Timed steps of each engine, in turns; the median counts."""
+    """Timed steps of each engine, in turn; the median is reported."""
 
 
 CONFIG = BenchConfig

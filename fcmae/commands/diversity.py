@@ -1,4 +1,4 @@
-"""`fcmae diversity`: whether features have collapsed."""
+"""`fcmae diversity`: measure whether features have collapsed."""
 
 from dataclasses import KW_ONLY, dataclass
 
@@ -7,7 +7,7 @@ from fcmae.config.fields import IMAGES, WEIGHTS, ImageSizeConfig, LoaderConfig, 
 
 @dataclass
 class DiversityConfig(ImageSizeConfig, LoaderConfig):
-    """Measure how different the channels of every block are: collapsed features are similar."""
+    """Measure how different the channels of every block are; collapsed channels are similar."""
 
     source: str | list[str] = setting(path=WEIGHTS, positional=True)
     """Run folder, checkpoint, converted folder or weight file of a ConvNeXt V1 or V2; several as
@@ -17,13 +17,13 @@ class DiversityConfig(ImageSizeConfig, LoaderConfig):
     """Folder of images, flat or nested, or a text file of paths."""
 
     out: str | None = None
-    """Plot to write, .png or .svg. null draws none."""
+    """Figure to write, .png or .svg. null writes none."""
 
     json: bool = False
-    """Print one JSON object and nothing else."""
+    """Print only one JSON object."""
 
     count: int = setting(256, at_least=1)
-    """Images to measure on, chosen by a hash of their paths; the paper takes 1000."""
+    """Number of images to use, chosen by a hash of their paths; the paper uses 1000."""
 
     _: KW_ONLY
 

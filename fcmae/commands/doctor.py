@@ -1,4 +1,4 @@
-"""`fcmae doctor`: whether this machine computes correctly."""
+"""`fcmae doctor`: check that this machine computes correctly."""
 
 from dataclasses import dataclass
 

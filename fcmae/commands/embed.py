@@ -1,4 +1,4 @@
-"""`fcmae embed`: features of images as arrays."""
+"""`fcmae embed`: write features of images as arrays."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from fcmae.config.fields import ImagesConfig, ImageSizeConfig, setting
 
 @dataclass
 class EmbedConfig(ImageSizeConfig, ImagesConfig):
-    """Write the features of images to a file of numpy arrays."""
+    """Write the features of images to a file of NumPy arrays."""
 
     out: str = setting()
-    """File to write, .npz: features (N, C) float32 and paths (N)."""
+    """NumPy file to write, .npz: features (N, C), float32, and paths (N)."""
 
 
 CONFIG = EmbedConfig

@@ -1,4 +1,4 @@
-"""`fcmae evaluate`: measure a fine-tuned model."""
+"""`fcmae evaluate`: measure the accuracy of a fine-tuned model."""
 
 from dataclasses import KW_ONLY, dataclass
 
@@ -7,22 +7,22 @@ from fcmae.config.fields import ImageSizeConfig, SourceConfig, setting
 
 @dataclass
 class EvaluateConfig(ImageSizeConfig, SourceConfig):
-    """Measure top-1, top-5 and each class on labelled images."""
+    """Measure top-1, top-5 and per-class accuracy on labelled images."""
 
     source: str
-    """Run folder of fine-tuning (its best weights) or folder of weights."""
+    """Fine-tuning run (its best weights) or folder of weights."""
 
     data: str = setting(path="a folder with one folder per split, or one folder of classes")
     """Labelled images: a folder with one folder per split, or one folder of classes."""
 
     split: str = "val"
-    """Folder inside data to measure on."""
+    """Folder in data to evaluate."""
 
     json: bool = False
-    """Print one JSON object, top1 and top5 in percent, and nothing else."""
+    """Print only one JSON object, with top1 and top5 in percent."""
 
     out: str | None = None
-    """File for the confusion matrix, .png or .csv. null writes none."""
+    """Confusion matrix to write, .png or .csv. null writes none."""
 
     _: KW_ONLY
 

@@ -1,4 +1,4 @@
-"""`fcmae predict`: the classes of new images."""
+"""`fcmae predict`: classify new images."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ from fcmae.config.fields import ImagesConfig, setting
 
 @dataclass
 class PredictConfig(ImagesConfig):
-    """Write the best classes of each image to a CSV file."""
+    """Write the most likely classes of each image to a CSV file."""
 
     source: str
-    """Run folder of fine-tuning (its best weights) or folder of weights."""
+    """Fine-tuning run (its best weights) or folder of weights."""
 
     out: str = setting()
-    """CSV file to write: path,label,score and then the next best classes."""
+    """CSV file to write: path,label,score, followed by the next most likely classes."""
 
     top: int = setting(5, at_least=1)
-    """Classes per image, best first; fewer where the model knows fewer."""
+    """Classes per image, most likely first; fewer if the model has fewer."""
 
 
 CONFIG = PredictConfig

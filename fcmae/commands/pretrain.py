@@ -1,4 +1,4 @@
-"""`fcmae pretrain`: learn from unlabeled images."""
+"""`fcmae pretrain`: learn from unlabelled images."""
 
 from fcmae.config.pretraining import PretrainConfig
 

@@ -1,4 +1,4 @@
-"""`fcmae reconstruct`: what a pretrained model makes of hidden patches."""
+"""`fcmae reconstruct`: draw how a pretrained model fills hidden patches."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ class ReconstructConfig(DeviceConfig):
     """Draw original, masked, reconstructed and pasted images side by side."""
 
     run: str = setting(path="the folder of a run", positional=True)
-    """Run folder of pretraining."""
+    """Run folder of a pretraining run."""
 
     images: str = setting(path="a folder of images, or one image")
     """Folder of images, or one image."""
@@ -19,10 +19,10 @@ class ReconstructConfig(DeviceConfig):
     """Figure to write, such as reconstruction.png."""
 
     count: int = setting(8, at_least=1)
-    """Images to draw, one per row; the first in the order of their paths."""
+    """Number of images to draw, one per row: the first in the order of their paths."""
 
     seed: int = setting(0, at_least=0)
-    """Decides which patches are hidden."""
+    """Seed of the masks."""
 
 
 CONFIG = ReconstructConfig

@@ -1,1 +1,1 @@
-"""What can be asked for: typed settings, YAML, and the command line. Free of torch."""
+"""Configs: typed settings, YAML files and the command line. Does not import torch."""

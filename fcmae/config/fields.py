@@ -1,4 +1,4 @@
-"""How a setting is declared: its default, and beside it the rules that it has to keep.
+"""Declaration of settings: a default and the rules that a value must satisfy.
 
 A config is a dataclass that inherits from `Config`; the string under a field is its `--help` text.
 A subclass that overrides a field inherits the rules and the text that it does not replace.
@@ -20,7 +20,7 @@ from sparse.sizes import PATCH
 
 GROUPS = DATA, MODEL, OPTIMISATION = "Data", "Model", "Optimisation"
 RUNTIME = "Runtime: does not change the result"
-"""Groups of `--help`; nested configs come between the first three and the last."""
+"""Last group of `--help`; nested configs come between the first three and this one."""
 
 IMAGES = "a folder of images or a text file of paths"
 WEIGHTS = "a run, a folder of weights or a weight file"
@@ -28,21 +28,21 @@ WEIGHTS = "a run, a folder of weights or a weight file"
 
 @dataclass(frozen=True)
 class Leaf:
-    """A setting of a config: its type, its default, and the rules that it has to keep.
+    """A setting of a config: its type, its default and the rules that a value must satisfy.
 
     Attributes:
-        type: of its values.
-        default: MISSING where it has to be given.
+        type: type of its values.
+        default: its default; MISSING if the setting is required.
         group: heading in `--help`.
-        runtime: does not change the result, and may change when a run resumes.
-        positional: may be given without its name.
-        path: is read, so it has to exist; says what the path may be.
-        words: what a path setting takes that is not a path.
+        runtime: whether it leaves the result unchanged; it may then differ when a run resumes.
+        positional: whether it can be given as a positional argument.
+        path: description of the path for messages; if not empty, the path must exist.
+        words: values of a path setting that are not paths.
         at_least, above, at_most, below: range of a number, or of each number in a list.
-        length: how many numbers a list holds.
-        ascending: whether a list begins with its smallest number.
-        multiple: whether it is a size in pixels, and what its sides are multiples of.
-        example: a value that works, where the default does not show one.
+        length: number of items in a list.
+        ascending: whether the numbers of a list must ascend.
+        multiple: for a size in pixels, the number that its sides must be multiples of.
+        example: a value that works, if the default does not show one.
     """
 
     type: Any
@@ -62,7 +62,7 @@ class Leaf:
     example: str = ""
 
     def check(self, name: str, value: Any) -> None:
-        """Raise InputError if a number breaks a rule. None and words pass; NaN is in no range."""
+        """Raise InputError if a number breaks a rule. None and strings pass; NaN fails."""
         if value is None or isinstance(value, str):
             return
         if self.multiple:
@@ -84,7 +84,7 @@ class Leaf:
         raise InputError(f"{name} {value} must be {rule}")
 
     def such_as(self) -> str:
-        """Return ', such as …' with a value that works, or '' where none is known."""
+        """Return ', such as …' with a value that works, or '' if none is known."""
         if self.multiple:
             return ", such as 224 or '[96,160]'"
         known = "" if self.default in (MISSING, None, []) else to_text(self.default)
@@ -108,11 +108,11 @@ def setting(default: Any = MISSING, **rules: Any) -> Any:
 
 
 runtime = partial(setting, runtime=True, group=RUNTIME)
-"""A setting that does not change the result, and may change when a run resumes."""
+"""Declare a setting that does not change the result and may differ when a run resumes."""
 
 
 def own_leaves(kind: Any) -> dict[str, Leaf]:
-    """Return the fields of a config class; those that are configs themselves too."""
+    """Return the fields of a config class, including nested configs."""
     found = {}
     for item in fields(kind):
         default = item.default if item.default_factory is MISSING else item.default_factory()
@@ -142,22 +142,34 @@ def title_of(kind: Any) -> str:
 
 
 def runtime_keys(kind: Any) -> frozenset[str]:
-    """Return the names of the fields that may change when a run resumes."""
+    """Return the names of the fields that may differ when a run resumes."""
     return frozenset(name for name, leaf in own_leaves(kind).items() if leaf.runtime)
 
 
 def to_text(value: Any) -> str:
-    """Return a value as it is written on a command line: a text, else JSON without spaces."""
+    """Return a value as written on a command line: a string as is, others as JSON."""
     if isinstance(value, str):
         return value
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
-def check_paths(config: Any) -> None:
-    """Raise InputError if a path that a command is to read does not exist.
+def asked_settings(config: Any) -> dict[str, Any]:
+    """The config as JSON, its paths absolute, so that it compares from any folder."""
+    asked = asdict(config)
+    for key, leaf in own_leaves(type(config)).items():
+        value = asked[key]
+        if leaf.path and value is not None and value not in leaf.words:
+            paths = [value] if isinstance(value, str) else value
+            absolute = [os.path.abspath(os.path.expanduser(path)) for path in paths]
+            asked[key] = absolute if key == "data" else absolute[0]
+    return asked
 
-    Words such as `none`, URLs and patterns pass. So does a run that has checkpoints: whether it
-    still needs the files it started from is decided where it resumes.
+
+def check_paths(config: Any) -> None:
+    """Raise InputError if a path that a command reads does not exist.
+
+    Words such as `none`, URLs and patterns pass. A run that has checkpoints passes too: whether it
+    still needs the files it started from is decided when it resumes.
     """
     if hasattr(config, "resume") and Path(config.out, "checkpoints").is_dir():
         return
@@ -172,14 +184,14 @@ def check_paths(config: Any) -> None:
 
 @dataclass
 class Config:
-    """A config whose numbers are in range: the rules of its fields are checked when it is made.
+    """Base class of configs: checks the rules of its fields when it is created.
 
     Raises:
         InputError: names the setting, the value, the rule and a value that works.
     """
 
     PREFIX: ClassVar[str] = ""
-    """What stands before a field's name where this config is part of another: `optim.`."""
+    """Prefix of field names in messages if this config is part of another: `optim.`."""
 
     def __post_init__(self) -> None:
         for name, leaf in own_leaves(type(self)).items():
@@ -188,18 +200,18 @@ class Config:
 
 @dataclass(kw_only=True)
 class DeviceConfig(Config):
-    """Where tensors are computed."""
+    """A command that computes on a device."""
 
     device: str = runtime("auto")
-    """cpu, cuda, cuda:1, mps or auto, which takes a GPU where there is one."""
+    """cpu, cuda, cuda:1, mps or auto, which uses a GPU if there is one."""
 
 
 @dataclass(kw_only=True)
 class LoaderConfig(DeviceConfig):
-    """How images are read and computed by commands that do not train."""
+    """A command that reads images but does not train."""
 
     batch_size: int = runtime(64, at_least=1)
-    """Images per batch. Changes speed and memory only."""
+    """Images per batch. Affects only speed and memory."""
 
     workers: Literal["auto"] | int = runtime("auto", at_least=0)
     """Processes that read images; 0 reads in the main process."""
@@ -223,8 +235,8 @@ class ImagesConfig(SourceConfig):
 
 @dataclass(kw_only=True)
 class ImageSizeConfig(Config):
-    """The size at which weights see images."""
+    """A command that resizes images for the weights."""
 
     img_size: int | list[int] | None = setting(None, multiple=PATCH)
-    """Side of the crops in pixels, or '[HEIGHT,WIDTH]'. null takes the size that the weights were
+    """Side of the crops in pixels, or '[HEIGHT,WIDTH]'. null uses the size that the weights were
     trained with."""

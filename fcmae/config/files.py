@@ -1,4 +1,4 @@
-"""Configs from settings and back, as dicts and as YAML files. Free of torch."""
+"""Configs to and from dicts and YAML files. Does not import torch."""
 
 import re
 from dataclasses import MISSING, asdict, is_dataclass
@@ -16,9 +16,9 @@ Kind = TypeVar("Kind")
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML as people mean it: 6e-3 is a number, a date is a text, and there are no aliases.
+    """YAML as people expect it: 6e-3 is a number, a date is a string, aliases are rejected.
 
-    A few lines of aliases can stand for gigabytes.
+    A few lines of aliases can expand to gigabytes.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own attribute
@@ -34,14 +34,14 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 class _PlainDumper(yaml.SafeDumper):
-    """Quotes each text that _PlainLoader would take for a number, and writes no aliases."""
+    """Quotes strings that _PlainLoader would read as numbers, and writes no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Escape the line breaks that PyYAML writes as they are and reads back as spaces."""
+    """Escape the line breaks that PyYAML writes unescaped and reads back as spaces."""
     style = '"' if re.search("[\x85\u2028\u2029]", text) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -57,7 +57,7 @@ for _side in (_PlainLoader, _PlainDumper):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file of `key: value` lines; an empty one gives {}.
+    """Read a YAML file of `key: value` lines; an empty file returns {}.
 
     Raises:
         InputError: missing, not text, not YAML, or with tags (`!!python/…`) or aliases.
@@ -68,7 +68,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{str(path)!r} cannot be read: {error.strerror}") from error
     except RecursionError as error:
         raise InputError(f"{str(path)!r} is nested too deeply for a config") from error
-    except ValueError as error:  # not UTF-8, a NUL byte in the name, a number or date that is none
+    except ValueError as error:  # not UTF-8, a NUL byte in the name, or an invalid number or date
         raise InputError(f"{str(path)!r} is not a YAML text file") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -83,15 +83,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """Write nested settings as YAML that read_yaml takes back unchanged."""
+    """Return nested settings as YAML that read_yaml reads back unchanged."""
     return yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
 
 
 def from_dict(kind: type[Kind], values: dict[str, Any]) -> Kind:
-    """Build a config from nested dicts or dotted keys; settings left out take their defaults.
+    """Build a config from nested dicts or dotted keys; omitted settings have their defaults.
 
     Raises:
-        InputError: unknown key (names the nearest), missing one, or a number out of range.
+        InputError: an unknown key (names the nearest), a missing key, or a number out of range.
     """
     flat, known = flatten(values), leaves(kind)
     for key in flat:
@@ -114,12 +114,12 @@ def _build(kind: Any, flat: dict[str, Any], prefix: str) -> Any:
 
 
 def asked(config: Any) -> dict[str, Any]:
-    """Return the config as nested dicts, the settings that decide the result first."""
+    """Return the config as nested dicts, settings that change the result first."""
     values, last = asdict(config), runtime_keys(type(config))
     return {key: values[key] for key in sorted(values, key=last.__contains__)}
 
 
 def save_yaml(config: Any, path: str | Path) -> None:
-    """Write what was asked (`auto` stays `auto`) as YAML that `--config` reads."""
+    """Write the config as requested (`auto` stays `auto`), as YAML for `--config`."""
     with atomic_write(Path(path)) as partial:
         partial.write_text(to_yaml(asked(config)), encoding="utf-8")

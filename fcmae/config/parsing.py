@@ -1,4 +1,4 @@
-"""From a command's arguments and YAML files to its config; every mistake is one clear line.
+"""Parses a command's arguments and YAML files to its config; every mistake is one clear line.
 
 Options are read as people type them (`--data A B`, `--json`, `PHOTOS`). jsonargparse converts and
 checks each value by the type of its field.
@@ -31,13 +31,13 @@ _BOOLEANS = ("true", "false", "True", "False", "yes", "no", "on", "off", "1", "0
 def parse(
     kind: type[Kind], argv: Sequence[str], command: str, owner: Owner = lambda keys: ""
 ) -> Kind | None:
-    """Build the config that `argv` asks for, or None where --help or --print_config printed.
+    """Build the config that `argv` requests, or return None if --help or --print_config printed.
 
     Args:
         kind: a config class; see fcmae/config/fields.py.
-        argv: what follows the command's name.
-        command: what the user typed before, such as `fcmae pretrain`.
-        owner: says, from the keys of a config file, whose it is if not this command's, or ''.
+        argv: arguments after the command's name.
+        command: the command as typed, such as `fcmae pretrain`.
+        owner: returns, from the keys of a config file, which other command it belongs to, or ''.
 
     Raises:
         InputError: unknown key, wrong value, missing setting or unreadable config file.
@@ -56,7 +56,7 @@ def parse(
     show = dict(given).get("print_config", False)
     if missing and not show:
         names = " and ".join(_shown(key, known[key]) for key in missing)
-        raise InputError(f"{names} missing, as in: {usage(kind, command)}")
+        raise InputError(f"missing {names}: run {usage(kind, command)}")
     config = from_dict(kind, values | dict.fromkeys(missing, ""))
     if not show:
         return config
@@ -65,7 +65,7 @@ def parse(
 
 
 def usage(kind: Any, command: str) -> str:
-    """Return a command with its main input and the settings that have no default."""
+    """Return a command with its positional argument and its required options."""
     words = [command]
     for key, leaf in leaves(kind).items():
         if leaf.positional:
@@ -80,7 +80,7 @@ def _shown(key: str, leaf: Leaf) -> str:
 
 
 def read_arguments(argv: Sequence[str], known: dict[str, Leaf]) -> list[tuple[str, Any]]:
-    """Match options, flags and positional values; return (key, value) in order.
+    """Match options, flags and positional arguments; return (key, value) pairs in order.
 
     Raises:
         InputError: an unknown option, a wrong or missing value, or a value without an option.
@@ -110,13 +110,13 @@ def read_arguments(argv: Sequence[str], known: dict[str, Leaf]) -> list[tuple[st
     for key, values in found:
         leaf = options[key]
         if "" in values and leaf.default is MISSING:
-            raise InputError(f"{_shown(key, leaf)} is empty: it needs a value")
+            raise InputError(f"{_shown(key, leaf)} is empty: give a value")
         given.append((key, convert(_join(values, leaf.type), leaf, f"--{key}")))
     return given
 
 
 def _take(words: deque[str], name: str, leaf: Leaf) -> list[str]:
-    """Take the values of an option off the words that follow it."""
+    """Remove an option's values from the words that follow it, and return them."""
     if leaf.type is bool:
         return [words.popleft()] if words and words[0] in _BOOLEANS else ["true"]
     if not words or words[0].startswith("--"):
@@ -129,13 +129,13 @@ def _take(words: deque[str], name: str, leaf: Leaf) -> list[str]:
 
 
 def _items(kind: Any) -> Any:
-    """Return the type of the items of a setting that takes a list, else None."""
+    """Return the item type of a setting that accepts a list, else None."""
     lists = [part for part in (kind, *get_args(kind)) if get_origin(part) is list]
     return get_args(lists[0])[0] if lists else None
 
 
 def _join(values: list[str], kind: Any) -> str:
-    """Write the values of an option as one: `A B` as `["A","B"]`."""
+    """Join the values of an option to one: `A B` to `["A","B"]`."""
     if len(values) == 1 and (get_origin(kind) is not list or values[0].startswith("[")):
         return values[0]
     return to_text(values) if _items(kind) is str else f"[{','.join(values)}]"
@@ -151,11 +151,11 @@ def _unknown(name: str, key: str, known: dict[str, Leaf]) -> str:
 def read_file(path: str, known: dict[str, Leaf], owner: Owner = lambda keys: "") -> dict[str, Any]:
     """Read a YAML config file, nested or with dotted keys, as settings by dotted key.
 
-    null for a setting without a default counts as not given.
+    null for a required setting means that it is not given.
 
     Raises:
-        InputError: unreadable file, unknown key, wrong value, a number where a text belongs, or the
-            config of another command.
+        InputError: an unreadable file, an unknown key, a wrong value, a number instead of a string,
+            or the config of another command.
     """
     found = flatten(read_yaml(path))
     if not found.keys() <= known.keys() and (message := owner(found.keys())):
@@ -168,22 +168,22 @@ def read_file(path: str, known: dict[str, Leaf], owner: Owner = lambda keys: "")
             raise InputError(f"{path}: unknown key {key!r}{nearest(key, known)}")
         kind = known[key].type
         if str in (kind, *get_args(kind)) and isinstance(value, bool | int | float):
-            raise InputError(f"{path}: {key} must be a text, not {value}: write it in quotes")
+            raise InputError(f"{path}: {key} must be a string, not {value}: put it in quotes")
         if value is not None or known[key].default is not MISSING:
             given[key] = convert(to_text(value), known[key], f"{path}: {key}")
     return given
 
 
 def convert(text: str, leaf: Leaf, where: str) -> Any:
-    """Return a value of a setting's type.
+    """Convert a string to the type of a setting.
 
     Args:
-        text: the value as it is written on a command line.
+        text: the value as written on a command line.
         leaf: the setting.
-        where: names it in the message: `--epochs`, or a key in a file.
+        where: its name in messages: `--epochs`, or a key in a file.
 
     Raises:
-        InputError: the text is not a value of this type; names the rule and a value that works.
+        InputError: not a value of this type; names the rule and a value that works.
     """
     parts = [leaf.type, *get_args(leaf.type)]
     parser = ArgumentParser(exit_on_error=False)
@@ -198,33 +198,33 @@ def convert(text: str, leaf: Leaf, where: str) -> Any:
 
 
 def _paths(text: str | list[str]) -> str | list[str]:
-    """Read `[A,B]` as a list of texts, numbers too; anything else, even `- A`, is one text.
+    """Read `[A,B]` as a list of strings, even if they are numbers; anything else is one string.
 
-    jsonargparse would read `- A` as a list, and `[2021,2022]` as one text. It validates the list
-    with this function too.
+    jsonargparse would read `- A` as a list, and `[2021,2022]` as one string. It also validates the
+    list with this function.
     """
     if isinstance(text, list) or not text.startswith("["):
         return text
     try:
-        values = yaml.load(text, yaml.BaseLoader)  # noqa: S506 - builds texts alone
+        values = yaml.load(text, yaml.BaseLoader)  # noqa: S506 - builds only strings
     except yaml.YAMLError:
         return text
     if not values or not all(isinstance(value, str) and value for value in values):
-        raise ValueError("not a list of texts")
+        raise ValueError("not a list of strings")
     return values
 
 
 _WORDS = {
     bool: "true or false",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
-    str: "a text",
+    str: "a string",
     type(None): "null",
 }
 
 
 def _rule(kind: Any) -> str:
-    """Say in words what a type takes."""
+    """Describe in words the values of a type."""
     if kind in _WORDS:
         return _WORDS[kind]
     if get_origin(kind) is Literal:
@@ -236,11 +236,11 @@ def _rule(kind: Any) -> str:
 
 
 def _print_help(kind: Any, command: str) -> None:
-    """Print every setting in its group: those that do not change the result last."""
+    """Print every setting in its group; those that do not change the result come last."""
     parser = argparse.ArgumentParser(
         usage=f"{usage(kind, command)} [options]", description=title_of(kind)
     )
-    file = "Read settings from a YAML file; options given beside it win. May be repeated."
+    file = "YAML file of settings; options on the command line take precedence. Can be repeated."
     parser.add_argument("--config", metavar="FILE.yaml", help=file)
     parser.add_argument("--print_config", action="store_true", help="Print all settings as YAML.")
     known, texts = leaves(kind), _texts(kind)
@@ -250,7 +250,7 @@ def _print_help(kind: Any, command: str) -> None:
     for key, leaf in known.items():
         shown = "" if leaf.default is MISSING else to_text(leaf.default) or "''"
         default = f"default: {shown}" if shown else "required"
-        unnamed = " May be given without its name." if leaf.positional else ""
+        unnamed = " Can be given as a positional argument." if leaf.positional else ""
         text = f"{texts[key]}{unnamed} ({_rule(leaf.type)}; {default})"
         groups[leaf.group].add_argument(
             f"--{key}", metavar=key.split(".")[-1].upper(), help=text.replace("%", "%%")
@@ -259,7 +259,7 @@ def _print_help(kind: Any, command: str) -> None:
 
 
 def _texts(kind: Any, prefix: str = "") -> dict[str, str]:
-    """Return the string under each field, of the class or of the nearest one it inherits from."""
+    """Return the string under each field, from the class or its nearest base that has one."""
     texts = {
         prefix + item.arg_name: item.description or ""
         for base in filter(is_dataclass, reversed(kind.__mro__))

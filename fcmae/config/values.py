@@ -1,4 +1,4 @@
-"""Settings as plain dicts: flattened, compared, their keys corrected. Free of torch."""
+"""Settings as plain dicts: flattening, comparison, suggestions for keys. Does not import torch."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -8,11 +8,11 @@ from sparse.errors import InputError
 from sparse.sizes import PATCH
 
 MAX_PIXELS = 179_000_000
-"""Largest image that is decoded, in pixels, where no setting says otherwise."""
+"""Default size, in pixels, of the largest image that is decoded."""
 
 
 def height_width(img_size: int | list[int], multiple: int = PATCH) -> tuple[int, int]:
-    """Return (height, width) in pixels of a side or a pair.
+    """Return (height, width) in pixels for one side or a pair.
 
     Raises:
         InputError: not one or two positive multiples of `multiple`; names the nearest two.
@@ -23,15 +23,14 @@ def height_width(img_size: int | list[int], multiple: int = PATCH) -> tuple[int,
     for side in sides:
         if side < multiple or side % multiple:
             low = max(side // multiple, 1) * multiple
-            rule = f"must be a multiple of {multiple}: take {low} or {low + multiple}"
-            raise InputError(
-                f"img_size {side} {rule if multiple > 1 else 'must be positive: take 224'}"
-            )
+            rule = f"a multiple of {multiple}: use {low} or {low + multiple}"
+            rule = rule if multiple > 1 else "positive: use 224"
+            raise InputError(f"img_size {side} must be {rule}")
     return sides[0], sides[1]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as one, with dotted keys."""
+    """Return nested dicts as one dict with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         full = f"{prefix}{key}"
@@ -40,9 +39,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(key: str, known: Iterable[str], dashes: str = "") -> str:
-    """Return '; did you mean …?' for a misspelt key, or '' where none is near.
+    """Return '; did you mean …?' for a misspelt key, or '' if no key is close.
 
-    A key without its group, or one word of a longer name, counts as near: `lr` is `optim.base_lr`.
+    A key without its group or one word of a longer name is close: `lr` means `optim.base_lr`.
     """
     names = list(known)
     wanted = key.replace("-", "_")
@@ -60,7 +59,7 @@ def nearest(key: str, known: Iterable[str], dashes: str = "") -> str:
 def differences(
     asked: dict[str, Any], stored: dict[str, Any], runtime_keys: frozenset[str]
 ) -> list[tuple[str, Any, Any]]:
-    """List (key, was, now) of the settings that change results and differ; nested keys dotted."""
+    """List (key, was, now) for settings that change results and differ; nested keys are dotted."""
     was, now = flatten(stored), flatten(asked)
     return [
         (key, was.get(key), now.get(key))

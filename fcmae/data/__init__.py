@@ -1,1 +1,1 @@
-"""From sources of images to batches: where images are, how they are read, crops, and order."""
+"""From sources of images to batches: finding, reading, cropping and ordering images."""

@@ -1,4 +1,4 @@
-"""Where an image is cropped and whether it is flipped: pure functions of (seed, epoch, index)."""
+"""Crops and flips of an image: pure functions of (seed, epoch, index)."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from fcmae import rng
 from fcmae.config.training import AugmentBase
 
 Box = tuple[int, int, int, int]
-"""Left, top, width and height in pixels of the image as it is looked at."""
+"""Left, top, width and height in pixels, after the EXIF orientation."""
 
 _TRIES = 10
 
@@ -19,8 +19,8 @@ class Geometry:
     """How a crop was cut from an image, so that masks and boxes can follow it.
 
     Attributes:
-        size: (width, height) of the image in pixels, as it is looked at.
-        box: what was cut out of it, before it was resized.
+        size: (width, height) of the image in pixels, after the EXIF orientation.
+        box: the crop before it was resized.
         flip_h, flip_v: whether the crop was then mirrored left to right, and top to bottom.
     """
 
@@ -33,9 +33,9 @@ class Geometry:
 def random_geometry(
     seed: int, epoch: int, index: int, size: tuple[int, int], augment: AugmentBase
 ) -> Geometry:
-    """Draw how a training sample is cut from an image of (width, height) pixels.
+    """Draw the crop and flips of a training sample from an image of (width, height) pixels.
 
-    Each flip that `augment` allows has chance 1/2.
+    Each flip that `augment` allows has probability 1/2.
     """
     across, down = rng.uniform(seed, rng.FLIP, epoch, index, np.arange(2)).tolist()
     box = crop_box(seed, epoch, index, size, augment)
@@ -43,11 +43,11 @@ def random_geometry(
 
 
 def crop_box(seed: int, epoch: int, index: int, size: tuple[int, int], augment: AugmentBase) -> Box:
-    """Draw the box that RandomResizedCrop would, from an image of (width, height) pixels.
+    """Draw a box as RandomResizedCrop does, from an image of (width, height) pixels.
 
     Its share of the area is uniform in `crop_scale`, its width / height log-uniform in
-    `crop_ratio`. A draw that does not fit in the image is drawn again, ten times in all; then the
-    box is the largest centred one whose width / height lies within `crop_ratio`.
+    `crop_ratio`. If none of ten draws fits in the image, the box is the largest centred one whose
+    width / height lies within `crop_ratio`.
     """
     (width, height), scale, ratio = size, augment.crop_scale, augment.crop_ratio
     draws = rng.uniform(seed, rng.CROP, epoch, index, np.arange(4 * _TRIES)).reshape(_TRIES, 4)

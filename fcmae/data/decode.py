@@ -1,10 +1,11 @@
 """Reading one image: from a file's bytes to a crop of it, resized, in the channels asked for.
 
-What holds for every file (docs/data.md says it to users): its content decides the format, never its
-name; the first frame or page counts; EXIF orientation is applied; colour profiles are ignored;
-alpha is dropped unless `in_chans` asks for it (2 or 4). 8-bit images stay uint8; deeper ones
-become float32, 16 bits divided by 65535 and floating point as it is. Pillow reads 16-bit colour by
-its high byte, which is within 1/257. `.npy` arrays, (H, W) or (H, W, C), serve any channel count.
+Rules for every file (documented in docs/data.md): the content decides the format, never the name;
+the first frame or page is used; the EXIF orientation is applied; colour profiles are ignored; alpha
+is dropped unless `in_chans` asks for it (2 or 4). 8-bit images stay uint8; deeper ones become
+float32: 16-bit values are divided by 65535, floating-point values are kept. Pillow reads the high
+byte of 16-bit colour, an error of at most 1/257. `.npy` arrays, (H, W) or (H, W, C), may have any
+number of channels.
 """
 
 import io
@@ -27,11 +28,11 @@ from fcmae.data.resize import Pixels, Raster, resize, strips, to_unit
 from fcmae.data.sources import PathOrFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF")
-"""What Pillow may try. Named, since others run programs (EPS starts Ghostscript)."""
+"""The formats that Pillow may try. Others run programs (EPS starts Ghostscript)."""
 
 DECODER_SHARE = {"WEBP": 0.3, "JPEG2000": 0.25, "AVIF": 0.5, "progressive JPEG": 0.5}
-"""Of max_pixels, for formats whose decoders take several times the memory of the pixels: measured
-10 to 24 bytes a pixel, where others take 2 to 6. Nothing then takes more than 1.5 GB by default."""
+"""Share of max_pixels for formats whose decoders need several times the memory of the pixels: 10 to
+24 bytes per pixel measured, against 2 to 6. By default no image then needs more than 1.5 GB."""
 
 _GREY = ("1", "L", "LA", "La")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
@@ -39,7 +40,7 @@ _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 class BadImage(Exception):
-    """An image that can't be used; `reason` says why, in one line."""
+    """An image that can't be used; `reason` is one line."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -48,7 +49,7 @@ class BadImage(Exception):
 
 @contextmanager
 def reading(max_pixels: int) -> Iterator[None]:
-    """Turn what a broken file raises into BadImage; hold Pillow to `max_pixels` in the meantime."""
+    """Turn any error of a broken file into BadImage, and limit Pillow to `max_pixels` meanwhile."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
@@ -71,16 +72,16 @@ def reading(max_pixels: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """An image whose header is good: its `size` as it is looked at, and crops of it.
+    """An image with a valid header: its `size` after the EXIF orientation, and crops of it.
 
-    JPEG is decoded by each crop, everything else when it is opened.
+    A JPEG is decoded for each crop, other formats when they are opened.
 
     Args:
         stored_size: (width, height) in pixels, before the EXIF orientation.
         turn: whether to swap rows and columns, then mirror left-right, then top-bottom.
         in_chans: channels of the crops.
-        decode: from a factor to the pixels at 1 / scale of their size, and scale, which is at most
-            the factor, or 1.
+        decode: maps a factor to the pixels at 1 / scale of their size, and the scale, which is 1 or
+            at most the factor.
     """
 
     stored_size: tuple[int, int]
@@ -104,10 +105,9 @@ class OpenedImage:
     ) -> Pixels:
         """Return the crop `box`, resized (antialiased) and flipped, as (in_chans, H, W).
 
-        `interpolation` is bicubic or bilinear.
-
-        With `fast`, a JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8 of its size; that
-        is several times faster on large photographs and moves pixel values.
+        `interpolation` is bicubic or bilinear. With `fast`, a JPEG much larger than needed is
+        decoded at 1/2, 1/4 or 1/8 of its size, which is several times faster on large photographs
+        and changes pixel values slightly.
 
         Raises:
             BadImage: the pixels can't be decoded.
@@ -135,7 +135,7 @@ class OpenedImage:
         return self._in_channels(image[:, :: -1 if down else 1, :: -1 if across else 1])
 
     def _in_channels(self, image_CHW: Pixels) -> Pixels:
-        """Repeat a single band as often as asked for, with an opaque alpha for 2 and 4 channels."""
+        """Repeat a single band `in_chans` times, with an opaque alpha for 2 and 4 channels."""
         if len(image_CHW) == self.in_chans:
             return np.ascontiguousarray(image_CHW)
         image = np.repeat(image_CHW, self.in_chans, axis=0)
@@ -147,13 +147,13 @@ class OpenedImage:
 def read_image(path_or_file: PathOrFile, in_chans: int, max_pixels: int) -> OpenedImage:
     """Open an image and check its header.
 
-    Pillow's limit on pixels and the warnings filter are set while a file is read and put back
-    after: other threads of this process would see them.
+    While a file is read, Pillow's limit on pixels and the warnings filter are changed, which other
+    threads of this process see.
 
     Args:
-        path_or_file: a path, or a binary file that can seek, at its start; it is closed in the end.
-        in_chans: the channels that crops will have.
-        max_pixels: the most that width times height may be.
+        path_or_file: a path, or a seekable binary file at its start, which is closed at the end.
+        in_chans: channels of the crops.
+        max_pixels: the largest allowed width times height.
 
     Raises:
         BadImage: the file is missing, broken, too large, or does not have the right channels.
@@ -179,12 +179,10 @@ def _read_with_pillow(file: BinaryIO, in_chans: int, max_pixels: int) -> OpenedI
     form = "progressive JPEG" if "progressive" in image.info else str(image.format)
     _check_pixels(*image.size, max_pixels, form)
     if in_chans > 4:
-        raise BadImage(
-            f"of a {image.format} at most 4 channels can be read, not {in_chans}: use .npy"
-        )
+        raise BadImage(f"{image.format}: at most 4 channels can be read, not {in_chans}: use .npy")
     sixteen_bits = image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format == "PPM")
     if not (image.mode in (*_GREY, *_COLOUR, "F") or sixteen_bits):
-        raise BadImage(f"pixels of mode {image.mode} have no range that is agreed on")
+        raise BadImage(f"pixels of mode {image.mode} have no defined range")
     if image.format in ("JPEG", "MPO"):
         turn = _turn(image)
         file.seek(0)
@@ -211,7 +209,7 @@ def _decode_jpeg(
 
 
 def _pillow_raster(image: Image.Image, in_chans: int) -> Raster:
-    """Convert a Pillow image part by part, so that no second copy of a large one is needed."""
+    """Convert a Pillow image part by part, without a second copy of a large one."""
     modes: tuple[str, ...] = ()
     if image.mode in _GREY + _COLOUR:
         grey = in_chans == 1 or (in_chans == 3 and image.mode in _GREY)
@@ -240,9 +238,9 @@ def _read_array(file: BinaryIO, in_chans: int, max_pixels: int) -> OpenedImage:
     old = version == (1, 0)
     shape, _, dtype = (npy.read_array_header_1_0 if old else npy.read_array_header_2_0)(file)
     if dtype.kind != "f" and (dtype.kind, dtype.itemsize) not in (("u", 1), ("u", 2)):
-        raise BadImage(f"array of {dtype}: uint8, uint16 and float are read")
+        raise BadImage(f"array of {dtype}: use uint8, uint16 or float")
     if len(shape) not in (2, 3) or min(shape) < 1 or (*shape, 1)[2] != in_chans:
-        hint = ""  # the smallest side most likely counts the channels
+        hint = ""  # the smallest side is most likely the channel axis
         if len(shape) == 3 and shape[2] == min(shape):
             hint = f": give --in_chans {shape[2]}"
         elif len(shape) == 3 and shape[0] == min(shape):
@@ -272,14 +270,14 @@ def _check_pixels(width: int, height: int, max_pixels: int, form: str = "") -> N
 
 
 def _check_finite(raster: Raster) -> None:
-    """Refuse NaN and infinity anywhere, so that a file is bad in all of its crops or in none."""
+    """Refuse NaN and infinity anywhere, so that either all crops of a file are bad or none."""
     box = (0, 0, raster.width, raster.height)
     if not all(np.isfinite(part).all() for part in strips(raster, box)):
-        raise BadImage("holds values that are not finite")
+        raise BadImage("some values are not finite")
 
 
 def _turn(image: Image.Image) -> tuple[bool, bool, bool]:
-    """Return what the EXIF orientation asks for; an image whose EXIF can't be read stays as it is.
+    """Return the turns of the EXIF orientation; none if the EXIF data can't be read.
 
     Of the values 1 to 8, the last four swap rows and columns.
     """

@@ -1,10 +1,10 @@
 """Near-duplicates: images that are the same photograph, resized, recompressed or retouched.
 
-Each image is known by a perceptual hash: shrunk to 64×64 grey pixels, the signs of the 16×16
-lowest frequencies of its cosine transform but the constant one. On 3,400 photographs, copies mostly
-differed in up to 20 of the 255 bits (resized, blurred, recompressed, brightened), other images in
-50 and more. Not found are mirrored copies, clear crops and those with blown-out light; small things
-on a plain ground, icons and scans are mistaken for each other.
+Images are compared by a perceptual hash: shrunk to 64×64 grey pixels, the signs of the 16×16
+lowest frequencies of the cosine transform except the constant one. On 3,400 photographs, copies
+(resized, blurred, recompressed, brightened) mostly differed in up to 20 of the 255 bits, other
+images in 50 and more. Mirrored, clearly cropped and overexposed copies are not found; small objects
+on a plain background, icons and scans are mistaken for each other.
 """
 
 import json
@@ -36,10 +36,10 @@ SIDE = 64
 FREQUENCIES = 16
 BITS = FREQUENCIES**2 - 1
 MOST_BITS = 32
-"""Bits by which two hashes of one photograph may differ."""
+"""Largest number of bits in which two hashes of one photograph may differ."""
 
 FLAT = 0.01
-"""Deviation of the shrunk image under which its hash says nothing, of a range of 1."""
+"""Standard deviation of the shrunk image, of a range of 1, below which its hash is noise."""
 
 _AT_ONCE = 4096
 
@@ -53,7 +53,7 @@ Hash = npt.NDArray[np.uint8]
 
 
 class Duplicate(NamedTuple):
-    """An image, the other that it nearly is, and the bits by which they differ."""
+    """An image, the image that it nearly equals, and the number of bits that differ."""
 
     path: str
     of: str
@@ -62,7 +62,7 @@ class Duplicate(NamedTuple):
 
 @dataclass
 class _HashDataset(Dataset[Sample]):
-    """Hashes in place of images; a sample without one where there is none."""
+    """Hashes in place of images; a sample without a hash has None."""
 
     source: Source
 
@@ -71,7 +71,7 @@ class _HashDataset(Dataset[Sample]):
 
 
 def perceptual_hash(path_or_file: PathOrFile) -> Hash | None:
-    """The hash of an image, 32 bytes; None where it can't be read or is all of one tone."""
+    """The hash of an image, 32 bytes; None if it can't be read or has a single tone."""
     try:
         image = read_image(path_or_file, 1, MAX_PIXELS)
         small = as_float(image.resized((0, 0, *image.size), (SIDE, SIDE), fast=True))[0]
@@ -85,15 +85,15 @@ def perceptual_hash(path_or_file: PathOrFile) -> Hash | None:
 def find_duplicates(
     source: Source, others: Source, workers: int, world: World = ALONE, shown: bool = False
 ) -> list[Duplicate]:
-    """Find the images in `source` that are near-duplicates of one in `others`, its nearest.
+    """Find the images in `source` that are near-duplicates of one in `others`, with the nearest.
 
     Args:
         source: the images to search.
-        others: what they are compared with.
+        others: the images to compare with.
         workers: processes that read images.
-        world: the processes that share the work, each with the whole result in the end. None of
-            them waits for another that works alone: a collective would time out.
-        shown: with a progress bar, on terminals.
+        world: the processes that share the work; each returns the whole result. None of them waits
+            while another works alone: a collective would time out.
+        shown: show a progress bar on terminals.
 
     Raises:
         RunError: a process that reads images died.
@@ -121,7 +121,7 @@ def report_duplicates(
 
     Args:
         source: the images.
-        data: its `val` is what they are compared with.
+        data: they are compared with its `val`.
         workers: processes that read images.
         world: the processes that share the work; the main one reports.
 
@@ -132,23 +132,21 @@ def report_duplicates(
     found = find_duplicates(source, data.val.source, processes, world, shown=world.is_main)
     if not world.is_main:
         return found
-    near = [f"{entry.path} is like {data.val.prefix}{entry.of}" for entry in found]
-    warn_of_first([f"near-duplicate of a validation image: {pair}" for pair in near])
-    _log.info(
-        f"{len(found)} of {len(source)} images are near-duplicates of "
-        f"{len({entry.of for entry in found})} of the {len(data.val.source)} images in val"
-    )
+    pairs = [f"{entry.path} is like {data.val.prefix}{entry.of}" for entry in found]
+    warn_of_first([f"near-duplicate of a validation image: {pair}" for pair in pairs])
+    of = len({entry.of for entry in found})
+    _log.info(f"{len(found)} of {len(source)} images are near-duplicates of {of} images in val")
     return found
 
 
 def write_duplicates(found: Sequence[Duplicate], path: Path) -> None:
-    """Write a JSON object a line."""
+    """Write one JSON object per line."""
     with atomic_write(path) as file:
         file.write_text("".join(json.dumps(entry._asdict()) + "\n" for entry in found))
 
 
 def _hashes(source: Source, workers: int, world: World, what: str | None) -> tuple[Hash, list[int]]:
-    """Hashes (N, 32) of this process's share of the images that have one, and which these are."""
+    """Hashes (N, 32) of this process's share of the images, and the indices of hashed images."""
     batches = [batch for batch in batches_of(len(source), 64, world.rank, world.size) if batch]
     hashes, indices = [np.empty((0, 32), np.uint8)], []
     with lost_workers():
@@ -161,5 +159,5 @@ def _hashes(source: Source, workers: int, world: World, what: str | None) -> tup
 
 
 def _signs(hashes: Hash) -> Tensor:
-    """Bits as ±1 (N, 255): of a product of two, (255 - product) / 2 bits differ."""
+    """Bits as ±1 (N, 255): two hashes differ in (255 - dot product) / 2 bits."""
     return torch.from_numpy(np.unpackbits(hashes, axis=1, count=BITS)).float() * 2 - 1

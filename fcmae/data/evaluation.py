@@ -1,4 +1,4 @@
-"""Images to measure on: centre crops, each once."""
+"""Images to measure on: one centre crop of each."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ from fcmae.model.mask import grid_of, random_mask
 from fcmae.train.processes import ALONE, World
 
 SHOWN = 20
-"""Most images that are reported one by one."""
+"""Largest number of images that are reported one by one."""
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class EvalDataset(Dataset[Sample]):
 
     Args:
         split: the images, with labels or without.
-        images: size and interpolation of the crops, and the part of an image that they take.
+        images: size and interpolation of the crops, and the part of an image that they cover.
         max_pixels: images with more pixels count as unreadable.
     """
 
@@ -46,7 +46,7 @@ class EvalDataset(Dataset[Sample]):
         return len(self.split.source)
 
     def __getitem__(self, index: int) -> Sample:
-        """Return the sample, without an image where it can't be read."""
+        """Return the sample, without an image if it can't be read."""
         target = self.split.target(index)
         try:
             image, geometry = center_crop(self.split.source, index, self.images, self.max_pixels)
@@ -61,7 +61,7 @@ def report_skipped(bad: Sequence[tuple[str, str]], most: int = SHOWN) -> None:
 
 
 def warn_of_first(lines: Sequence[str], most: int = SHOWN) -> None:
-    """Log the first lines as warnings, and how many more there are."""
+    """Log the first lines as warnings, and the number of the others."""
     for line in lines[:most]:
         _log.warning("%s", line)
     if len(lines) > most:
@@ -69,9 +69,9 @@ def warn_of_first(lines: Sequence[str], most: int = SHOWN) -> None:
 
 
 def batches_of(n: int, batch_size: int, rank: int = 0, size: int = 1) -> list[list[int]]:
-    """Return the batches of one process, each sample on one process once.
+    """Return the batches of one process; each sample is on one process once.
 
-    All processes get the same number of batches; the last ones may be smaller, or empty.
+    All processes get the same number of batches; the last ones may be smaller or empty.
     """
     own = range(rank, n, size)
     count = math.ceil(math.ceil(n / size) / batch_size)
@@ -93,14 +93,14 @@ def each_batch(
     Images that can't be read are skipped, and named in the batches' `bad`; a batch may be empty.
 
     Args:
-        split: what to read; this process reads its share.
+        split: the images to read; this process reads its share.
         images: how images are prepared.
         device: where the model is.
         batch_size: images at a time.
         workers: processes that read.
         world: the processes that share the work.
         max_pixels: images with more pixels count as unreadable.
-        shown: what stands beside a progress bar, on terminals; None shows none.
+        shown: the name of a progress bar on terminals; None shows none.
 
     Raises:
         RunError: a process that reads images died.

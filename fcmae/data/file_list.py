@@ -1,7 +1,7 @@
-"""Image files: folders and lists of paths are read into one list that stays small.
+"""Image files: folders and lists of paths are read into one compact list.
 
-A million files take some 50 MB, which forked workers share. Paths are bytes, since a file name may
-be any bytes; text is only made for messages.
+A million files take about 50 MB, which forked workers share. Paths are bytes, since a file name may
+be any bytes; they become text only in messages.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ EXTENSIONS = (
     *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff"),
     *("ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "npy"),
 )
-"""What counts as an image when a folder is searched. The content decides how a file is read."""
+"""The images in a folder end in one of these. The content decides how a file is read."""
 
 _SUFFIXES = tuple(f".{extension}".encode() for extension in EXTENSIONS)
 _LONGEST = 65_535
@@ -32,7 +32,7 @@ _Key = tuple[int, int]
 
 @dataclass(eq=False)
 class FileList:
-    """A source of image files: one block of all names, and 12 bytes per file beside it.
+    """A source of image files: one block of all names, and 12 more bytes per file.
 
     A name is relative to one of the roots, and is the file's key. No Python object exists per file,
     so forked workers share the memory. A selection shares the names with the list it comes from.
@@ -59,7 +59,7 @@ class FileList:
         return len(self._starts)
 
     def key(self, index: int) -> bytes:
-        """Return a file's path relative to its root (or absolute, if a text file said so)."""
+        """Return a file's path relative to its root (or absolute, as given in a text file)."""
         start = int(self._starts[index])
         return self.names[start : start + int(self.lengths[index])].tobytes()
 
@@ -68,11 +68,11 @@ class FileList:
         return os.path.join(os.fsencode(self.roots[self.root_ids[index]]), self.key(index))
 
     def open(self, index: int) -> bytes:
-        """Return the path; whoever reads the image opens it."""
+        """Return the path; the reader opens it."""
         return self.path(index)
 
     def name(self, index: int) -> str:
-        """Return a path for messages: relative where there is one root, in full otherwise."""
+        """Return a path for messages: relative if there is one root, else absolute."""
         return os.fsdecode(self.key(index) if len(self.roots) == 1 else self.path(index))
 
     def select(self, indices: npt.ArrayLike) -> "FileList":
@@ -100,7 +100,7 @@ class FileList:
         """Write the list as an .npz file: `roots`, `names` end to end, `lengths`, `root_ids`."""
         names = np.concatenate([*self._blocks(), self.names[:0]])
         roots = np.array([os.fsencode(root) for root in self.roots], np.bytes_)
-        with open(path, "wb") as file:  # given a path, numpy would add its own suffix
+        with open(path, "wb") as file:  # given a path, numpy would add a suffix
             np.savez(file, roots=roots, names=names, lengths=self.lengths, root_ids=self.root_ids)
 
     @classmethod
@@ -124,8 +124,7 @@ class FileList:
                 raise ValueError("its parts do not fit together")
         except Exception as error:  # a damaged archive raises nearly anything
             raise InputError(
-                f"file list {str(path)!r} is missing or damaged ({error}): restore it or start a "
-                "new run"
+                f"file list {str(path)!r} is missing or damaged ({error}): restore it or start over"
             ) from error
         return cls(tuple(map(os.fsdecode, roots.tolist())), names, lengths, root_ids)
 
@@ -136,8 +135,8 @@ def find_images(
     """Return the images of a folder, of a text file of paths, or of several of them.
 
     A folder is searched with its subfolders, and files are listed in the byte order of their
-    relative paths. Hidden names are skipped. Symbolic links are followed and dangling ones skipped;
-    a folder that is reached twice is searched once.
+    relative paths. Hidden names and dangling links are skipped; other symbolic links are followed.
+    A folder that is reached twice is searched once.
 
     A text file holds one path per line, relative to its own folder or absolute; empty lines and
     lines that begin with # are skipped.
@@ -145,7 +144,7 @@ def find_images(
     Args:
         data: folders, text files of paths, or single images.
         exclude: a folder that is not searched, such as the run's own.
-        setting: what error messages call `data`.
+        setting: the name of `data` in error messages.
 
     Raises:
         InputError: a source is missing, empty, unreadable, or given twice.
@@ -171,8 +170,7 @@ def find_images(
         except OSError as error:
             where = os.fsdecode(error.filename or source)
             raise InputError(
-                f"{setting} {where!r} can't be read ({error.strerror}): give a folder of images "
-                "or a text file of paths that this user may read"
+                f"{setting} {where!r} can't be read ({error.strerror}): give a readable source"
             ) from error
         if len(lengths) == before:
             already = " that are not named already" if before else ""
@@ -186,7 +184,7 @@ def find_images(
 
 
 def refuse_to_replace(out: Path, source: Source) -> None:
-    """Raise InputError if the file that a command is to write is one of those it reads."""
+    """Raise InputError if the file that a command writes is one of those that it reads."""
     if out.exists() and isinstance(source, FileList):
         path = os.fsencode(os.path.abspath(out))
         if any(source.path(index) == path for index in range(len(source))):
@@ -216,9 +214,9 @@ def _key(folder: str | bytes) -> _Key:
 
 
 def _kept(entry: os.DirEntry[bytes]) -> bytes | None:
-    """Return the name of an image, or of a subfolder with a / at its end; None for anything else.
+    """Return the name of an image, or of a subfolder followed by /; None for anything else.
 
-    The / sorts them as whole paths are sorted: "a/b" after "a-b".
+    The / makes them sort like whole paths: "a/b" after "a-b".
     """
     name = entry.name
     try:
@@ -227,7 +225,7 @@ def _kept(entry: os.DirEntry[bytes]) -> bytes | None:
         if entry.is_dir():
             return name + b"/"
         return name if name.lower().endswith(_SUFFIXES) and entry.is_file() else None
-    except OSError:  # a link to itself, or into a folder that is closed to us
+    except OSError:  # a link to itself, or into a folder that we can't read
         return None
 
 
@@ -241,8 +239,5 @@ def _listed(path: bytes, shown: str) -> Iterable[bytes]:
     lines = {line.rstrip(b"\r") for line in content.split(b"\n")}
     names = [line for line in lines if line.strip() and not line.lstrip().startswith(b"#")]
     if b"\0" in content or any(len(name) > _LONGEST for name in names):
-        raise InputError(
-            f"{shown} is neither a folder, nor an image by its name, nor a text file of paths, one "
-            "a line"
-        )
+        raise InputError(f"{shown} is not a folder, an image or a text file with one path per line")
     return sorted(names)

@@ -1,7 +1,7 @@
-"""Labelled folders: which images there are and what class each is of.
+"""Labelled folders: the images and their classes.
 
-A class is the first folder below a split; what lies deeper does not matter. Classes are sorted by
-name, and their order is that of the classifier's outputs.
+A class is the first folder below a split; deeper folders do not matter. Classes are sorted by name,
+which is the order of the classifier's outputs.
 """
 
 import logging
@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,24 +30,24 @@ _log = logging.getLogger(__name__)
 
 
 class Split(NamedTuple):
-    """Images of one split: where they are, what goes before their names in messages, and the class
-    of each (N,), or None where there are no labels."""
+    """Images of one split: their source, the prefix of their names in messages, and the class of
+    each (N,), or None if there are no labels."""
 
     source: Source
     prefix: str = ""
     labels: Labels | None = None
 
     def name(self, index: int) -> str:
-        """Return what messages call an image."""
+        """Return an image's name for messages."""
         return self.prefix + self.source.name(index)
 
-    def target(self, index: int) -> int | None:
-        """Return an image's class, or None where there are no labels."""
-        return None if self.labels is None else int(self.labels[index])
+    def target(self, index: int) -> Any:
+        """Return an image's label, or None if there are no labels."""
+        return None if self.labels is None else self.labels[index]
 
 
 class LabelledData(NamedTuple):
-    """What there is to train and to validate on, and the classes in order."""
+    """The images to train and to validate on, and the classes in order."""
 
     train: Split
     val: Split
@@ -58,12 +58,14 @@ def find_labelled(data: str, val_fraction: float, exclude: str | None = None) ->
     """Find the images to train and to validate on.
 
     Args:
-        data: a folder with train/CLASS and val/CLASS. With `val_fraction`, a folder of classes, or
-            one with train/CLASS alone, whose images are divided by a hash of their paths.
+        data: a folder with train/CLASS and val/CLASS; with `val_fraction`, a folder of classes, or
+            one with train/CLASS alone.
+        val_fraction: share of the images to validate on, chosen by a hash of their paths; 0 takes
+            the folder `val`.
         exclude: a folder that is not searched, such as the run's own.
 
     Raises:
-        InputError: a split or its images are missing, or its classes can't be learnt.
+        InputError: a split or its images are missing, or its classes can't be learned.
     """
     root = Path(data).expanduser()
     if not root.is_dir():
@@ -72,14 +74,12 @@ def find_labelled(data: str, val_fraction: float, exclude: str | None = None) ->
     prefix, folder = (f"{TRAIN}/", train) if train.is_dir() else ("", root)
     if val_fraction and val.is_dir():
         raise InputError(
-            f"val_fraction {val_fraction} divides one folder of classes, but {data!r} has its own "
-            "val: leave val_fraction at 0"
+            f"val_fraction is {val_fraction}, but {data!r} has its own val: leave val_fraction at 0"
         )
     for split in (train, val):
         if not val_fraction and not split.is_dir():
             raise InputError(
-                f"data {data!r} has no folder {split.name!r}: give {_LAYOUT}, or one folder of "
-                "classes with --val_fraction 0.2"
+                f"data {data!r} has no folder {split.name!r}: give {_LAYOUT}, or --val_fraction 0.2"
             )
     files, names = find_classes(folder, exclude)
     if len(names) < 2:
@@ -94,8 +94,7 @@ def find_labelled(data: str, val_fraction: float, exclude: str | None = None) ->
         check_known(val, val_names, names, "train")
         learnt = Split(files, prefix, labels)
         measured = Split(val_files, f"{VAL}/", labels_of(val_files, names))
-    missing = sorted(set(names) - set(val_names))
-    if missing:
+    if missing := sorted(set(names) - set(val_names)):
         _log.warning("not in val, so never measured: %s", _some(missing))
     return LabelledData(learnt, measured, names)
 
@@ -104,23 +103,19 @@ def find_classes(folder: Path, exclude: str | None = None) -> tuple[FileList, tu
     """Return the images below the class folders of `folder`, and the classes' names, sorted.
 
     Raises:
-        InputError: no class folder, one without images, or names that look alike.
+        InputError: no class folder, one without images, or names that look the same.
     """
     names = _class_names(folder, exclude)
     if not names:
-        raise InputError(f"{folder} has no folders: expected one a class, as in {_LAYOUT}")
+        raise InputError(f"{folder} has no folders: expected one per class, as in {_LAYOUT}")
     files = find_images(str(folder), exclude)
     inside = [index for index in range(len(files)) if b"/" in files.key(index)]
-    if len(inside) < len(files):
-        stray = len(files) - len(inside)
-        _log.warning("%d images lie in %s outside any class and are skipped", stray, folder)
+    if stray := len(files) - len(inside):
+        _log.warning("%d images in %s are not in a class folder and are skipped", stray, folder)
         files = files.select(inside)
     counts = np.bincount(labels_of(files, names), minlength=len(names))
-    empty = [name for name, count in zip(names, counts, strict=True) if not count]
-    if empty:
-        raise InputError(
-            f"{folder} has classes without images: {_some(empty)}; remove or fill them"
-        )
+    if empty := [name for name, count in zip(names, counts, strict=True) if not count]:
+        raise InputError(f"{folder} has classes without images: {_some(empty)}; remove them")
     return files, names
 
 
@@ -139,17 +134,18 @@ def labels_of(source: Source, names: Sequence[str]) -> Labels:
 
 
 def majority_share(labels: Labels) -> float:
-    """Return the share of the most frequent class in percent: top-1 of always answering it."""
+    """Return the share of the most frequent class in percent: the top-1 of always predicting it."""
     return float(100 * np.bincount(labels).max() / len(labels))
 
 
 def at_chance(top1: float, labels: Labels) -> bool:
-    """Return whether a top-1 in percent is what always answering the most frequent class gives.
+    """Return whether a top-1 is no better than that of always predicting the most frequent class.
+
+    Within one standard error, that of a share of N images, they count as equal.
 
     Args:
         top1: in percent.
-        labels: classes (N,) of the images that it was measured on. It counts as the same within one
-            standard error, that of a share of N images.
+        labels: classes (N,) of the images that it was measured on.
     """
     share = majority_share(labels) / 100
     return top1 / 100 <= share + math.sqrt(share * (1 - share) / len(labels))
@@ -159,7 +155,10 @@ def split_by_hash(source: Source, labels: Labels, fraction: float) -> tuple[Labe
     """Return the positions to train on and those to validate on, both ascending.
 
     Of each class, the share `fraction` whose keys have the smallest hashes is held back: at least
-    one image where there are two, and never all of them.
+    one image of two or more, and never all.
+
+    Raises:
+        InputError: every class has one image.
     """
     hashes = key_hashes(source)
     held = np.zeros(len(source), np.bool_)
@@ -167,16 +166,13 @@ def split_by_hash(source: Source, labels: Labels, fraction: float) -> tuple[Labe
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
         held[members[np.argsort(hashes[members], kind="stable")[:count]]] = True
     if not held.any():
-        raise InputError(
-            f"val_fraction {fraction} leaves nothing to validate on: every class has one image"
-        )
+        raise InputError(f"val_fraction {fraction} holds nothing back: every class has one image")
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def check_known(folder: Path, found: Sequence[str], known: Sequence[str], where: str) -> None:
     """Raise InputError for classes in `folder` that `where` does not have."""
-    unknown = sorted(set(found) - set(known))
-    if unknown:
+    if unknown := sorted(set(found) - set(known)):
         near = get_close_matches(unknown[0], known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise InputError(
@@ -195,8 +191,7 @@ def _class_names(folder: Path, exclude: str | None) -> tuple[str, ...]:
             raise InputError(f"{folder} has the class {name!r}: rename it to printable UTF-8")
         other = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other != name:
-            both = f"{other!r} and {name!r}"
-            raise InputError(f"{folder} has the classes {both}, which look alike: rename one")
+            raise InputError(f"{folder} has similar classes {other!r} and {name!r}: rename one")
     return tuple(names)
 
 

@@ -1,6 +1,6 @@
 """Batches of crops and masks, each a function of (seed, epoch, index), and their order.
 
-Nothing here keeps a position: what a step reads is known from its number, so the numbers of workers
+Nothing stores a position: the number of a step determines what it reads, so the numbers of workers
 and processes change nothing, and a run resumes where it stopped.
 """
 
@@ -44,8 +44,7 @@ class CropDataset(Dataset[Sample]):
     Args:
         split: the training images, with labels or without.
         images: size and interpolation of the crops, and their channels.
-        config: has the `seed` on which everything random depends, with epoch and index; `augment`;
-            and `max_pixels`: images with more pixels count as unreadable.
+        config: `seed`, `augment` and `max_pixels`: images with more pixels count as unreadable.
     """
 
     split: Split
@@ -58,7 +57,7 @@ class CropDataset(Dataset[Sample]):
     def __getitem__(self, key: Key) -> Sample:
         """Return the sample; an image that can't be read is replaced, the same way in every run.
 
-        It has no image where neither the image nor any of its 20 replacements can be read.
+        The sample has no image if neither the image nor any of 20 replacements can be read.
         """
         bad: list[tuple[str, str]] = []
         for place in _candidates(key[1], len(self), self.config.seed):
@@ -69,7 +68,7 @@ class CropDataset(Dataset[Sample]):
         return Sample(None, key[1], bad=bad)
 
     def crop(self, epoch: int, index: int, place: int) -> Sample:
-        """Cut a sample from the image at `place`, which is `index` unless that one is replaced.
+        """Cut a sample from the image at `place`, which is `index` unless that image is replaced.
 
         Raises:
             BadImage: it can't be read.
@@ -106,10 +105,10 @@ def make_loader(
     pin_memory: bool = False,
     lay_out: Callable[[Tensor], Layout] | None = None,
 ) -> DataLoader[Any]:
-    """Return an iterable of `Batch`es: of the samples of each of `batches`.
+    """Return an iterable of one `Batch` of samples for each of `batches`.
 
-    Workers are forked where the system can, so they share the source. The loader has a generator
-    of its own: torch's global stream is left alone. `lay_out` is that of `collate`.
+    Workers are forked if the system supports it, so they share the source. The loader has its own
+    generator and leaves torch's global stream unchanged. `lay_out` is that of `collate`.
     """
     fork = workers > 0 and hasattr(os, "fork")
     return DataLoader(
@@ -126,10 +125,10 @@ def make_loader(
 
 @contextmanager
 def lost_workers(then: str = "") -> Iterator[None]:
-    """Turn what torch raises, at whatever line, for a worker that died or has no room: RunError.
+    """Turn any error of torch about a worker that died or ran out of memory into RunError.
 
-    torch notices a death; what it was just then sending breaks off inside multiprocessing. `then`
-    ends the message.
+    torch notices a death; a worker that dies while sending raises inside multiprocessing instead.
+    `then` ends the message.
     """
     try:
         yield
@@ -145,18 +144,17 @@ def lost_workers(then: str = "") -> Iterator[None]:
         else:
             raise
         raise RunError(
-            f"a process that reads images failed ({what}), out of memory or of "
-            "room in /dev/shm: give the same command with fewer --workers (0 reads in the "
-            f"process itself) or enlarge /dev/shm (docker run --shm-size 8g){then}"
+            f"a worker failed ({what}), out of memory or space in /dev/shm: use fewer --workers (0 "
+            f"reads in the main process) or enlarge /dev/shm (docker run --shm-size 8g){then}"
         ) from error
 
 
 def _collate_shared(
     samples: list[Sample], lay_out: Callable[[Tensor], Layout] | None = None
 ) -> Batch:
-    """Join samples in memory that the training process shares.
+    """Stack samples in memory that is shared with the training process.
 
-    Left to torch, that happens in a thread of the worker, and where there is no room the batch is
+    torch itself would share them in a thread of the worker: without space there, the batch is
     dropped and the training process waits for it forever.
     """
     return collate(samples, lay_out).moved(Tensor.share_memory_)
@@ -165,7 +163,7 @@ def _collate_shared(
 def _init_worker(_: int) -> None:
     """Leave signals to the main process.
 
-    A terminal and a batch scheduler signal all processes of a group; the main process saves first
+    A terminal or a batch scheduler signals all processes of a group; the main process saves first
     and then ends its workers, so they react to SIGTERM from their parent only.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -176,7 +174,7 @@ def _init_worker(_: int) -> None:
 
 
 def _quiet_hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Suppress the traceback of a worker whose parent went away while it was sending."""
+    """Suppress the traceback of a worker whose parent exited while it was sending."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
 

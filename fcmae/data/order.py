@@ -1,4 +1,4 @@
-"""Which samples a step reads, known from its number alone."""
+"""The samples of a step, determined by its number alone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,46 +11,46 @@ from fcmae import rng
 from sparse.errors import InputError
 
 Key = tuple[int, int]
-"""(epoch, index): which sample of the training list, in which epoch."""
+"""(epoch, index) of a sample in the training list."""
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
-    """Return how many steps read each of n images at least once."""
+    """Return the number of steps that read each of n images at least once."""
     return -(-n // batch_size)
 
 
 def epoch_order(seed: int, epoch: int, n: int, batch_size: int) -> npt.NDArray[np.int64]:
     """Return the images that an epoch reads, (steps * batch_size,).
 
-    All n in random order; the last batch is filled from the start of the same order, round and
-    round where the source is smaller than the batch.
+    All n in random order; the last batch is filled from the start of the same order, repeatedly if
+    the source is smaller than the batch.
     """
     return np.resize(rng.permutation(seed, epoch, n), steps_per_epoch(n, batch_size) * batch_size)
 
 
 def check_parts(batch_size: int, world_size: int, accumulate: int) -> None:
-    """Make sure that a global batch falls into equal parts.
+    """Make sure that a global batch divides into equal parts.
 
     Raises:
-        InputError: processes x accumulate do not divide it; names the nearest that work.
+        InputError: processes x accumulate does not divide it; names the nearest sizes that work.
     """
     parts = world_size * accumulate
     if batch_size % parts:
+        below = batch_size // parts * parts
         raise InputError(
             f"batch_size {batch_size} is not divisible by processes {world_size} x accumulate "
-            f"{accumulate}: the nearest are {max(batch_size // parts, 1) * parts} and "
-            f"{(batch_size // parts + 1) * parts}"
+            f"{accumulate}: the nearest are {below or parts} and {below + parts}"
         )
 
 
 @dataclass
 class StepSampler(Sampler[list[Key]]):
-    """The micro-batches of one process, from `start_step` up to but without `total_steps`.
+    """The micro-batches of one process, from `start_step` up to but not including `total_steps`.
 
     A step's global batch is cut into accumulate * world_size equal parts (see `check_parts`), in
     order; the a-th micro-batch of a process is part a * world_size + rank. So the numbers of
-    processes and of micro-batches decide who computes a sample and when, never which samples a step
-    has.
+    processes and micro-batches determine where and when a sample is computed, never which samples
+    a step has.
     """
 
     n: int

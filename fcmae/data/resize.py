@@ -16,13 +16,12 @@ _STRIP_BYTES = 4 * 2**20
 
 @dataclass
 class Raster:
-    """Pixels as stored, before orientation; values in [0, 255] (uint8) or as they are (float32).
+    """Pixels as stored, before orientation; uint8 in [0, 255], or float32.
 
     Attributes:
         width, height: in pixels.
-        bounded: whether float values lie in [0, 1] and stay there, rather than mean what the file
-            says.
-        rows: from (left, top, right, bottom) to that part of the image, (rows, columns, bands).
+        bounded: whether float values lie in [0, 1] and are clipped to it.
+        rows: maps (left, top, right, bottom) to that part of the image, (rows, columns, bands).
     """
 
     width: int
@@ -32,19 +31,19 @@ class Raster:
 
 
 def to_unit(pixels: npt.NDArray[Any]) -> Pixels:
-    """Return uint8 as it is, uint16 in [0, 1], and floating point as float32."""
+    """Return uint8 unchanged, uint16 in [0, 1], and floating point as float32."""
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype.kind == "u":
         return pixels.astype(np.float32) / np.float32(65535)
-    with np.errstate(over="ignore"):  # becomes infinite, which is refused
+    with np.errstate(over="ignore"):  # too large values become infinite, which is refused
         return pixels.astype(np.float32)
 
 
 def strips(
     raster: Raster, box: tuple[int, int, int, int], upright: bool = False
 ) -> Iterator[Pixels]:
-    """Yield the rows of a box (left, top, right, bottom), some megabytes at a time; or columns."""
+    """Yield a box (left, top, right, bottom) by rows (`upright`: columns), megabytes at a time."""
     left, top, right, bottom = box
     start, stop, across = (left, right, bottom - top) if upright else (top, bottom, right - left)
     step = max(1, _STRIP_BYTES // (4 * across))
@@ -61,10 +60,10 @@ def resize(
 
     `interpolation` is bicubic or bilinear.
 
-    Pixels are those of Pillow 13 but for rounding, so the filter works along the rows first, or
-    along the columns where the height shrinks by much more than the width. (The order shows, since
-    8-bit values are clipped in between.) The first pass takes a strip at a time: a large image
-    never stands in memory twice.
+    Up to rounding, pixels equal those of Pillow 13, so the filter runs along the rows first, or
+    along the columns if the height shrinks by much more than the width. (The order matters, since
+    8-bit values are clipped in between.) The first pass processes a strip at a time: there is never
+    a second copy of a large image in memory.
     """
     height, width = img_size
     lost_height, lost_width = box[3] - box[1] - height, box[2] - box[0] - width

@@ -1,7 +1,7 @@
-"""One sample, samples side by side, and their way to the device.
+"""Samples, batches, and their transfer to the device.
 
-Every data set gives `Sample`s and every loader `Batch`es; a kind of training fills the fields that
-it needs.
+Every data set returns `Sample`s and every loader `Batch`es; a kind of training fills the fields it
+needs.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,17 +22,16 @@ from sparse.engines.base import Layout
 
 @dataclass
 class Sample:
-    """One image on its way into a batch.
+    """One image of a batch to be.
 
     Attributes:
-        image: (C, H, W), uint8 in [0, 255] or float32 in [0, 1]; None where it can't be read.
+        image: (C, H, W), uint8 in [0, 255] or float32 in [0, 1]; None if it can't be read.
         index: position of the image that was read.
-        mask: (h, w) bool, one entry a patch, True = hidden.
-        valid: (H, W) bool, True where a pixel counts; None where all do.
+        mask: (h, w) bool, one entry per patch, True = hidden.
+        valid: (H, W) bool, True where a pixel counts; None if all do.
         target: the label: a class, or an array.
-        geometry: how the crop was cut, so that masks and boxes can follow, and predictions can be
-            put back.
-        bad: (name, reason) of the images that could not be read on the way.
+        geometry: how the crop was cut, to transform masks, boxes and predictions.
+        bad: (name, reason) of the images that could not be read for this sample.
     """
 
     image: Pixels | None
@@ -46,7 +45,7 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Samples side by side; those without an image are skipped.
+    """Stacked samples; those without an image are skipped.
 
     Attributes:
         images: (B, C, H, W), uint8 in [0, 255] or float32 in [0, 1].
@@ -54,10 +53,10 @@ class Batch:
         masks: (B, h, w) bool, True = hidden.
         valid: (B, H, W) bool, True where a pixel counts.
         targets: (B, …), the labels.
-        sites: the layout of the encoder's sites for `masks`, where it is made ahead.
+        sites: the layout of the encoder's sites for `masks`, if it is made ahead.
         geometry: how each crop was cut.
         bad: (name, reason) of images that could not be read.
-        missing: of the first sample that has no image, what could not be read; none where all have.
+        missing: (name, reason) of the first sample without an image; empty if all have one.
     """
 
     images: Tensor
@@ -83,12 +82,12 @@ class Batch:
         return replace(self, **parts)
 
     def pin_memory(self) -> "Batch":
-        """Return the batch in page-locked memory, from where copies to a GPU need not wait."""
+        """Return the batch in page-locked memory, from which copies to a GPU are asynchronous."""
         return self.moved(Tensor.pin_memory)
 
 
 def collate(samples: Sequence[Sample], lay_out: Callable[[Tensor], Layout] | None = None) -> Batch:
-    """Join samples; 8-bit images become float where deeper ones stand beside them.
+    """Stack samples; 8-bit images become float if the batch has deeper ones.
 
     Args:
         samples: those without an image are skipped.
@@ -113,14 +112,14 @@ def collate(samples: Sequence[Sample], lay_out: Callable[[Tensor], Layout] | Non
 
 
 def _joined(values: Sequence[Any]) -> Tensor | None:
-    """Values side by side; None where there are none."""
+    """Stacked values; None if there are none."""
     if not values or values[0] is None:
         return None
     return torch.from_numpy(np.stack([np.asarray(value) for value in values]))
 
 
 def as_float(image: Pixels) -> npt.NDArray[np.float32]:
-    """Return pixels in units of [0, 1]: uint8 divided by 255, float32 as it is."""
+    """Return pixels in units of [0, 1]: uint8 divided by 255, float32 unchanged."""
     values = image.astype(np.float32, copy=False)
     return values / np.float32(255) if image.dtype == np.uint8 else values
 
@@ -130,7 +129,7 @@ def normalise(
 ) -> Tensor:
     """Return (images / 255 - mean) / std as float32 on the device; float images are not divided.
 
-    The copy to the device is of the bytes, and does not wait where the batch is pinned.
+    The bytes are copied to the device, asynchronously if the batch is pinned.
     """
     units = 255.0 if images.dtype == torch.uint8 else 1.0
     scaled = to_device(images, device).to(torch.float32, copy=True)

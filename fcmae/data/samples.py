@@ -2,7 +2,7 @@
 
 A class is a photograph. Each is divided into a grid of cells with gaps between them; some cells are
 for validation, the others for training, and a crop never leaves its cell. So no pixel of a
-validation image was ever seen in training, yet both splits show all parts of the photograph.
+validation image is seen in training, yet both splits show all parts of the photograph.
 """
 
 import json
@@ -39,11 +39,11 @@ PHOTOGRAPHS = {
     "rocket": "rocket.jpg",
     "tissue": "ihc.png",
 }
-"""Class → file. The rest of the wheel are drawings, text, blurred or tiny images, and
-motorcycle_right, which shows what motorcycle_left does."""
+"""Class → file. The wheel's other images are drawings, text, blurred or tiny, or (motorcycle_right)
+show the same as another."""
 
 GRID = 4
-"""Cells a side; a quarter of them, one in each row and column, is for validation."""
+"""Cells per side; a quarter of them, one in each row and column, is for validation."""
 
 GAP = 0.02
 """Space between two cells, as a share of the shorter side of the photograph."""
@@ -58,10 +58,10 @@ STRENGTH = 0.4
 """Brightness, contrast and saturation change by a factor of at most 1 ± STRENGTH."""
 
 MARKER = "samples.json"
-"""File in the folder that says what made it."""
+"""File in the folder with the settings that made it."""
 
 PARTIAL = ".partial"
-"""Folder in the folder in which a set is written, until it is complete."""
+"""Subfolder in which a set is written until it is complete."""
 
 QUALITY = 90
 
@@ -76,9 +76,9 @@ class Box(NamedTuple):
 
 
 def cells(width: int, height: int, random: Random) -> dict[str, list[Box]]:
-    """Divide an image of that many pixels into the cells of "train" and of "val"."""
+    """Divide an image of width × height pixels into the cells of "train" and of "val"."""
     margin = max(1, round(GAP * min(width, height) / 2))
-    keys = [random.random() for _ in range(GRID)]  # of all streams, Python never changes this one
+    keys = [random.random() for _ in range(GRID)]  # the one stream that Python never changes
     val_columns = sorted(range(GRID), key=keys.__getitem__)
     x, y = ([i * side // GRID for i in range(GRID + 1)] for side in (width, height))
     split: dict[str, list[Box]] = {"train": [], "val": []}
@@ -110,7 +110,7 @@ def square(cell: Box, random: Random) -> Box:
 
 
 def vary(image: Image.Image, random: Random) -> Image.Image:
-    """Return the image as another light and another camera might have shown it."""
+    """Return the image as under another light and with another camera."""
     if random.random() < 0.5:
         image = ImageOps.mirror(image)
     if random.random() < 0.5:
@@ -125,8 +125,7 @@ def vary(image: Image.Image, random: Random) -> Image.Image:
 def photograph(name: str) -> Image.Image:
     """Read the photograph of a class.
 
-    The file is looked up without importing scikit-image, whose own functions would try to download
-    what they do not find.
+    The file is located without importing scikit-image, whose functions download missing files.
 
     Raises:
         InputError: scikit-image, or this photograph of it, is not installed.
@@ -143,8 +142,8 @@ def photograph(name: str) -> Image.Image:
 def samples(config: SamplesConfig) -> Path:
     """Write `out`/train/CLASS/*.jpg and `out`/val/CLASS/*.jpg; return the folder.
 
-    The bytes depend on the config alone (and on Pillow's JPEG encoder). A set that is there already
-    is left as it is, and an interrupted one is written again.
+    The bytes depend on the config alone (and on Pillow's JPEG encoder). An existing set is kept,
+    and an interrupted one is written again.
 
     Raises:
         InputError: scikit-image is missing, or the folder holds something else.
@@ -157,10 +156,7 @@ def samples(config: SamplesConfig) -> Path:
     if root.is_dir() and set(os.listdir(root)) - {PARTIAL}:
         file = root / MARKER
         if not file.is_file() or file.read_bytes() != marker:
-            raise InputError(
-                f"{root} holds files, but not the sample set of these settings: name an empty or "
-                "new folder"
-            )
+            raise InputError(f"{root} is not the sample set of these settings: give a new folder")
         console.print(f"{total} sample images are in {root} already")
         return root
     partial = root / PARTIAL
@@ -181,7 +177,7 @@ def write_class(root: Path, name: str, photo: Image.Image, config: SamplesConfig
         folder = root / split / name
         folder.mkdir(parents=True, exist_ok=True)
         for index, box in enumerate(boxes):
-            # Cropped before it is resized: the filter must not reach over the edge of the box.
+            # Cropped before resizing: the filter must not reach over the edge of the box.
             crop = photo.crop(box).resize((config.size, config.size), Image.Resampling.BICUBIC)
             image = vary(crop, Random(f"{config.seed}/{name}/{split}/{index}"))
             image.save(folder / f"{index:04}.jpg", quality=QUALITY)

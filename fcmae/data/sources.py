@@ -1,4 +1,4 @@
-"""Where images come from: what every source of images offers, and how one is split by hash."""
+"""Sources of images: their interface, and the split by hash."""
 
 import hashlib
 from typing import BinaryIO, Protocol
@@ -7,36 +7,36 @@ import numpy as np
 import numpy.typing as npt
 
 FEWEST_TO_HOLD_OUT = 500
-"""A source of fewer images keeps none from pretraining."""
+"""With fewer images, pretraining holds none out."""
 
 Indices = npt.NDArray[np.int64]
 PathOrFile = str | bytes | BinaryIO
-"""A path that `open` takes, or a binary file that can seek, at its start."""
+"""A path for `open`, or a seekable binary file at its start."""
 
 
 class Source(Protocol):
     """Images by position, from 0 to `len(source) - 1`, always in the same order.
 
     Worker processes use the same source at the same time, so `open` must not move a file position
-    that they share. Keep as few Python objects per image as possible: forked workers share the
-    memory of a source until its reference counts change.
+    that they share. Keep few Python objects per image: forked workers share the memory of a source
+    until its reference counts change.
     """
 
     def __len__(self) -> int: ...
 
     def name(self, index: int, /) -> str:
-        """Return what messages and predictions call an image."""
+        """Return an image's name for messages and predictions."""
         ...
 
     def key(self, index: int, /) -> bytes:
-        """Return what identifies an image inside the source, wherever the source lies."""
+        """Return what identifies an image in the source, independent of the source's location."""
         ...
 
     def open(self, index: int, /) -> PathOrFile:
         """Return an image's path, or a new binary file of its content, which the reader closes.
 
         Raises:
-            BadImage: the content can't be reached.
+            BadImage: the content can't be opened.
         """
         ...
 
@@ -45,7 +45,7 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Return a digest of the keys in their order."""
+        """Return a digest of the keys in order."""
         ...
 
 
@@ -71,8 +71,8 @@ def split_holdout(
 
     Args:
         source: all images.
-        count: how many to hold out.
-        minimum: a source of fewer images holds out none.
+        count: number of images to hold out.
+        minimum: none are held out of fewer images.
     """
     everything = np.arange(len(source), dtype=np.int64)
     if count <= 0 or len(source) < max(minimum, count + 1):

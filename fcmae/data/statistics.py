@@ -1,4 +1,4 @@
-"""How images become numbers: their size, and the mean and std that they are normalised with."""
+"""Preprocessing: the size of images, and the mean and std that normalise them."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,28 +21,27 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 CROP_PCT = 0.875
-"""Part of an image that evaluation keeps, as timm's own ConvNeXt V2."""
+"""Part of an image that evaluation keeps, as in timm's ConvNeXt V2."""
 
 MEASURED = 1024
-"""Most images that a mean and std are measured on."""
+"""Largest number of images to measure mean and std on."""
 
 LOOKED_AT = 32
-"""Images by which to tell whether a mean and std are theirs."""
+"""Number of images to compare with a given mean and std."""
 
 FAR_OFF = 5.0
-"""Warn when the ratio of standard deviations, or the distance of means in such, exceeds this."""
+"""Warn if the ratio of standard deviations, or the distance of means in std, exceeds this."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images become numbers.
+    """How images are prepared for a model.
 
     Attributes:
         img_size: (height, width) in pixels.
-        mean: of each channel, in units of the full range 0 to 1.
-        std: as mean.
+        mean, std: of each channel, in units of the full range 0 to 1.
         crop_pct: part of the resized image's side that evaluation keeps, from its centre.
         interpolation: bicubic or bilinear.
     """
@@ -55,7 +54,7 @@ class Preprocessing:
 
 
 def imagenet_mean_std(in_chans: int) -> MeanStd:
-    """Return ImageNet's numbers; for other than 3 channels, their average for each channel."""
+    """Return ImageNet's mean and std; for other than 3 channels, their averages."""
     if in_chans == 3:
         return list(IMAGENET_MEAN), list(IMAGENET_STD)
     return [sum(IMAGENET_MEAN) / 3] * in_chans, [sum(IMAGENET_STD) / 3] * in_chans
@@ -75,8 +74,8 @@ def resolve_mean_std(
     Args:
         config: `augment.mean` and `augment.std` are numbers, `imagenet`, `data` or in `named`.
         img_size: (height, width) of the crops that `data` is measured on.
-        source: the training images, read only where `data` is named.
-        named: what else has a name.
+        source: the training images, read only for `data`.
+        named: further values by name.
 
     Raises:
         InputError: no image can be read.
@@ -96,13 +95,13 @@ def resolve_mean_std(
 def measure_mean_std(
     config: Any, img_size: tuple[int, int], source: Source, sample: int = MEASURED
 ) -> MeanStd:
-    """Return each channel's mean and deviation over centre crops, in units of [0, 1].
+    """Return each channel's mean and standard deviation over centre crops, in units of [0, 1].
 
     Args:
-        config: has `in_chans`, `max_pixels` and `seed`, by which images are chosen.
+        config: has `in_chans`, `max_pixels` and `seed`, which chooses the images.
         img_size: (height, width) of the crops.
         source: the images.
-        sample: most images that are read.
+        sample: largest number of images to read.
 
     Raises:
         InputError: none of them can be read.
@@ -144,19 +143,18 @@ def center_crop(
 
 
 def warn_if_far_off(config: Any, images: Preprocessing, source: Source) -> None:
-    """Warn where mean and std are of other images than these: little is learnt from what is then
-    all nearly the same number, or far from zero."""
+    """Warn if mean and std are far from those of the images: little is learned from values that are
+    nearly equal or far from zero."""
     try:
         found = measure_mean_std(config, images.img_size, source, LOOKED_AT)
-    except InputError:  # none of them can be read: the run will report it
+    except InputError:  # none can be read: the run will report it
         return
     mean, std = images.mean, images.std
     shifts = [abs(m - given) / s for m, given, s in zip(found[0], mean, std, strict=True)]
     spreads = [measured / given for measured, given in zip(found[1], std, strict=True)]
     if min(spreads) < 1 / FAR_OFF or max(*spreads, *shifts) > FAR_OFF:
         _log.warning(
-            "the images have mean %s and std %s, but are normalised with %s and %s: give "
-            "--augment.mean data --augment.std data",
+            "images have mean %s, std %s, not %s, %s: use --augment.mean data --augment.std data",
             *map(_rounded, (*found, mean, std)),
         )
 

@@ -1,7 +1,7 @@
-"""`fcmae bench`: the engines side by side on this machine, every ratio from one process.
+"""`fcmae bench`: the engines compared on this machine, every ratio from one process.
 
-Times are medians over rounds in which every contestant takes one turn, so that a machine whose
-speed drifts affects all of them equally. Memory is measured in a process of its own.
+Times are medians over rounds in which every contestant takes one turn, so that drift of the
+machine's speed affects all of them equally. Memory is measured in a separate process.
 """
 
 import ctypes
@@ -42,7 +42,7 @@ GEMM_SIDE = 2048
 GEMM_FLOPS = 2 * GEMM_SIDE**3
 
 PASSES = 3
-"""A backward pass multiplies twice as much as the forward pass."""
+"""Forward and backward: a backward pass multiplies twice as much as a forward pass."""
 
 RATIOS = {
     "dense ÷ timm, unmasked": ("dense", TIMM),
@@ -70,9 +70,11 @@ def make_step(name: str, model: str, device: torch.device) -> ImageStep:
     """Forward and backward pass of a model, on images (B, 3, H, W) and a mask (B, H/32, W/32).
 
     Args:
-        name: an engine's, by itself, followed by `BF16` for autocast, or followed by `WHOLE` for a
-            step of pretraining: with decoder, loss, gradient norm and AdamW. Or `TIMM`: timm's own
-            dense model of the size, which takes no mask and is what `dense` is compared with.
+        name: of an engine, optionally followed by `BF16` for autocast or by `WHOLE` for a step of
+            pretraining with decoder, loss, gradient norm and AdamW. Or `TIMM`, timm's dense model
+            of this size, which takes no mask and to which `dense` is compared.
+        model: size of the ConvNeXt V2.
+        device: where it runs.
     """
     whole, engine = name.endswith(WHOLE), name.removesuffix(WHOLE).removesuffix(BF16)
     net: Any
@@ -96,13 +98,13 @@ def make_step(name: str, model: str, device: torch.device) -> ImageStep:
 
 
 def gemm_step(device: torch.device) -> Step:
-    """A float32 product of square matrices, `GEMM_FLOPS` operations: the device at its best."""
+    """A float32 product of square matrices, `GEMM_FLOPS` operations: the device's peak."""
     a = torch.randn(GEMM_SIDE, GEMM_SIDE, device=device)
     return lambda: a @ a
 
 
 def macs(model: str, img_size: tuple[int, int]) -> float:
-    """Multiply-adds of one image's forward pass, nothing hidden."""
+    """Multiply-adds of one image's forward pass with nothing hidden."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         net = timm.create_model(f"convnextv2_{resolve_size(model).name}", num_classes=0)
         net(torch.empty(1, 3, *img_size))
@@ -131,7 +133,7 @@ def _wait(device: torch.device) -> None:
 def peak_memory(
     name: str, model: str, batch: int, img_size: tuple[int, int], mask_ratio: float
 ) -> float | None:
-    """Megabytes by which one step raises a fresh process above the loaded model; Linux only."""
+    """Peak memory of one step in MB beyond the loaded model, in a fresh process; Linux only."""
     if not os.path.exists("/proc/self/clear_refs"):
         return None
     call = f"_one_step{(name, model, batch, img_size, mask_ratio)!r}"
@@ -145,26 +147,26 @@ def _one_step(
 ) -> float:
     device = torch.device("cpu")
     step = make_step(name, model, device)
-    # The first step loads kernels, makes thread pools and the optimizer's state; what it freed is
-    # given back, so that all memory of the next one counts.
+    # The first step loads kernels, and creates thread pools and the optimizer's state. Memory that
+    # it freed is returned to the system, so that all memory of the next one counts.
     step(*example(1, (2 * PATCH, 2 * PATCH), 0.5, device))
     images, mask = example(batch, img_size, mask_ratio, device)
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")  # sets the high-water mark to what is in use now
+        file.write("5")  # resets the high-water mark to the current use
     before = _status("VmRSS")
     step(images, mask)
     return (_status("VmHWM") - before) / 1024
 
 
 def _status(key: str) -> int:
-    """A line of this process's memory statistics, in KiB."""
+    """An entry of this process's memory statistics, in KiB."""
     with open("/proc/self/status", encoding="ascii") as file:
         return int(re.findall(rf"{key}:\s+(\d+) kB", file.read())[0])
 
 
 def gpu_peak(step: Step, device: torch.device) -> float:
-    """Megabytes by which one step raises what is allocated on a GPU."""
+    """Peak memory in MB that one step allocates on a GPU."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     step()
@@ -172,10 +174,10 @@ def gpu_peak(step: Step, device: torch.device) -> float:
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
-    """Measure, print a table or JSON, and return what was measured.
+    """Measure, print a table or JSON, and return the result.
 
     Raises:
-        InputError: a size or ratio that no model can take.
+        InputError: no model can take this size or ratio.
     """
     img_size = height_width(config.img_size)
     check_mask_ratio(config.mask_ratio, grid_of(img_size))
@@ -210,7 +212,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
 
 def visible_share(img_size: tuple[int, int], mask_ratio: float) -> float:
-    """Share of the patches that stay visible: the least that a sparse engine can compute."""
+    """Share of the patches that stay visible: the least work of a sparse engine."""
     h, w = grid_of(img_size)
     return keep_count(h * w, mask_ratio) / (h * w)
 
@@ -254,10 +256,7 @@ def _processor() -> str:
 def _print_tables(result: dict[str, Any]) -> None:
     console = Console(highlight=False)
     machine, settings = result["machine"], result["settings"]
-    console.print(
-        f"{machine['processor']}, {machine['threads']} threads, {machine['device']}, torch "
-        f"{machine['torch']}"
-    )
+    console.print("{processor}, {threads} threads, {device}, torch {torch}".format(**machine))
     for model, rows in result["models"].items():
         h, w = settings["img_size"]
         print_table(
@@ -268,10 +267,8 @@ def _print_tables(result: dict[str, Any]) -> None:
         )
         for text, ratio in result["ratios"][model].items():
             console.print(f"{text}: {ratio:.2f}")
-    console.print(
-        f"the most that skipping hidden patches can give is {1 / settings['visible_share']:.2f} "
-        f"times dense; medians of {settings['rounds']} rounds in turns"
-    )
+    limit, rounds = 1 / settings["visible_share"], settings["rounds"]
+    console.print(f"sparsity gives at most {limit:.2f} times dense; medians of {rounds} rounds")
 
 
 def _cells(name: str, row: dict[str, Any], dense_mb: float) -> list[str]:

@@ -1,4 +1,4 @@
-"""`fcmae doctor`: is this installation sound, and which engine should it use?"""
+"""`fcmae doctor`: does this installation work, and which engine should it use?"""
 
 import importlib.metadata
 import platform
@@ -25,7 +25,7 @@ def doctor(config: DoctorConfig) -> int:
     """Print versions, devices, engines with a parity check against `dense`, and their speed.
 
     Returns:
-        0 where every engine that can run agrees with `dense` to 1e-5, else 1.
+        0 if every engine that can run agrees with `dense` to 1e-5, else 1.
     """
     console = Console(highlight=False)
     console.print(f"python {platform.python_version()} on {platform.platform()}")
@@ -56,7 +56,7 @@ def doctor(config: DoctorConfig) -> int:
 
 
 def parity(engine: str, images: Tensor, mask: Tensor) -> float:
-    """Largest difference from `dense`, relative per tensor, over the output and all gradients."""
+    """Largest difference from `dense` over the output and all gradients, relative per tensor."""
     torch.manual_seed(0)
     reference = SparseConvNeXtV2.from_size("atto", engine="dense")
     with torch.no_grad():

@@ -2,13 +2,12 @@
 
 The paper's measure (arXiv 2301.00808, section 4): for an image and a layer of C channels, the mean
 over all pairs of channels of (1 - cosine) / 2, each channel's map taken as a vector; then the mean
-over images. About 0.5 says that channels have nothing to do with each other, 0 that all are the
-same map.
+over images. About 0.5 means that channels are unrelated, 0 that all are the same map.
 
-Taken in the widest activations of every block, after GELU and, in V2, GRN: what enters fc2. The
-images are shown whole, nothing hidden. A channel that is zero on an image has no direction: it
-takes no part in that image's mean, and the share of such channels is reported beside it. An image
-on which all are zero takes no part at all; a block of which that holds for every image has 0.
+It is measured on the widest activations of every block, after GELU and, in V2, GRN: the input of
+fc2. Nothing is hidden. A channel that is zero on an image has no direction: it is excluded from
+that image's mean, and the share of such channels is reported separately. An image on which all
+channels are zero is excluded; a block that is zero on every image has diversity 0.
 """
 
 import logging
@@ -39,7 +38,7 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
     """Measure every block of one or several encoders on the same images; print a table or JSON.
 
     Args:
-        config: what was asked.
+        config: what was asked for.
         show: False prints nothing.
 
     Returns:
@@ -51,17 +50,15 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
         RunError: no image could be read, or `out` could not be written.
     """
     sources = [config.source] if isinstance(config.source, str) else config.source
-    settings = [set_up(config, source, load_backbone, ".png", ".svg") for source in sources]
-    split = settings[0].find_images()
+    settings = {source: set_up(config, source, load_backbone, ".png", ".svg") for source in sources}
+    first = settings[sources[0]]
+    split = first.find_images()
     if len(split.source) > config.count:
         chosen = split_holdout(split.source, config.count, 0)[1]
         split = split._replace(source=split.source.select(chosen))
-    result = {
-        source: _measured(setting, split) for source, setting in zip(sources, settings, strict=True)
-    }
+    result = {source: _measured(setting, split) for source, setting in settings.items()}
     print_result(result, config.json, show, _print_table)
-    out = settings[0].out
-    if out is not None:
+    if (out := first.out) is not None:
         lines = {
             source: {name: block["diversity"] for name, block in entry["blocks"].items()}
             for source, entry in result.items()
@@ -88,7 +85,7 @@ def _measured(setting: Setting[Backbone], split: Split) -> dict[str, Any]:
 def block_diversity(
     encoder: SparseConvNeXtV2, batches: Iterable[Tensor]
 ) -> dict[str, dict[str, float]]:
-    """`diversity` and share of `zero` channels of every block, by its name.
+    """`diversity` and share of `zero` channels of every block, by name.
 
     Args:
         batches: normalised images (B, C, H, W), nothing hidden.
@@ -96,13 +93,13 @@ def block_diversity(
     blocks = {name: m for name, m in encoder.named_modules() if isinstance(m, SparseBlock)}
     sums: dict[nn.Module, Tensor] = {}
 
-    def look(block: nn.Module, arguments: tuple[Tensor, Sites]) -> None:
+    def record(block: nn.Module, arguments: tuple[Tensor, Sites]) -> None:
         assert isinstance(block, SparseBlock)
         hidden_NC, sites = block.hidden(*arguments), arguments[1]
         found = channel_diversity(hidden_NC.view(sites.images.batch, -1, hidden_NC.shape[1]))
         sums[block] = sums.get(block, 0) + found
 
-    hooks = [block.register_forward_pre_hook(look) for block in blocks.values()]
+    hooks = [block.register_forward_pre_hook(record) for block in blocks.values()]
     was_training = encoder.training
     encoder.eval()
     count = 0
@@ -122,8 +119,8 @@ def block_diversity(
 
 
 def channel_diversity(x_BNC: Tensor) -> Tensor:
-    """Sums over images: of the mean cosine distance of all pairs of channels, of the share of
-    channels that are zero, and of images on which not all are → (3,).
+    """Sums over images → (3,): the mean cosine distance of all pairs of channels, the share of zero
+    channels, and the number of images on which not all channels are zero.
 
     Args:
         x_BNC: N positions of C channels.
@@ -144,10 +141,8 @@ def _print_table(result: dict[str, Any]) -> None:
     rows = []
     for name in sorted({name for entry in entries for name in entry["blocks"]}, key=block_order):
         row = [name]
-        for block in (entry["blocks"].get(name) for entry in entries):
-            row += (
-                [f"{block['diversity']:.3f}", f"{100 * block['zero']:.1f}"] if block else ["", ""]
-            )
+        for each in (entry["blocks"].get(name) for entry in entries):
+            row += [f"{each['diversity']:.3f}", f"{100 * each['zero']:.1f}"] if each else ["", ""]
         rows.append(row)
     rows += [[], ["mean", *(cell for entry in entries for cell in (f"{entry['mean']:.3f}", ""))]]
     headings = ["block", *(heading for source in result for heading in (source, "zero %"))]

@@ -1,4 +1,4 @@
-"""Frozen features, what an encoder makes of whole images, and `fcmae embed`, which writes them.
+"""Frozen features, an encoder's output for whole images, and `fcmae embed`, which writes them.
 
 An image's feature is the mean over the positions of the last stage's map, before any norm or head.
 """
@@ -24,7 +24,7 @@ from sparse import SparseConvNeXtV2, get_engine
 
 
 class Features(NamedTuple):
-    """Features (N, C) float32 on the CPU, of which images (N,), and what could not be read."""
+    """Features (N, C) float32 on the CPU, the images' indices (N,), and unreadable images."""
 
     values: Tensor
     indices: Labels
@@ -33,9 +33,10 @@ class Features(NamedTuple):
 
 @torch.no_grad()
 def pooled(encoder: SparseConvNeXtV2, images_BCHW: Tensor) -> Tensor:
-    """Features of normalised images (B, C, H, W) → (B, dims[-1]) float32, whatever engine is set.
+    """Features of normalised images (B, C, H, W) → (B, dims[-1]) float32.
 
-    The dense engine computes them: with nothing hidden there is nothing to skip.
+    The dense engine computes them, whatever engine is set: with nothing hidden there is nothing to
+    skip.
     """
     batch, _, height, width = images_BCHW.shape
     grid = grid_of((height, width), encoder.patch_size)
@@ -47,12 +48,12 @@ def pooled(encoder: SparseConvNeXtV2, images_BCHW: Tensor) -> Tensor:
 def extract(
     encoder: SparseConvNeXtV2, batches: Iterable[tuple[Batch, Tensor]], world: World = ALONE
 ) -> Features:
-    """Compute the features of images, in their order; those that can't be read are skipped.
+    """Compute the features of images, in order; images that can't be read are skipped.
 
     Args:
         encoder: in evaluation mode.
-        batches: this process's share, with normalised images on the encoder's device; maybe empty.
-        world: the processes that share the work, each with all features in the end.
+        batches: this process's share, with normalised images on the encoder's device; may be empty.
+        world: the processes that share the work; each returns all features.
     """
     values, indices, bad = [torch.empty(0, encoder.dims[-1])], [], []
     for batch, images in batches:

@@ -12,18 +12,18 @@ Point = tuple[int, float]
 SIZE = (4.8, 3.0)
 
 SMOOTHED = 0.02
-"""Share of a curve's points that its thick line averages over."""
+"""Share of a curve's points over which its thick line averages."""
 
 
 def curves(
     lines: Mapping[str, Sequence[Point]], label: str, level: tuple[float, str] | None = None
 ) -> str:
-    """Curves over steps, the points thin and their running mean thick → SVG.
+    """Curves over steps, points as thin and their running mean as thick lines → SVG.
 
     Args:
-        lines: points by name; its place decides a line's colour, also of those without points.
+        lines: points by name; the position determines the colour, even if others have no points.
         label: of the y axis.
-        level: a value to draw a line at, and what it means.
+        level: value and label of a horizontal line.
     """
     figure, axes = _axes(label, "step")
     for place, (name, points) in enumerate(lines.items()):
@@ -43,11 +43,11 @@ def curves(
 
 
 def diversity(lines: Mapping[str, Mapping[str, float]], size: tuple[float, float] = SIZE) -> Figure:
-    """A line for every encoder, over the blocks that any of them has.
+    """A line for every encoder, over the blocks of all encoders.
 
     Args:
-        lines: by name, the diversity by the name of the block; its place decides a line's colour,
-            also of those without blocks.
+        lines: by name, the diversity by the name of the block; the position determines the colour,
+            even if others have no blocks.
         size: width and height in inches.
     """
     figure, axes = _axes("mean cosine distance of channels", "block (stage.number)", size)
@@ -65,7 +65,7 @@ def diversity(lines: Mapping[str, Mapping[str, float]], size: tuple[float, float
 
 
 def block_order(name: str) -> list[int]:
-    """Sorts names of blocks by stage and number."""
+    """Sort key of a block's name: stage and number."""
     return [int(part) for part in name.split(".") if part.isdigit()]
 
 
@@ -77,9 +77,8 @@ def _axes(y: str, x: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Any
 
 
 def svg(figure: Figure) -> str:
-    """A figure as SVG, the same bytes from one run to the next."""
+    """A figure as SVG, with reproducible bytes."""
     content = io.StringIO()
-    # Text stays text.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fcmae"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fcmae"}):  # none: text stays text
         figure.savefig(content, format="svg", metadata={"Date": None})
     return content.getvalue()

@@ -1,4 +1,4 @@
-"""`fcmae probe`: what frozen features are worth on labelled images.
+"""`fcmae probe`: the accuracy of frozen features on labelled images.
 
 Nearest neighbours vote with weight exp(cosine / 0.07) (Wu et al., arXiv 1805.01978, section 3.4).
 The linear probe is multinomial logistic regression on standardised features.
@@ -29,10 +29,10 @@ from sparse.errors import InputError, RunError
 
 TEMPERATURE = 0.07
 PENALTIES = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
-"""Weight penalties tried, strongest first."""
+"""Weight penalties to try, strongest first."""
 
 KEPT_BACK = 0.2
-"""Share of the training images that decides between them."""
+"""Share of the training images that chooses between them."""
 
 _Z95 = 1.959964
 _AT_ONCE = 1 << 24
@@ -45,7 +45,7 @@ class NothingToRead(RunError):
 class Labelled(NamedTuple):
     """Features (N, C) and classes (N,) of the images to learn from and of those to measure on.
 
-    chosen: places among the training images that decide on the penalty; maybe none.
+    chosen: positions of the training images that choose the penalty; may be empty.
     bad: (name, reason) of the images that can't be read.
     """
 
@@ -73,7 +73,7 @@ def labelled_features(
         world: the processes that share the work.
 
     Raises:
-        NothingToRead: nothing to learn from, or to measure on.
+        NothingToRead: no image to learn from, or to measure on.
     """
     parts, labels, bad = [], [], []
     for split in (data.train, data.val):
@@ -100,13 +100,13 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Top-1 in percent with its 95 % interval, of `knnK` for each K and of `linear`.
 
-    `linear` also has the penalty that was chosen.
+    `linear` also has the chosen penalty.
 
     Args:
         features: of the images to learn from and to measure on.
         neighbours: each K.
         device: where the linear probe is fitted.
-        shown: with a progress bar, on terminals.
+        shown: show a progress bar on terminals.
     """
     labels = features.val_labels
     guesses = knn(features.train, features.train_labels, features.val, neighbours, features.classes)
@@ -120,7 +120,7 @@ def knn(
 ) -> list[Tensor]:
     """Classes (M,) by the K training images of the largest cosine, for each K in `neighbours`."""
     most = min(max(neighbours), len(train_NC))
-    # In double: where features share a large offset, their cosines are all next to 1.
+    # In double: if features share a large offset, all their cosines are close to 1.
     train = F.normalize(train_NC.double(), dim=1)
     guesses: list[list[Tensor]] = [[] for _ in neighbours]
     for some in F.normalize(val_MC.double(), dim=1).split(_rows(len(train) + classes)):
@@ -137,8 +137,8 @@ def linear_probe(
 ) -> tuple[Tensor, float]:
     """Classes (M,) of a linear classifier, and the weight penalty it was fitted with.
 
-    The penalty is the one with the lowest loss on a fifth of the training images, the first that
-    the next weaker one does not better; or 0.01 where every class has a single image.
+    The penalty has the lowest loss on a fifth of the training images: the search stops at the first
+    that the next weaker one does not improve. It is 0.01 if every class has a single image.
     """
     std, mean = torch.std_mean(features.train, dim=0, correction=0)
     scale = torch.where(std > 0, 1 / std, 0.0)
@@ -187,7 +187,7 @@ def fit_linear(
 def _cross_entropy(
     x_NC: Tensor, labels_N: Tensor, weight: Tensor, bias: Tensor, backward: bool = False
 ) -> float:
-    """The mean; a million images of a thousand classes have 4 GB of logits: some at a time."""
+    """The mean, in parts: a million images of a thousand classes have 4 GB of logits."""
     rows = _rows(weight.shape[1])
     mean = 0.0
     for x, labels in zip(x_NC.split(rows), labels_N.split(rows), strict=True):
@@ -221,7 +221,7 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
     """Measure frozen features, and print a table, or with `config.json` one JSON object.
 
     Args:
-        config: what was asked.
+        config: what was asked for.
         show: False prints nothing.
 
     Returns:
@@ -242,9 +242,7 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
             names = setting.model.label_names
             check_known(Path(config.data), data.names, names, "the fine-tuned model")
         except InputError as error:
-            raise InputError(
-                f"{error}; to probe its features on other classes, --other_classes"
-            ) from error
+            raise InputError(f"{error}; to probe on other classes, use --other_classes") from error
     duplicates = None
     if config.near_duplicates is not None:  # first, since a wrong folder ends the command
         suspects = find_images(config.near_duplicates, setting="near_duplicates")
@@ -278,10 +276,7 @@ def _measured(setting: Setting[Backbone], backbone: Backbone, data: LabelledData
 def _print_table(result: dict[str, Any]) -> None:
     out = Console(highlight=False)
     out.print(result["weights"], markup=False, soft_wrap=True)
-    out.print(
-        f"{result['train']} images to learn from, {result['val']} to measure on, "
-        f"{result['classes']} classes"
-    )
+    out.print("{train} training and {val} validation images, {classes} classes".format(**result))
     random = result.get("random")
     rows = []
     for name, entry in result.items():

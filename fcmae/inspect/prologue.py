@@ -1,4 +1,4 @@
-"""What commands on weights and images share: checks, loading, batches, and showing results."""
+"""What commands on weights and images share: checks, loading, batches and output."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,12 +28,12 @@ Model = TypeVar("Model")
 
 @dataclass(frozen=True)
 class Setting(Generic[Model]):
-    """What a command works with.
+    """The model, device and output file of a command.
 
     Attributes:
-        config: the command's.
-        model: what it loaded.
-        images: how the model wants images.
+        config: of the command.
+        model: the loaded model.
+        images: how images are prepared for the model.
         device: where the model is.
         out: the file to write, if any.
     """
@@ -62,14 +62,14 @@ class Setting(Generic[Model]):
     def batches(
         self, split: Split, shown: str | None = None, report_all: bool = False
     ) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield the batches that have images, and these normalised on the device.
+        """Yield the batches that have images, with these normalised on the device.
 
         Images that can't be read are reported.
 
         Args:
             split: the images.
-            shown: the name of a progress bar, on terminals; None shows none.
-            report_all: report every unreadable image at once; else the first 20 at the end.
+            shown: the name of a progress bar on terminals; None shows none.
+            report_all: report every unreadable image immediately; else the first 20 at the end.
 
         Raises:
             RunError: no image could be read, or a process that reads them died.
@@ -87,22 +87,21 @@ class Setting(Generic[Model]):
         if not report_all:
             report_skipped(bad)
         if len(bad) == len(split.source):
-            example = ": ".join(bad[0])
-            raise RunError(f"none of the {len(bad)} images can be read ({example})")
+            raise RunError(f"none of the {len(bad)} images can be read ({': '.join(bad[0])})")
 
 
 def set_up(config: Any, source: str, load: Callable[..., Model], *suffixes: str) -> Setting[Model]:
-    """Check where to write, then load the model.
+    """Check the output file, then load the model.
 
     Args:
-        config: a command's, with `device` and, where it has them, `out` and `img_size`.
+        config: of a command, with `device` and perhaps `out` and `img_size`.
         source: what to load.
-        load: from `source`, the device and the image size, if one is asked for, to a model whose
-            `images` says how it wants images.
-        suffixes: what `config.out` may end in.
+        load: maps `source`, the device and perhaps the image size to a model with the attribute
+            `images`.
+        suffixes: allowed endings of `config.out`.
 
     Raises:
-        InputError: one of them is wrong; nothing was written.
+        InputError: an argument is wrong; nothing was written.
     """
     show_logs()
     out, size = getattr(config, "out", None), getattr(config, "img_size", None)
@@ -126,11 +125,11 @@ def print_result(
 def print_table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None
 ) -> None:
-    """Print a table, its first column of words and the others of numbers; an empty row is a line.
+    """Print a table with words in the first column and numbers in the others.
 
     Args:
         headings: one for each column.
-        rows: a cell for each column; missing ones are empty.
+        rows: a cell for each column; missing cells are empty, and an empty row is a line.
         title: above the table.
     """
     table = Table(title=title)

@@ -1,4 +1,4 @@
-"""What was learned, in images: original, masked, reconstruction and pasted; `fcmae reconstruct`."""
+"""Reconstructions: original, masked, reconstruction and pasted; `fcmae reconstruct`."""
 
 import logging
 import math
@@ -27,13 +27,12 @@ GREY = 0.5
 GAP = 4
 HEAD = 18
 NARROWEST = 96
-"""Narrower columns are enlarged: their headings need this many pixels."""
+"""Narrower columns are enlarged, since their headings need this many pixels."""
 
 DIM = 0.25
-"""Range of pixels under which nothing could be seen."""
+"""Range of pixels below which an image is too dim to see."""
 
 MOST_VALUES = 1_000_000
-
 
 _log = logging.getLogger(__name__)
 
@@ -45,18 +44,18 @@ def reconstruct_batch(
     """Reconstruct normalised images.
 
     Args:
-        model: what reconstructs.
+        model: in either mode, which is restored.
         images_BCHW: on the model's device.
         mask_BHW: on the CPU, True = hidden.
         preprocessing: how the images were normalised, to undo it.
 
     Returns:
         Four tensors (B, C, H, W) on the CPU with pixels from 0 to 1, in the order of `COLUMNS`, and
-        the loss. The reconstruction shows the hidden patches: for visible ones nothing is learned,
-        and what the decoder gives there is noise. With patch-normalised targets a prediction is
-        given back its patch's own mean and deviation, so contrast and tone of hidden patches are
-        the original's, not predicted. Images that use a small part of the range from 0 to 1, as
-        16-bit ones often do, or that exceed it, are stretched to it, all alike.
+        the loss. The reconstruction shows hidden patches only: the decoder is not trained on
+        visible ones, and its output there is noise. With patch-normalised targets a prediction gets
+        its patch's own mean and deviation back, so contrast and tone of hidden patches are the
+        original's, not predicted. Images that use a small part of the range from 0 to 1, as 16-bit
+        ones often do, or that exceed it, are all stretched to it in the same way.
     """
     was_training = model.training
     model.eval()
@@ -77,7 +76,7 @@ def reconstruct_batch(
 
 
 def _stretched(original: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
-    """Spread what lies between the original's percentiles 1 and 99 over 0 to 1, where needed."""
+    """Stretch the range between the original's percentiles 1 and 99 to 0 to 1, if needed."""
     values = original.flatten()
     sampled = values[:: max(1, len(values) // MOST_VALUES)]
     low, high = sampled.quantile(0.01), sampled.quantile(0.99)
@@ -88,9 +87,9 @@ def _stretched(original: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def grid(columns: Sequence[Tensor]) -> npt.NDArray[np.uint8]:
-    """Lay out the result of `reconstruct_batch`, an image a row under headings → (H, W, 3) uint8.
+    """Lay out the result of `reconstruct_batch`, one image per row → (H, W, 3) uint8.
 
-    One channel is shown as grey; of more than three the first three are shown.
+    One channel is shown as grey; of more than three, the first three are shown.
     """
     times = math.ceil(NARROWEST / columns[0].shape[3])
     columns = [c.repeat_interleave(times, 2).repeat_interleave(times, 3) for c in columns]
@@ -106,10 +105,10 @@ def grid(columns: Sequence[Tensor]) -> npt.NDArray[np.uint8]:
 
 
 def reconstruct(config: ReconstructConfig) -> float:
-    """Write original · masked · reconstruction · pasted of some images as one PNG.
+    """Write original · masked · reconstruction · pasted of the first images as one PNG.
 
-    Images are cropped at their centre to the size of pretraining. Pixels of hidden patches are
-    given their patch's own mean and deviation where the run predicts normalised patches.
+    Images are cropped at their centre to the size of pretraining. Hidden patches get their own mean
+    and deviation back if the run predicts normalised patches.
 
     Returns:
         The mean loss over the images drawn; 1.0 means that each patch's mean is predicted.
@@ -133,8 +132,6 @@ def reconstruct(config: ReconstructConfig) -> float:
     assert setting.out is not None
     with out_file(setting.out) as path:
         Image.fromarray(grid(columns)).save(path, format="PNG")
-    _log.info(
-        "%s: %d images after %d steps, loss %.4f (1.0: only each patch's mean is predicted)",
-        setting.out, len(batch), step, loss,
-    )  # fmt: skip
+    scale = "1.0: each patch's mean is predicted"
+    _log.info(f"{setting.out}: {len(batch)} images after {step} steps, loss {loss:.4f} ({scale})")
     return loss

@@ -1,4 +1,4 @@
-"""`fcmae report`: runs as one static page that opens from disk, with no network and no script."""
+"""`fcmae report`: runs as one static page that opens from disk, without network or scripts."""
 
 import base64
 import io
@@ -30,7 +30,7 @@ TAG = "reconstructions"
 
 
 SHOWN = 50
-"""Most lines of a table of files."""
+"""Largest number of lines in a table of files."""
 
 MEAN = (1.0, "each patch's mean")
 
@@ -48,7 +48,7 @@ CURVES: list[tuple[str, str, str | None, list[str]]] = [
     ("grad_norm", "gradient norm", None, []),
     ("images_per_s", "images/s", None, ["median"]),
 ]
-"""Metric, title, the command that the curve is of (None: any), and what the summary says of it."""
+"""Metric, title, command whose runs have the curve (None: any), and statistics in the summary."""
 
 STATISTICS: dict[str, Callable[[list[float]], str]] = {
     "last": lambda values: f"{values[-1]:.4g}",
@@ -64,10 +64,10 @@ class RunData:
     """A run of pretraining or fine-tuning.
 
     Attributes:
-        name: the folder's name, made longer where several runs share it.
-        paths: where its files are.
-        config: what was asked, by dotted key.
-        state: that of the newest checkpoint; {} where there is none.
+        name: the folder's name, with parents if several runs share it.
+        paths: of its files.
+        config: what was asked for, by dotted key.
+        state: of the newest checkpoint; {} if there is none.
         metrics: the objects of metrics.jsonl.
         bad, nonfinite: those of bad_images.jsonl and nonfinite.jsonl.
     """
@@ -99,7 +99,7 @@ class RunData:
         return ", ".join(own) or str(self.config.get("model") or "that of the weights")
 
     def series(self, key: str) -> list[Point]:
-        """(step, value) of the lines that have `key` as a number."""
+        """(step, value) of the lines in which `key` is a number."""
         return [
             (line["step"], float(line[key]))
             for line in self.metrics
@@ -116,7 +116,7 @@ class RunData:
         }
 
     def reconstructions(self) -> list[tuple[int, Image.Image]]:
-        """(step, figure) of the reconstructions given to TensorBoard, oldest first."""
+        """(step, figure) of the reconstructions in TensorBoard's files, oldest first."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         if not self.paths.tensorboard.is_dir():
@@ -133,27 +133,22 @@ def read_runs(folders: list[str]) -> list[RunData]:
     """Read run folders.
 
     Raises:
-        InputError: a folder that is not a run, or was given twice.
+        InputError: a folder is not a run, or is given twice.
     """
     paths = [Path(folder) for folder in folders]
     parts = [path.resolve().parts for path in paths]
     if len({*parts}) < len(parts):
         raise InputError(f"runs {', '.join(folders)}: one is given twice")
-    length = 1  # of the shortest ends of the paths that tell them apart
+    length = 1  # of the shortest suffixes of the paths that differ
     while len({part[-length:] for part in parts}) < len(parts):
         length += 1
-    return [
-        _read_run(path, "/".join(part[-length:])) for path, part in zip(paths, parts, strict=True)
-    ]
+    return list(map(_read_run, paths, ("/".join(part[-length:]) for part in parts)))
 
 
 def _read_run(path: Path, name: str) -> RunData:
     paths = RunPaths(path)
     if not paths.config.is_file():
-        raise InputError(
-            f"{str(path)!r} is not a run: it has no config.yaml; give the --out folder of "
-            "`fcmae pretrain` or `fcmae finetune`"
-        )
+        raise InputError(f"{str(path)!r} is not a run: it has no config.yaml; give an --out folder")
     newest = next(iter(list_checkpoints(paths.checkpoints)), path)
     lines = (read_lines(file) for file in (paths.metrics, paths.bad_images, paths.nonfinite))
     config = flatten(read_yaml(paths.config))
@@ -161,7 +156,7 @@ def _read_run(path: Path, name: str) -> RunData:
 
 
 class Figure(NamedTuple):
-    """A figure in the page: its title, what it says in words, and its content as a data URI."""
+    """A figure in the page: its title, its alternative text, and its content as a data URI."""
 
     title: str
     alt: str
@@ -169,10 +164,10 @@ class Figure(NamedTuple):
 
 
 def report(config: ReportConfig) -> Path:
-    """Write a page on one run or on several side by side, and return it.
+    """Write a page on one run or on several, and return its path.
 
     Raises:
-        InputError: a folder that is not a run, or an `out` that is not an .html file.
+        InputError: a folder is not a run, or `out` is not an .html file.
         RunError: the page could not be written.
     """
     show_logs()
@@ -203,12 +198,12 @@ def render(runs: list[RunData]) -> str:
 
 
 def _lines(runs: list[RunData], key: str, command: str | None) -> dict[str, list[Point]]:
-    """The points of one of `CURVES` by the name of the run; none of runs of another command."""
+    """The points of one of `CURVES` by run; none for runs of another command."""
     return {run.name: run.series(key) if command in (None, run.command) else [] for run in runs}
 
 
 def _scores(runs: list[RunData]) -> dict[str, list[str]]:
-    """Rows of the summary: what is said of a curve, and a cell for each run."""
+    """Rows of the summary: a statistic of a curve, and a cell for each run."""
     rows = {}
     for key, title, command, kinds in CURVES:
         series = [[y for _, y in points] for points in _lines(runs, key, command).values()]
@@ -252,7 +247,7 @@ def _reconstructions(runs: list[RunData]) -> list[Figure]:
 
 
 def _settings(runs: list[RunData]) -> list[tuple[str, list[str], bool]]:
-    """(key, a cell for each run, whether they differ), those that differ first."""
+    """(key, a cell for each run, whether they differ), differing ones first."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     cells = {key: [str(run.config.get(key, "–")) for run in runs] for key in keys}
     rows = [(key, values, len(set(values)) > 1) for key, values in cells.items()]
@@ -260,6 +255,6 @@ def _settings(runs: list[RunData]) -> list[tuple[str, list[str], bool]]:
 
 
 def _figure(title: str, alt: str, content: str | bytes) -> Figure:
-    """A figure of SVG text or of the bytes of a JPEG file."""
+    """A figure from SVG text or the bytes of a JPEG file."""
     kind, data = ("svg+xml", content.encode()) if isinstance(content, str) else ("jpeg", content)
     return Figure(title, alt, f"data:image/{kind};base64,{base64.b64encode(data).decode()}")

@@ -1,4 +1,4 @@
-"""What pretraining looks at between epochs; none of it changes what is learned."""
+"""Measurements between epochs of pretraining, which do not affect the training."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -30,9 +30,9 @@ class HoldoutWatcher:
     """Loss and reconstructions of held-out images, and the diversity of every block's channels.
 
     Args:
-        batches: normalised images with their masks, always the same; maybe none.
+        batches: normalised images with their masks, always the same; may be empty.
         resolved: how images are prepared.
-        epochs: between two looks; 0 never looks.
+        epochs: between two measurements; 0 never measures.
         folder: where the main process records; None on the others.
     """
 
@@ -65,7 +65,7 @@ class ProbeWatcher:
     Args:
         data: labelled images.
         resolved: how images are prepared, and the processes, which share the images.
-        epochs: between two looks.
+        epochs: between two measurements; 0 never measures.
         max_pixels: images with more pixels count as unreadable.
     """
 
@@ -79,7 +79,7 @@ class ProbeWatcher:
         """Return what to log after `step` steps.
 
         Raises:
-            Interrupted: `stop()` turned true.
+            Interrupted: `stop()` became true.
         """
         run, world, was_training = self.resolved, self.resolved.world, model.training
 
@@ -96,23 +96,22 @@ class ProbeWatcher:
         try:
             features = labelled_features(model.encoder, self.data, read, world)
         except NothingToRead as error:
-            _log.warning("the features were not probed: %s", error)
+            _log.warning("features were not probed: %s", error)
             return {}
         finally:
             model.train(was_training)
         if features.bad and world.is_main and not self._reported:
             self._reported = True
-            _log.warning(
-                "%d labelled images can't be read, as %s: %s", len(features.bad), *features.bad[0]
-            )
-        # Fitted on every process: the threads and the sums are the same, so all log the same.
+            bad = features.bad
+            _log.warning("%d labelled images can't be read, such as %s: %s", len(bad), *bad[0])
+        # Fitted on every process: threads and sums are the same, so all get the same scores.
         with torch.autocast(world.device.type, enabled=False):
             scores = measure(features, NEIGHBOURS, world.device)
         return {f"probe_{name}": score["top1"] for name, score in scores.items()}
 
 
 Watcher = HoldoutWatcher | ProbeWatcher
-"""Looks at the model every `epochs` epochs (0: never) and after the last one."""
+"""Measures the model every `epochs` epochs (0: never) and after the last one."""
 
 
 def make_watchers(
@@ -122,13 +121,13 @@ def make_watchers(
     labelled: LabelledData | None,
     folder: RunFolder | None,
 ) -> list[Watcher]:
-    """All that a config asks for; held-out images that can't be read are recorded.
+    """Return the watchers that a config asks for; held-out images that can't be read are recorded.
 
     Args:
         config: of the run.
         resolved: how images are prepared, and the processes.
-        held: held-out images, maybe none.
-        labelled: what to probe on; None probes nothing.
+        held: held-out images; may be empty.
+        labelled: images to probe on; None probes nothing.
         folder: where the main process records; None on the others.
     """
     images = replace(resolved.images, crop_pct=1.0)

@@ -1,7 +1,7 @@
 """The FCMAE decoder (arXiv 2301.00808, section 3): projection, mask token, ConvNeXt block, pixels.
 
-It is dense: every patch position takes part, the hidden ones starting from a learned token. Inside,
-a map is rows (B·h·w, D), as in the encoder.
+It is dense: it computes every patch position, and hidden ones start from a learned token. Inside, a
+map is rows (B·h·w, D), as in the encoder.
 """
 
 import torch
@@ -61,8 +61,7 @@ class _AllSites(DenseSites):
     """Every site of a map (B, h, w), with a depthwise convolution that is fast on CPUs."""
 
     def __init__(self, shape: torch.Size, device: torch.device) -> None:
-        batch, height, width = shape
-        self.shape, self.visible_N1 = (batch, height, width), None
+        (batch, height, width), self.shape, self.visible_N1 = shape, shape, None
         self.images = ImageRows(batch, height * width, device)
 
     def depthwise(self, x_NC: Tensor, weight_C1KK: Tensor, bias_C: Tensor) -> Tensor:

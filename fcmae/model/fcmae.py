@@ -1,4 +1,4 @@
-"""FCMAE (arXiv 2301.00808, section 3): mask, encode what is visible, decode, compare."""
+"""FCMAE (arXiv 2301.00808, section 3): mask, encode the visible patches, decode, compare."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparse.engines.base import Layout
 
 @dataclass
 class FCMAEOutput:
-    """What a forward pass gives.
+    """The result of a forward pass.
 
     Attributes:
         loss: scalar, float32: mean squared error over the hidden patches.
@@ -38,7 +38,7 @@ class FCMAE(nn.Module):
         encoder: the sparse encoder.
         decoder_dim, decoder_depth: see `Decoder`.
         mask_ratio: share of patches hidden when `forward` draws the mask.
-        norm_pix_loss: normalise the target patch by patch.
+        norm_pix_loss: normalise each patch of the target.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class FCMAE(nn.Module):
         return cls(encoder, decoder_dim, decoder_depth, mask_ratio, norm_pix_loss)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters besides biases and norms that weight decay spares, as timm's models say it."""
+        """Parameters besides biases and norms without weight decay; timm's models have this too."""
         return {"decoder.mask_token"}
 
     def forward(
@@ -92,14 +92,14 @@ class FCMAE(nn.Module):
 
         Args:
             images_BCHW: height and width multiples of P.
-            mask: (B, H/P, W/P) bool, True = hidden, best kept on the CPU; drawn at random with
-                `mask_ratio` if None.
-            generator: CPU generator for a mask drawn here.
-            layout: of the mask, where it is made ahead; see `SparseConvNeXtV2.forward`.
+            mask: (B, H/P, W/P) bool, True = hidden, preferably on the CPU; None draws a random
+                mask with `mask_ratio`.
+            generator: CPU generator for a random mask.
+            layout: of the mask, if it is made ahead; see `SparseConvNeXtV2.forward`.
 
         Raises:
-            InputError: shapes that don't go together, or a ratio that leaves nothing visible or
-                nothing hidden.
+            InputError: the shapes do not match, or the ratio leaves nothing visible or nothing
+                hidden.
         """
         if mask is None:
             batch, _, height, width = images_BCHW.shape

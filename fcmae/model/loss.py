@@ -1,7 +1,7 @@
 """The reconstruction target and loss (arXiv 2301.00808, section 3; He et al., MAE, section 3).
 
-Everything keeps patches of P pixels a side on a (B, C·P², h, w) map whose channel axis runs (row,
-column, channel) and lies innermost in memory, as the decoder's predictions have it.
+Patches of P pixels a side are on a (B, C·P², h, w) map whose channel axis is in the order (row,
+column, channel) and innermost in memory, like the decoder's predictions.
 """
 
 from torch import Tensor
@@ -28,9 +28,9 @@ def unpatchify(patches_BPHW: Tensor, p: int = PATCH) -> Tensor:
 
 
 def patch_statistics(target_BPHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each patch over its pixels and channels, each (B, 1, h, w).
+    """Mean and standard deviation of each patch over its pixels and channels, each (B, 1, h, w).
 
-    The variance is the unbiased one, with 1e-6 added, as in the official code.
+    The variance is unbiased, with 1e-6 added, as in the official code.
     """
     variance, mean = target_BPHW.var(1, keepdim=True), target_BPHW.mean(1, keepdim=True)
     return mean, (variance + TARGET_EPS).sqrt()
@@ -41,8 +41,8 @@ def reconstruction_loss(
 ) -> Tensor:
     """Mean squared error over the pixels of the hidden patches, in float32.
 
-    With `norm_pix` each patch of the target is normalised by its own mean and deviation, so that a
-    loss of 1 is reached by predicting nothing but each patch's mean.
+    With `norm_pix` each patch of the target is normalised by its own mean and deviation, so that
+    predicting each patch's mean gives a loss of 1.
     """
     target = patchify(images_BCHW.float(), images_BCHW.shape[2] // pred_BPHW.shape[2])
     if norm_pix:
@@ -55,7 +55,7 @@ def reconstruction_loss(
 def to_pixels(pred_BPHW: Tensor, images_BCHW: Tensor, norm_pix: bool) -> Tensor:
     """Predicted patches → images (B, C, H, W) in the units of `images_BCHW`.
 
-    With `norm_pix` each patch is given back its own mean and deviation.
+    With `norm_pix` each patch gets its own mean and deviation back.
     """
     pred, p = pred_BPHW.float(), images_BCHW.shape[2] // pred_BPHW.shape[2]
     if norm_pix:

@@ -1,4 +1,4 @@
-"""Which patches are hidden: sizes, ratios, and the one place where random masks are drawn."""
+"""Which patches are hidden: sizes, ratios, and the only code that draws random masks."""
 
 import math
 
@@ -18,9 +18,9 @@ def grid_of(img_size: tuple[int, int], patch: int = PATCH) -> tuple[int, int]:
 
 
 def keep_count(patches: int, mask_ratio: float) -> int:
-    """Return how many of an image's patches stay visible: 19 of 49 at a ratio of 0.6.
+    """Return the number of an image's patches that stay visible: 19 of 49 at a ratio of 0.6.
 
-    The expression is the official one, rounding included: int(L * (1 - mask_ratio)).
+    The expression, including its rounding, is the official one: int(L * (1 - mask_ratio)).
     """
     return int(patches * (1 - mask_ratio))
 
@@ -29,7 +29,7 @@ def check_mask_ratio(mask_ratio: float, grid: tuple[int, int]) -> None:
     """Make sure that the ratio leaves at least one patch visible and one hidden on this grid.
 
     Raises:
-        InputError: a ratio outside (0, 1), or too near to either end for so few patches.
+        InputError: the ratio is outside (0, 1), or too close to 0 or 1 for so few patches.
     """
     patches = grid[0] * grid[1]
     if patches < 2:
@@ -52,7 +52,7 @@ def random_mask(
 ) -> npt.NDArray[np.bool_]:
     """Return the mask (h, w) of one image, True = hidden, with `keep_count` patches visible.
 
-    Each patch has a hash, and the smallest are kept: every choice of that many is equally likely.
+    The patches with the smallest hashes stay visible: every choice of them is equally likely.
     """
     patches = grid[0] * grid[1]
     order = np.argsort(rng.bits(seed, stream, epoch, index, np.arange(patches)), kind="stable")

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: written beside, synced, renamed, verified, then pruned.
+"""Checkpoints that are complete or absent: written aside, synced, renamed, verified, then pruned.
 
 A checkpoint is a folder of safetensors files, `state.json` and `manifest.json`, which lists every
-other file with its size and SHA-256. Tensors go by parameter names, so that an optimizer's state
-fits whatever engine, device or number of processes continues the run.
+other file with its size and SHA-256. Tensors are stored by parameter name, so an optimizer's
+state fits any engine, device and number of processes that resumes the run.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ _STATE = {
     "settings": dict,
     "images": dict,
 }
-"""What every state holds, whatever the command."""
+"""The keys of every state, of any command."""
 
 _log = logging.getLogger(__name__)
 
@@ -43,14 +43,14 @@ _log = logging.getLogger(__name__)
 class SavedCheckpoint:
     """A verified checkpoint on the disk: its folder and its `state.json`.
 
-    Tensors are read when they are asked for, so that a run does not hold a second copy of them.
+    Tensors are read on demand, so that a run does not hold a second copy of them.
     """
 
     path: Path
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Read one of its files, such as `model`; {} where it has none of that name.
+        """Read one of its files, such as `model`; {} if there is no such file.
 
         Raises:
             InputError: the file can't be read.
@@ -60,7 +60,7 @@ class SavedCheckpoint:
             return {}
         try:
             with safe_open(file, "pt") as content:
-                # Copies, since what safetensors gives is mapped from the file and would keep it.
+                # Copies: what safetensors returns is mapped from the file and would keep it open.
                 return {key: content.get_tensor(key).clone() for key in content.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise InputError(f"checkpoint {self.path} can't be read: {error}") from error
@@ -80,9 +80,9 @@ def save_checkpoint(
     Args:
         folder: of all checkpoints of the run.
         step: completed steps.
-        tensors: by file: `model`, `optimizer` and, where there is one, `ema`; then by name.
+        tensors: by file (`model`, `optimizer`, and `ema` if there is one), then by name.
         state: JSON: the position, settings and versions.
-        keep: how many good checkpoints stay.
+        keep: how many good checkpoints to keep.
 
     Raises:
         OSError: the disk is full, read-only or gone.
@@ -106,7 +106,7 @@ def save_checkpoint(
         for file in [*files, partial / MANIFEST, partial]:
             sync(file)
             _forget(file)
-        if target.exists():  # a damaged one of the same step: the automatic resume passed over it
+        if target.exists():  # a damaged one of the same step, which the automatic resume skipped
             _discard(target)
         partial.rename(target)
         sync(folder)
@@ -115,13 +115,13 @@ def save_checkpoint(
         raise
     reason = damage(target)
     if reason is not None:
-        raise OSError(f"{target}: damaged as soon as written: {reason}")
+        raise OSError(f"{target} is damaged right after writing: {reason}")
     prune(folder, keep, good={target})
     return target
 
 
 def damage(path: Path) -> str | None:
-    """Return why a checkpoint folder can't be trusted, or None where every file is as written."""
+    """Return why a checkpoint folder can't be trusted, or None if every file is as written."""
     try:
         text = (path / MANIFEST).read_text(encoding="utf-8")
         files = json.loads(text)["files"]
@@ -154,15 +154,12 @@ def load_checkpoint(path: Path) -> SavedCheckpoint:
     """
     reason = damage(path)
     if reason is not None:
-        raise InputError(
-            f"checkpoint {path} can't be used: {reason}; choose another, or --resume auto, which "
-            "takes the newest good one"
-        )
+        raise InputError(f"checkpoint {path} can't be used: {reason}; use another or --resume auto")
     return _open(path)
 
 
 def newest_checkpoint(folder: Path) -> SavedCheckpoint | None:
-    """Open the newest checkpoint that verifies; logs which newer ones were passed over, and why.
+    """Open the newest checkpoint that verifies; log which newer ones are skipped, and why.
 
     Raises:
         InputError: it verifies, but is of another format.
@@ -177,13 +174,11 @@ def _open(path: Path) -> SavedCheckpoint:
     except (OSError, ValueError) as error:
         raise InputError(f"checkpoint {path} can't be read: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise InputError(f"checkpoint {path} has another format than {FORMAT}: use its own version")
+        raise InputError(f"checkpoint {path} is not of format {FORMAT}: use its version of fcmae")
     for key, kind in _STATE.items():
         if not isinstance(state.get(key), kind):
-            raise InputError(
-                f"checkpoint {path} can't be used: its {STATE} has no {key} that is a "
-                f"{kind.__name__}; choose another"
-            )
+            name = kind.__name__
+            raise InputError(f"checkpoint {path}: {STATE} has no {name} {key!r}; use another")
     return SavedCheckpoint(path, state)
 
 
@@ -194,12 +189,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_good(folder: Path) -> Path | None:
-    """The newest checkpoint that verifies; logs which newer ones were passed over, and why."""
+    """The newest checkpoint that verifies; log which newer ones are skipped, and why."""
     for path in list_checkpoints(folder):
         reason = damage(path)
         if reason is None:
             return path
-        _log.warning("checkpoint %s is damaged and was passed over: %s", path, reason)
+        _log.warning("checkpoint %s is damaged and was skipped: %s", path, reason)
     return None
 
 
@@ -211,9 +206,9 @@ def forget_after(folder: Path, step: int) -> None:
 
 
 def prune(folder: Path, keep: int, good: Collection[Path] = ()) -> None:
-    """Delete all but the newest `keep` checkpoints that verify; `good` are known to.
+    """Delete all but the newest `keep` checkpoints that verify; those in `good` are known to.
 
-    Also clears what an interrupted save or delete left behind.
+    Also clear what an interrupted save or deletion left.
     """
     kept = 0
     for path in list_checkpoints(folder):
@@ -231,24 +226,19 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     Raises:
         InputError: names or shapes differ; prints both sides of the first difference.
     """
-    difference = first_difference(tensors, model.state_dict())
-    if difference is not None:
-        name, there, here = difference
+    if difference := first_difference(tensors, model.state_dict()):
         raise InputError(
-            f"the checkpoint is of another architecture: {name} is {there} there and {here} in "
-            "this model: use the --model, --in_chans and decoder settings it was made with"
+            f"checkpoint of another model: {difference}; use its --model, --in_chans and --decoder"
         )
     model.load_state_dict(tensors)
 
 
-def first_difference(
-    there: Mapping[str, Tensor], here: Mapping[str, Tensor]
-) -> tuple[str, str, str] | None:
-    """First name by which two state dicts differ, with the shape or "nothing" on either side."""
+def first_difference(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> str | None:
+    """The first name in which given weights differ from a model's, in words with both shapes."""
     for name in sorted(there.keys() | here.keys()):
         sides = [str(tuple(s[name].shape)) if name in s else "nothing" for s in (there, here)]
         if sides[0] != sides[1]:
-            return name, sides[0], sides[1]
+            return f"{name} is {sides[0]} there and {sides[1]} in this model"
     return None
 
 
@@ -292,14 +282,14 @@ def _describe(file: Path) -> dict[str, Any]:
 
 
 def _forget(file: Path) -> None:
-    """Ask the system not to answer from memory when the file is verified; it may decline."""
+    """Ask the system to verify the file from the disk, not from memory; it may decline."""
     if file.is_file() and hasattr(os, "posix_fadvise"):
         with file.open("rb") as handle:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _discard(path: Path) -> None:
-    """Delete a checkpoint; renamed first, so that half of one never passes for a checkpoint."""
+    """Delete a checkpoint; rename it first, so that half of one is never taken for a checkpoint."""
     doomed = path.with_name(f".discarded-{path.name}-{os.getpid()}")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)

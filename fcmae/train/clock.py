@@ -1,11 +1,11 @@
-"""How fast a run is, and when it is time to save."""
+"""The speed of a run, and when to save."""
 
 import logging
 import math
 import time
 
 SAVING_SHARE = 0.05
-"""Most of the time that saving may take, where the time decides when to save."""
+"""Largest share of the time that saving may take if saves are due by time."""
 
 _log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class Clock:
         self._steps += 1
 
     def images_per_second(self) -> float:
-        """Speed since it was last asked for."""
+        """Speed since the last call."""
         seconds = time.perf_counter() - self._mark
         if self._steps:
             self._speed, self._step_seconds = self._images / seconds, seconds / self._steps
@@ -39,16 +39,16 @@ class Clock:
         self._mark, self._images, self._steps = time.perf_counter(), 0, 0
 
     def save_due(self, minutes: float) -> bool:
-        """Whether so many minutes passed since the last save, and enough for it to be worth it."""
+        """Whether `minutes` have passed since the last save, and saving takes a small share."""
         enough = max(60 * minutes, self._save_seconds * (1 / SAVING_SHARE - 1))
         return minutes > 0 and time.perf_counter() - self._last_save > enough
 
     def saved(self, began: float, steps: int | None) -> None:
-        """Note a save, and warn once where saving takes more than its share of the time.
+        """Record a save, and warn once if saving takes more than its share of the time.
 
         Args:
             began: when it began, by `time.perf_counter`.
-            steps: where saves come by steps, how many lie between two.
+            steps: between two saves, if saves are due by steps.
         """
         now = time.perf_counter()
         self._save_seconds = now - began
@@ -56,11 +56,10 @@ class Clock:
         share = self._save_seconds / (between + self._save_seconds)
         if share > SAVING_SHARE and self._save_seconds > 1 and steps and not self._warned:
             self._warned = True
+            enough = math.ceil(steps * self._save_seconds * (1 / SAVING_SHARE - 1) / between)
             _log.warning(
-                "a save took %.1f s, %.0f %% of the time: --checkpoint_steps %d or more keeps it "
-                "under %.0f %%", self._save_seconds, 100 * share,
-                math.ceil(steps * self._save_seconds * (1 / SAVING_SHARE - 1) / between),
-                100 * SAVING_SHARE,
-            )  # fmt: skip
+                f"a save took {self._save_seconds:.1f} s, {share:.0%} of the time: "
+                f"--checkpoint_steps {enough} or more keeps it under {SAVING_SHARE:.0%}"
+            )
         self._last_save = now
         self.skip()

@@ -1,13 +1,13 @@
 """The training loop of every kind of training: a run that can stop and resume anywhere.
 
-The step is computed on all processes; everything that only one of them may decide (time to save, a
-signal) is agreed on after each step, so that all save and stop together.
+All processes compute a step; after it they agree on whatever one of them may decide alone (time to
+save, a signal), so that all save and stop together.
 """
 
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fcmae import rng
-from fcmae.console import StepProgress
+from fcmae.config.fields import asked_settings
 from fcmae.data.loader import lost_workers
 from fcmae.train import checkpoint, machine
 from fcmae.train.clock import Clock
 from fcmae.train.optimizer import gradient_norm
 from fcmae.train.processes import OnHost
-from fcmae.train.resume import asked_settings
 from fcmae.train.signals import Signals
 from fcmae.train.task import Interrupted, Task
 from sparse.errors import RunError
@@ -33,10 +32,10 @@ _log = logging.getLogger(__name__)
 
 
 class Update(NamedTuple):
-    """An update of which the host does not know yet whether it was applied.
+    """An update that may not have been applied: the host does not know yet.
 
-    values: whether the loss or gradient was not finite, the loss, and the gradient's norm; read:
-    positions of the files that this process read for it.
+    values: whether the loss or gradient was not finite, the loss, and the gradient's norm.
+    read: positions of the images that this process read for it.
     """
 
     step: int
@@ -45,10 +44,10 @@ class Update(NamedTuple):
 
 
 class RunningStatistics:
-    """Batch norm's: they take in a batch before it is known that its loss is not finite.
+    """Batch norm's statistics: they take in a batch before its loss is known to be finite.
 
     Args:
-        model: whose they are; None has none to look after.
+        model: with batch norm or without; None restores nothing.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
@@ -60,16 +59,16 @@ class RunningStatistics:
         self._before = [buffer.clone() for buffer in self._now]
 
     def restore(self, broken: Tensor) -> None:
-        """Set them back where `broken`, a scalar on their device, is not 0: without waiting."""
+        """Reset them if `broken`, a scalar on their device, is not 0, without waiting for it."""
         for now, before in zip(self._now, self._before, strict=True):
             now.copy_(torch.where(broken > 0, before, now))
 
 
 class Loop:
-    """Trains a task from where it is to the end of its plan.
+    """Trains a task from its current step to the end of its plan.
 
     Args:
-        task: with everything set that the script sets.
+        task: with all attributes that the script sets.
     """
 
     def __init__(self, task: Task) -> None:
@@ -89,7 +88,7 @@ class Loop:
             self.forward = DistributedDataParallel(task.model)
 
     def restore(self, saved: checkpoint.SavedCheckpoint) -> None:
-        """Continue from a checkpoint.
+        """Resume from a checkpoint.
 
         Raises:
             InputError: it is of another model.
@@ -100,30 +99,34 @@ class Loop:
         self.task.restore(saved)
         self.step, self.epoch_end_due = state["step"], state["epoch_end_due"]
         self.skipped = state.get("skipped", 0)
-        if state["threads"] != torch.get_num_threads() and self.world.device.type == "cpu":
-            _log.warning(
-                "this run used %d threads and resumes with %d: its numbers will differ in the last "
-                "bits from those of a run never stopped", state["threads"], torch.get_num_threads(),
-            )  # fmt: skip
+        before, now = state["threads"], torch.get_num_threads()
+        if before != now and self.world.device.type == "cpu":
+            _log.warning(f"resuming with {now} threads, not {before}: the last bits will differ")
 
-    def run(self, batches: Iterator[Any], signals: Signals) -> int:
+    def run(
+        self,
+        batches: Iterator[Any],
+        signals: Signals,
+        progress: Callable[..., None] = lambda *_: None,
+    ) -> int:
         """Train to the end, or until a signal.
 
         Args:
             batches: parts of batches on this process, `accumulate` of them a step, from the
                 current step on.
-            signals: what wishes the run to stop.
+            signals: ask the run to stop.
+            progress: called after each step with its number, and for a logged one also with what
+                was logged and the seconds left.
 
         Returns:
             0 when done, 130 after Ctrl-C, 143 after SIGTERM or SIGUSR1; the state is saved then.
 
         Raises:
-            RunError: the loss is not finite, too many images are unreadable, a process that reads
-                them died, or saving failed three times.
+            RunError: the loss is not finite, too many images are unreadable, a worker died, or
+                saving failed three times.
         """
         plan, config = self.plan, self.config
-        progress = StepProgress(plan.total_steps, self.step, plan.epochs, self.folder is None)
-        with signals.ctrl_c(), progress, lost_workers("; it resumes from the last checkpoint"):
+        with signals.ctrl_c(), lost_workers("; it resumes from the last checkpoint"):
             clock = Clock()
             while self.step < plan.total_steps or self.epoch_end_due:
                 bad: list[tuple[str, str]] = []
@@ -149,9 +152,9 @@ class Loop:
         return 0
 
     def _train_step(
-        self, batches: Iterator[Any], progress: StepProgress, clock: Clock
+        self, batches: Iterator[Any], progress: Callable[..., None], clock: Clock
     ) -> list[tuple[str, str]]:
-        """One update: accumulate, reduce, gate, apply. Returns what was unreadable and is new."""
+        """One update: accumulate, reduce, gate, apply. Return the newly found unreadable images."""
         config, optimizer = self.config, self.task.optimizer
         rate = self.plan.learning_rate(self.step)
         for group in optimizer.param_groups:
@@ -178,7 +181,7 @@ class Loop:
         total = self.world.sum(torch.stack([total, (~torch.isfinite(total + norm)).float()]))
         # The fused AdamW takes exactly 1 for "skip": a sum over the processes would not stop it.
         loss, broken = total[0] / self.world.size, (total[1] > 0).float()
-        self._check_finite()  # of the step before, while a GPU is busy with this one
+        self._check_finite()  # of the previous step, while a GPU is busy with this one
         optimizer.found_inf = broken  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -188,29 +191,28 @@ class Loop:
         self.task.after_step(self.step)
 
         clock.count(sum(map(len, read)) * self.world.size)
-        progress.advance(self.step)
+        progress(self.step)
         due = self.step % config.log_steps == 0 or self.step in (1, self.plan.total_steps)
         if due and self._check_finite():
             speed = clock.images_per_second()
             epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
-            shown = {"loss": float(loss), "lr": rate, "images_per_s": speed}
-            left = clock.seconds_a_step() * (self.plan.total_steps - self.step)
-            progress.report(self.step, epoch, shown, left)
+            shown = {"epoch": epoch, "loss": float(loss), "lr": rate, "images_per_s": speed}
+            progress(self.step, shown, clock.seconds_a_step() * (self.plan.total_steps - self.step))
             if self.folder is not None:
-                self.folder.log(self.step, {"epoch": epoch, **shown, "grad_norm": float(norm)})
+                self.folder.log(self.step, {**shown, "grad_norm": float(norm)})
         return [entry for entry in bad if entry[0] not in self._bad_seen]
 
     def _gradients_shared(self, last: bool) -> AbstractContextManager[None]:
-        """Let gradients travel between processes only with the last part of a batch."""
+        """Exchange gradients between processes only with the last part of a batch."""
         if last or not isinstance(self.forward, DistributedDataParallel):
             return nullcontext()
         return self.forward.no_sync()
 
     def _check_finite(self) -> bool:
-        """Look at the newest update that was not looked at yet: was its loss or gradient finite?
+        """Check the newest unchecked update: were its loss and gradient finite?
 
         Raises:
-            RunError: not so, and the run is to stop, or has skipped as many as it may.
+            RunError: they were not, and the run must stop or has skipped `max_nonfinite` already.
         """
         if self._unchecked is None:
             return True
@@ -224,20 +226,16 @@ class Loop:
         everywhere = [name for names in self.world.gather(names) for name in names]
         if self.folder is not None:
             self.folder.record_nonfinite(step, loss, norm, everywhere)
-        what = (
-            f"the loss or its gradient is not finite at step {step} (loss {loss:g}, gradient norm "
-            f"{norm:g}); the update was not applied"
-        )
+        what = f"not finite at step {step} (loss {loss:g}, gradient norm {norm:g}), update skipped"
         if config.nonfinite == "skip" and self.skipped <= config.max_nonfinite:
             _log.warning("%s: %d of at most %d", what, self.skipped, config.max_nonfinite)
             return False
-        fix = "resume with --nonfinite skip, which skips such updates"
+        fix = "resume with --nonfinite skip"
         if config.nonfinite == "skip":
-            fix = f"--max_nonfinite {config.max_nonfinite} were skipped already"
+            fix = f"--max_nonfinite {config.max_nonfinite} were skipped already, raise it"
         raise RunError(
-            f"{what} and the last checkpoint is good; nonfinite.jsonl lists its images: {fix}, or "
-            "repeat in a new --out with a lower --optim.base_lr, with --optim.clip_grad 1.0 or "
-            "with --precision fp32"
+            f"{what}; nonfinite.jsonl lists its images: {fix}, or use a new --out with a lower "
+            "--optim.base_lr, --optim.clip_grad 1.0 or --precision fp32"
         )
 
     def _end_epoch(self, signals: Signals) -> None:
@@ -250,19 +248,18 @@ class Loop:
         self.epoch_end_due = False
         if metrics and self.folder is not None:
             self.folder.log(self.step, {"epoch": epoch, **metrics})
-            alone = {name: value for name, value in metrics.items() if "/" not in name}
-            figures = ", ".join(f"{name} {value:.4g}" for name, value in alone.items())
-            _log.info("epoch %d: %s", epoch, figures)
+            shown = (f"{name} {value:.4g}" for name, value in metrics.items() if "/" not in name)
+            _log.info("epoch %d: %s", epoch, ", ".join(shown))
 
     def _stop_wanted(self, signals: Signals) -> bool:
         return self.world.agree([signals.received])[0] != 0
 
     def _give_up(self, tried: list[tuple[str, str]], bad: list[tuple[str, str]]) -> None:
-        """Record what could not be read, and stop.
+        """Record the unreadable images, and stop.
 
         Args:
             tried: (name, reason) of an image and of its replacements.
-            bad: of all that could not be read in this step.
+            bad: (name, reason) of all unreadable images of this step.
 
         Raises:
             RunError: always.
@@ -272,16 +269,13 @@ class Loop:
         name, reason = tried[0]
         others = len({other for other, _ in tried}) - 1
         more = f", nor can {others} others tried in its place" if others else ""
-        raise RunError(
-            f"image {name!r} can't be read ({reason}){more}: check that the images are still there "
-            "and of this kind"
-        )
+        raise RunError(f"image {name!r} can't be read ({reason}){more}: check the images in --data")
 
     def save(self, must: bool = False) -> None:
-        """Save a checkpoint from the main process; the others wait for its word.
+        """Save a checkpoint from the main process, which tells the others whether it succeeded.
 
         Raises:
-            RunError: saving failed for the third time, or failed where it `must` not.
+            RunError: saving failed for the third time, or failed although it `must` not.
         """
         self._check_finite()
         failed = 0
@@ -299,8 +293,7 @@ class Loop:
         failed = self.world.agree([failed])[0]
         if failed >= MOST_SAVE_FAILURES or (failed and must):
             raise RunError(
-                f"could not save at step {self.step}: free space on the disk of "
-                f"{self.config.out!r} and give the same command again to resume"
+                f"could not save step {self.step}: free space for {self.config.out!r} and rerun it"
             )
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""What a run takes of the machine: arithmetic, worker processes and disk space."""
+"""What a run uses of the machine: precision, worker processes and disk space."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ MOST_WORKERS = 8
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` → bf16 on GPUs that have it, else fp32: on CPUs all engines then agree to 1e-5."""
+    """`auto` → bf16 on GPUs that support it, else fp32: on CPUs all engines then agree to 1e-5."""
     if precision != "auto":
         return precision
     if device.type != "cuda":
@@ -36,8 +36,8 @@ def cpu_multiplies_bf16() -> bool:
 def resolve_workers(workers: str | int, device: torch.device) -> int:
     """`auto` → one process per core of this machine and training process, at most 8.
 
-    A quarter of that where the CPU computes as well: readers are faster than the model there, and
-    take its cores.
+    A quarter of that if the model runs on the CPU too: workers are faster than the model there, and
+    use its cores.
     """
     if workers != "auto":
         return int(workers)
@@ -47,7 +47,7 @@ def resolve_workers(workers: str | int, device: torch.device) -> int:
 
 
 def checkpoint_bytes(model: nn.Module, copies: int = 0) -> int:
-    """Size of one checkpoint: weights, AdamW's two averages of what is trained, further copies."""
+    """Size of one checkpoint: weights, AdamW's two averages of trained ones, further copies."""
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     return sum(size * (1 + copies + 2 * trained) for size, trained in sizes)
 
@@ -56,31 +56,28 @@ def check_disk(config: Any, size: int) -> str:
     """Refuse a run whose checkpoints, of `size` bytes each, do not fit on the disk of `config.out`.
 
     Returns:
-        What they need and what is free, in words.
+        A line for the log: what they need and what is free.
 
     Raises:
-        InputError: there is less free than what `keep_checkpoints` and one being written need
-            beside those that are there already.
+        InputError: less is free than `keep_checkpoints` and one being written need in addition to
+            the existing ones.
     """
-    there = len(list_checkpoints(RunPaths(Path(config.out)).checkpoints))
-    need = size * (max(config.keep_checkpoints - there, 0) + 1)
+    keep = config.keep_checkpoints
+    need = size * (max(keep - len(list_checkpoints(RunPaths(Path(config.out)).checkpoints)), 0) + 1)
     folder = Path(config.out).absolute()
     disk = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(disk).free
     if need > free:
         raise InputError(
-            f"out {config.out!r} has {free / 1e9:.2f} GB free, but its checkpoints, one being "
-            f"written beside {config.keep_checkpoints}, need {need / 1e9:.2f} GB more: free some "
-            "or give another --out"
+            f"out {config.out!r} has {free / 1e9:.2f} GB free, but its checkpoints, {keep} and one "
+            f"being written, need {need / 1e9:.2f} GB more: free some or give another --out"
         )
-    return (
-        f"checkpoints in {config.out}: {size / 1e6:.0f} MB each, up to "
-        f"{size * (config.keep_checkpoints + 1) / 1e6:.0f} MB together; {free / 1e9:.1f} GB free"
-    )
+    most = f"at most {keep + 1} of {size / 1e6:.0f} MB, {free / 1e9:.1f} GB free"
+    return f"checkpoints in {config.out}: {most}"
 
 
 def versions() -> dict[str, str]:
-    """What computed this: recorded in each checkpoint."""
+    """The versions that computed a checkpoint, which records them."""
     return {
         "fcmae": __version__,
         "python": platform.python_version(),

@@ -14,12 +14,12 @@ from sparse.errors import InputError
 def make_optimizer(
     model: nn.Module, optim: Any, depths: Mapping[str, int] | None = None
 ) -> torch.optim.Optimizer:
-    """Return AdamW over what is trained; the loop multiplies the schedule by a group's `lr_scale`.
+    """Return AdamW over the trained parameters; a group's `lr_scale` multiplies the schedule.
 
     Args:
         model: on its device.
         optim: has `weight_decay`, `betas` and, where `depths` are given, `layer_decay`.
-        depths: how many layers before the head each parameter is; none treats all alike.
+        depths: how many layers before the head each parameter is; None treats all equally.
 
     Raises:
         InputError: the optimizer ignores the non-finite gate.
@@ -61,21 +61,19 @@ def parameter_groups(
 
 
 def check_gate(optimizer: torch.optim.Optimizer) -> None:
-    """Make sure that an optimizer obeys `found_inf`, by which an update that is not finite is
-    skipped without waiting for the device.
+    """Make sure that an optimizer obeys `found_inf`, which skips an update that is not finite
+    without waiting for the device.
 
     Raises:
-        InputError: it would apply such an update.
+        InputError: it would apply such an update and destroy the weights.
     """
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise InputError(
-            f"optimizer {type(optimizer).__name__} ignores found_inf, so a loss that is not finite "
-            "would destroy the weights: use one that supports it, such as AdamW(fused=True)"
-        )
+        name = type(optimizer).__name__
+        raise InputError(f"optimizer {name} ignores found_inf: use one such as AdamW(fused=True)")
 
 
 def gradient_norm(model: nn.Module, clip: float | None) -> Tensor:
-    """The norm of the whole gradient before it is scaled down to `clip`, where it is longer."""
+    """The norm of the whole gradient, before it is scaled down to `clip` if it is larger."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if clip is not None and math.isfinite(clip):

@@ -1,4 +1,4 @@
-"""How many steps a run has, and its learning rate at each."""
+"""The number of steps of a run, and the learning rate of each."""
 
 import math
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any
 from fcmae.data.order import steps_per_epoch
 
 BASE_BATCH = 256
-"""Batch that learning rates are given for."""
+"""The batch size for which learning rates are given."""
 
 WARMUP_SHARE = 0.1
 WARMUP_EPOCHS = 40
 STEEPEST = 4
-"""How much faster than over its least number of steps the rate may rise in a short run."""
+"""How much faster the rate may rise in a short run than over its least number of steps."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def asked_rate(config: Any) -> float:
 
 @dataclass(frozen=True)
 class AutoEpochs:
-    """What `epochs: auto` stands for: as many passes as make up `crops`, within bounds.
+    """What `epochs: auto` stands for: the passes that add up to `crops`, within bounds.
 
     Attributes:
         crops: training crops of the whole run.
@@ -83,11 +83,8 @@ class AutoEpochs:
         return min(max(passes, self.fewest), self.most)
 
     def explain(self, epochs: int) -> str:
-        """Return a line that says why a run has so many."""
-        return (
-            f"epochs auto: {epochs}, the more the fewer images there are ({self.fewest} to "
-            f"{self.most}, about {self.crops:,} crops in all)"
-        )
+        """Return a line for the log that says how `epochs` came about."""
+        return f"epochs auto: {epochs} ({self.fewest} to {self.most}, about {self.crops:,} crops)"
 
 
 def warmup_steps(
@@ -99,8 +96,7 @@ def warmup_steps(
         epochs: as asked, or None.
         steps_per_epoch: of the run.
         total_steps: of the run.
-        least: steps that a warm-up nobody asked for takes at least, as far as half of the run
-            allows it.
+        least: minimum for a warm-up that was not asked for, but at most half of the run.
     """
     if epochs is not None:
         return min(round(epochs * steps_per_epoch), total_steps)
@@ -109,10 +105,10 @@ def warmup_steps(
 
 
 def peak_share(epochs: float | None, total_steps: int, least: int = 0) -> float:
-    """Share of the peak rate that the warm-up rises to; the arguments are those of `warmup_steps`.
+    """Share of the peak rate that the warm-up reaches; the arguments are those of `warmup_steps`.
 
-    1, except where half of the run is so short that the rate would rise more than `STEEPEST` times
-    as fast as over `least` steps.
+    1, unless half of the run is so short that the rate would rise more than `STEEPEST` times as
+    fast as over `least` steps.
     """
     if epochs is not None or not least:
         return 1.0

@@ -1,4 +1,4 @@
-"""Pretraining as a job for the training script: from unlabeled images to an encoder."""
+"""Pretraining as a task for the training script: from unlabeled images to an encoder."""
 
 import logging
 import time
@@ -37,7 +37,7 @@ from sparse.layouts import infer_architecture
 from sparse.sizes import resolve_size
 
 ALL_IMAGES = "all"
-"""The list of all images of a run, held out ones included; see `RunPaths.images`."""
+"""The list of all images of a run, including those held out; see `RunPaths.images`."""
 
 FEW_IMAGES = 10_000
 
@@ -54,7 +54,7 @@ class Pretraining(Task):
 
     command = "pretrain"
     auto_epochs = AutoEpochs(crops=1_200_000, fewest=100, most=800, multiple=10)
-    """More crops than that of a small set bring little; see docs/recipes.md."""
+    """More crops of a small data set improve little; see docs/recipes.md."""
 
     config: PretrainConfig
     model: FCMAE
@@ -68,27 +68,22 @@ class Pretraining(Task):
         return img_size
 
     def find_images(self, start: SavedCheckpoint | None) -> Images:
-        config, began = self.config, time.perf_counter()
+        config, probe, began = self.config, self.config.probe, time.perf_counter()
         files = find_images(config.data, exclude=config.out)
         if start is not None:
             files = stored_files(files, start, ALL_IMAGES)
         train_places, held_places = split_holdout(files, config.holdout)
         if config.holdout >= len(files) >= FEWEST_TO_HOLD_OUT:
             raise InputError(
-                f"holdout {config.holdout} leaves none of the {len(files)} images to train on: "
-                "take fewer, such as 32"
+                f"holdout {config.holdout} leaves none of {len(files)} images to train on: use 32"
             )
-        _log.info(
-            "found %d images in %.1f s: %d to train on, %d held out", len(files),
-            time.perf_counter() - began, len(train_places), len(held_places),
-        )  # fmt: skip
+        seconds, held = time.perf_counter() - began, len(held_places)
+        _log.info(f"found {len(files)} images in {seconds:.1f} s, {held} of them are held out")
         self._held = files.select(held_places)
         self._labelled: LabelledData | None = None
         probed: list[Source] = []
-        if config.probe.data is not None:
-            self._labelled = find_labelled(
-                config.probe.data, config.probe.val_fraction, exclude=config.out
-            )
+        if probe.data is not None:
+            self._labelled = find_labelled(probe.data, probe.val_fraction, exclude=config.out)
             probed = [self._labelled.train.source, self._labelled.val.source]
         return Images(files.select(train_places), {ALL_IMAGES: files}, probed)
 
@@ -111,22 +106,18 @@ class Pretraining(Task):
         why = f" ({self._engine.why})" if self._engine.why else ""
         lines = [
             f"encoder {name}: {millions:.3g} M weights, engine {self._engine.name}{why}",
-            f"{keep_count(h * w, config.mask_ratio)} of {h * w} patches are visible, the others "
-            "are reconstructed",
+            f"{keep_count(h * w, config.mask_ratio)} of {h * w} patches are visible",
         ]
         few = len(self.images.train) < FEW_IMAGES and self.resolved.start is None
         if few and named and config.init_from is None and config.in_chans == 3:
             lines.append(
-                f"under {FEW_IMAGES:,} images, an official release is most likely the better "
-                "start: --init_from FILE (CC-BY-NC 4.0: no commercial use), see docs/recipes.md"
+                f"with under {FEW_IMAGES:,} images, try --init_from FILE with an official release "
+                "(CC-BY-NC 4.0: no commercial use), see docs/recipes.md"
             )
         if config.norm_pix_loss:
-            lines.append("a loss of 1.0 means that only each patch's mean is predicted")
+            lines.append("a loss of 1.0 means that the prediction is each patch's mean")
         if not len(self._held):
-            lines.append(
-                "no images are held out (holdout 0, or under 500 in all): no held-out loss, no "
-                "reconstructions"
-            )
+            lines.append("no images held out (holdout 0, or under 500 in all): no loss or figures")
         return lines
 
     def settings(self) -> dict[str, Any]:
@@ -174,6 +165,5 @@ def build_model(config: PretrainConfig) -> FCMAE:
         init_encoder(encoder, config.init_from)
     if config.compile:
         encoder.compile_encode()
-    return FCMAE(
-        encoder, config.decoder.dim, config.decoder.depth, config.mask_ratio, config.norm_pix_loss
-    )
+    decoder = config.decoder
+    return FCMAE(encoder, decoder.dim, decoder.depth, config.mask_ratio, config.norm_pix_loss)

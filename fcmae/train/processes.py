@@ -1,4 +1,4 @@
-"""The processes of a run: what torchrun says, and the few things they tell each other."""
+"""The processes of a run: how torchrun describes them, and the messages between them."""
 
 import os
 import re
@@ -23,7 +23,7 @@ PATIENCE = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run.
+    """This process and its place among those of the run.
 
     Attributes:
         rank, size: this process's number and how many there are.
@@ -41,7 +41,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up a tensor over all processes, in place, where it is."""
+        """Add up a tensor over all processes, in place, on its device."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
@@ -53,7 +53,7 @@ class World:
                 dist.broadcast(tensor, 0)
 
     def agree(self, votes: list[int]) -> list[int]:
-        """Largest of each vote over all processes, by way of the CPUs: no GPU waits."""
+        """Largest of each vote over all processes, exchanged between CPUs: no GPU waits."""
         if self.size == 1:
             return votes
         tensor = torch.tensor(votes)
@@ -68,21 +68,23 @@ class World:
         dist.all_gather_object(items, item, group=self.control)
         return items
 
-    def check_same(self, facts: Mapping[str, Any]) -> None:
+    def check_same(self, shared: Mapping[str, Any]) -> None:
         """Make sure that all processes are about to do the same.
 
+        Args:
+            shared: values by name that all must have in common.
+
         Raises:
-            InputError: on all of them, where a fact differs.
+            InputError: on all of them, if a value differs.
         """
-        first, *others = self.gather(dict(facts))
+        first, *others = self.gather(dict(shared))
         for rank, other in enumerate(others, 1):
             for name in sorted(first.keys() | other.keys()):
                 here, there = first.get(name), other.get(name)
                 if here != there:
                     raise InputError(
                         f"process 0 has {name} {here!r} and process {rank} {there!r}: all must be "
-                        "given the same command and see the same --data and --out, as on a disk "
-                        "that they share"
+                        "given the same command, with --data and --out on a shared disk"
                     )
 
     def barrier(self) -> None:
@@ -95,7 +97,7 @@ ALONE = World()
 
 
 class OnHost:
-    """Values on their way from a device to the host, which waits for them only when it reads."""
+    """Values being copied from a device to the host, which waits for them only in `read`."""
 
     def __init__(self, values: Tensor) -> None:
         self._values = to_device(values, "cpu")
@@ -111,34 +113,31 @@ class OnHost:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` → this process's GPU where there is one, else the CPU.
+    """`auto` → this process's GPU if there is one, else the CPU.
 
     Raises:
-        InputError: the device is unknown or not there.
+        InputError: the device is unknown or missing.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    elif name == "cuda":
-        name = f"cuda:{local_rank}"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if not re.fullmatch(r"cpu|mps|cuda:\d{1,3}", name):
         raise InputError(f"device {name!r} is unknown: use auto, cpu, cuda, cuda:1 or mps")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA "
-            "devices; use cpu or auto"
-        )
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise InputError(f"device {name!r} is not one of {gpus} CUDA devices; use cpu or auto")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device 'mps' is not there: use cpu or auto")
+        raise InputError("device 'mps' is missing: use cpu or auto")
     return device
 
 
 def _store() -> Store:
-    """Where processes find each other: torchrun's, with names of its own for every restart.
+    """Where processes find each other: torchrun's store, with separate names for every restart.
 
     torchrun keeps one store over its restarts, in which processes would find the addresses of those
-    that died. On several machines its count of restarts may differ, so it can't be a name there.
+    that died. Machines may count restarts differently, so with several the count can't be a name.
     """
     store, _, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
     if os.environ.get("LOCAL_WORLD_SIZE") != str(size):
@@ -150,7 +149,7 @@ def _store() -> Store:
 def join_world(device: torch.device) -> Iterator[World]:
     """Join the processes that torchrun started, or be a world of one.
 
-    Gradients travel by nccl between GPUs and by gloo between CPUs; control messages by gloo.
+    Gradients use nccl between GPUs and gloo between CPUs; control messages use gloo.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -2,14 +2,13 @@
 
 import json
 import logging
-import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fcmae.atomic import check_out_folder
-from fcmae.config.fields import leaves, own_leaves, runtime_keys
+from fcmae.config.fields import asked_settings, leaves, runtime_keys
 from fcmae.config.files import read_yaml
 from fcmae.config.values import differences, flatten
 from fcmae.data.file_list import FileList
@@ -34,8 +33,8 @@ def find_start(config: Any, command: str) -> SavedCheckpoint | None:
         command: `pretrain` or `finetune`.
 
     Raises:
-        InputError: the folder holds something else, a run with other settings, or a checkpoint
-            named by the user is damaged.
+        InputError: the folder holds something else or a run with other settings, or the checkpoint
+            that `resume` names is damaged.
     """
     paths = RunPaths(check_out_folder(config.out))
     saved = list_checkpoints(paths.checkpoints)
@@ -43,25 +42,21 @@ def find_start(config: Any, command: str) -> SavedCheckpoint | None:
         _check_unused(paths)
     if config.resume == "never" and saved:
         raise InputError(
-            f"out {config.out!r} already holds a run: use --resume auto to resume it, or give "
-            "another --out"
+            f"out {config.out!r} already holds a run: use --resume auto or give another --out"
         )
     newest = newest_checkpoint(paths.checkpoints)
     if config.resume not in ("auto", "never"):
         newest = _named(config, saved, newest)
     elif saved and newest is None:
-        raise InputError(
-            f"all {len(saved)} checkpoints in {config.out!r} are damaged: give another --out to "
-            "start anew"
-        )
+        raise InputError(f"all checkpoints in {config.out!r} are damaged: give another --out")
     if newest is not None:
         _check_same_run(config, command, newest)
     return newest
 
 
 def _named(config: Any, saved: list[Path], newest: SavedCheckpoint | None) -> SavedCheckpoint:
-    """The checkpoint that `resume` names, or the newest that continued it: the same command given
-    again resumes, and does not begin there once more."""
+    """The checkpoint that `resume` names, or the newest that continued it: the same command, given
+    again, resumes and does not go back again."""
     named = Path(config.resume)
     asked = asked_settings(config)["resume"]
     if newest is not None and newest.state["asked"].get("resume") == asked:
@@ -78,10 +73,10 @@ def _named(config: Any, saved: list[Path], newest: SavedCheckpoint | None) -> Sa
 
 
 def _check_unused(paths: RunPaths) -> None:
-    """Refuse a folder without checkpoints that a new run must not write over.
+    """Refuse a folder without checkpoints that a new run must not overwrite.
 
     Raises:
-        InputError: it holds something else than a run that never saved.
+        InputError: it holds anything but a run that never saved.
     """
     out = paths.root
     names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
@@ -90,56 +85,38 @@ def _check_unused(paths: RunPaths) -> None:
     run = {"data", "out", "keep_checkpoints"}
     if not paths.config.is_file() or not run <= read_yaml(paths.config).keys():
         raise InputError(
-            f"out {str(out)!r} holds {names[0]!r}, which is not a run of fcmae: give a folder that "
-            "is new or empty"
+            f"out {str(out)!r} holds {names[0]!r}, which is not a run of fcmae: give a new folder"
         )
     if paths.exported.exists():
         raise InputError(
-            f"out {str(out)!r} holds a finished run whose checkpoints are gone: there is nothing "
-            "to go on from; give another --out"
+            f"out {str(out)!r} holds a finished run whose checkpoints are gone: give another --out"
         )
 
 
 def _check_same_run(config: Any, command: str, checkpoint: SavedCheckpoint) -> None:
-    was_command = checkpoint.state.get("command")
-    if was_command != command:
-        raise InputError(
-            f"out {config.out!r} holds a run of `fcmae {was_command}`, not of `fcmae {command}`: "
-            "give another --out"
-        )
-    # A setting that is younger than the checkpoint had what is now its default.
+    if (other := checkpoint.state.get("command")) != command:
+        raise InputError(f"out {config.out!r} is a run of `fcmae {other}`: give another --out")
+    # A setting that is newer than the checkpoint had what is now its default.
     defaults = asdict(type(config)(data=config.data, out=config.out))
     stored = flatten(defaults) | flatten(checkpoint.state["asked"])
     changed = differences(asked_settings(config), stored, runtime_keys(type(config)))
     if changed:
         key, was, now = changed[0]
-        if key == "data":  # one folder is named as it was given, not as a list
+        if key == "data":  # one folder is shown as it was given, not as a list
             was, now = (value[0] if len(value) == 1 else value for value in (was, now))
         text = was if isinstance(was, str) else json.dumps(was, separators=(",", ":"))
-        moved = " (if the same images are elsewhere now, a link to them)" if key == "data" else ""
+        moved = " (a link to the images if they moved)" if key == "data" else ""
         raise InputError(
             f"{key} is {now!r} but the run in {config.out!r} has {was!r}: repeat it with "
             f"--{key} {shlex.quote(text)}{moved}, or give another --out"
         )
 
 
-def asked_settings(config: Any) -> dict[str, Any]:
-    """The config as JSON, its paths absolute, so that it compares from any folder."""
-    asked = asdict(config)
-    for key, leaf in own_leaves(type(config)).items():
-        value = asked[key]
-        if leaf.path and value is not None and value not in leaf.words:
-            paths = [value] if isinstance(value, str) else value
-            absolute = [os.path.abspath(os.path.expanduser(path)) for path in paths]
-            asked[key] = absolute if key == "data" else absolute[0]
-    return asked
-
-
 def facts(config: Any, step: int, *sources: Source) -> dict[str, Any]:
-    """What all processes of a run must have in common: settings, where they begin, and images.
+    """What all processes of a run must have in common: settings, first step and images.
 
-    They may differ in device, workers and paths, as on machines that mount a disk elsewhere; of the
-    images behind the paths it is compared which they are.
+    They may differ in device, workers and paths, as on machines that mount a disk elsewhere: the
+    images are compared by their keys.
     """
     known = leaves(type(config))
     own = {"out", "device", "workers", *(key for key in known if known[key].path)}
@@ -151,10 +128,10 @@ def facts(config: Any, step: int, *sources: Source) -> dict[str, Any]:
 
 
 def stored_files(found: Source | None, start: SavedCheckpoint, part: str) -> FileList:
-    """The files that a run which resumes began with, of one part; see `RunPaths.images`.
+    """The files that a resumed run began with, of one part; see `RunPaths.images`.
 
-    Of those `found` now, if any are known, the ones that came later are ignored with a notice;
-    vanished ones will count as unreadable.
+    Files in `found` that were added since are ignored, and their number is logged. Files that
+    vanished count as unreadable.
 
     Raises:
         InputError: the list is missing, damaged, or of another run.
@@ -162,7 +139,7 @@ def stored_files(found: Source | None, start: SavedCheckpoint, part: str) -> Fil
     path = RunPaths(start.path.parent.parent).images(part)
     stored = FileList.load(path)
     if stored.fingerprint() != start.state["images"].get(part):
-        raise InputError(f"file list {str(path)!r} is not of this run: restore it or start anew")
+        raise InputError(f"file list {str(path)!r} is not of this run: restore it or start over")
     if found is not None and len(found) > len(stored):
-        _log.info("%d files more than when the run began are ignored", len(found) - len(stored))
+        _log.info("%d files added since the run began are ignored", len(found) - len(stored))
     return stored

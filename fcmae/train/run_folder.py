@@ -1,4 +1,4 @@
-"""The run folder while a run writes to it: who may, and what is recorded in it."""
+"""The run folder while a run writes to it: the lock, and what is recorded in it."""
 
 import errno
 import fcntl
@@ -12,9 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from fcmae import PACKAGES
 from fcmae.atomic import atomic_write
-from fcmae.config.files import save_yaml
-from fcmae.console import PACKAGES
 from fcmae.train.checkpoint import SavedCheckpoint, forget_after
 from fcmae.train.run_paths import RunPaths
 from fcmae.train.trackers import Trackers
@@ -24,30 +23,28 @@ _log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """Everything that one process, the main one, writes for a run.
+    """Everything that the main process writes for a run.
 
     Args:
-        config: the config, written as `config.yaml`.
-        command: `pretrain` or `finetune`.
-        start: the checkpoint that the run resumes from, if any; what is recorded and saved beyond
-            it is cut off.
+        config: of the run.
+        start: the checkpoint that the run resumes from, if any; later records and checkpoints are
+            deleted.
 
     Raises:
         InputError: another process is writing to the folder.
     """
 
-    def __init__(self, config: Any, command: str, start: SavedCheckpoint | None) -> None:
-        self.paths, self.command = RunPaths(Path(config.out)), command
-        paths, step = self.paths, start.state["step"] if start else 0
+    def __init__(self, config: Any, start: SavedCheckpoint | None) -> None:
+        paths = self.paths = RunPaths(Path(config.out))
+        step = start.state["step"] if start else 0
         paths.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock = _take_lock(paths.root)
         if step == 0:
             for file in (paths.metrics, paths.log, paths.bad_images, paths.nonfinite):
                 file.unlink(missing_ok=True)
             shutil.rmtree(paths.tensorboard, ignore_errors=True)
-        if config.resume not in ("auto", "never"):  # else only damaged ones can be beyond
+        if config.resume not in ("auto", "never"):  # else only damaged ones can be later
             forget_after(paths.checkpoints, step)
-        save_yaml(config, paths.config)
         _cut_metrics(paths.metrics, step, bool(start and start.state["epoch_end_due"]))
         self._metrics = paths.metrics.open("ab", buffering=0)
         self._unwritten: list[str] = []
@@ -56,12 +53,12 @@ class RunFolder:
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for name in PACKAGES:
             logging.getLogger(name).addHandler(self._handler)
-        self.trackers = Trackers(paths, step + 1)
+        self.trackers = Trackers(paths, step + 1, config.trackers)
 
     def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
         """Append a line to metrics.jsonl and its numbers to the trackers.
 
-        Lines that the disk does not take now are kept and tried again with those that follow.
+        Lines that can't be written now are kept and written with the next ones.
         """
         self._unwritten.append(json.dumps({"step": step, **metrics}) + "\n")
         try:
@@ -74,13 +71,13 @@ class RunFolder:
         while self._unwritten:
             line = self._unwritten[0].encode()
             written = self._metrics.write(line)
-            if written != len(line):  # the disk is full: take back the part that it took
+            if written != len(line):  # the disk is full: remove the part that was written
                 self._metrics.truncate(self._metrics.tell() - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._unwritten.pop(0)
 
     def record_bad(self, bad: Iterable[tuple[str, str]]) -> int:
-        """Note unreadable images, each once, and return how many distinct ones there are."""
+        """Record unreadable images, each once, and return the number of distinct ones."""
         for path, reason in dict(bad).items():
             if path not in self._bad:
                 _append(self.paths.bad_images, {"path": path, "reason": reason})
@@ -89,19 +86,19 @@ class RunFolder:
         return len(self._bad)
 
     def record_nonfinite(self, step: int, loss: float, norm: float, names: list[str]) -> None:
-        """Note an update that was not applied, with the images of its batch."""
+        """Record an update that was not applied, with the images of its batch."""
         entry = {"step": step, "loss": f"{loss:g}", "grad_norm": f"{norm:g}", "paths": names}
         _append(self.paths.nonfinite, entry)
 
     def sync(self) -> None:
-        """Make sure that what was logged is on the disk before a checkpoint refers to it.
+        """Make sure that all logged lines are on the disk before a checkpoint refers to them.
 
         Raises:
-            OSError: it is not, or the folder was moved or removed.
+            OSError: they are not, or the folder was moved or removed.
         """
         self._write_metrics()
         if not os.path.samestat(os.fstat(self._metrics.fileno()), os.stat(self._metrics.name)):
-            raise OSError(f"{self.paths.root} is another folder than the one this run began in")
+            raise OSError(f"{self.paths.root} is not the folder that this run began in")
         os.fsync(self._metrics.fileno())
         self.trackers.flush()
 
@@ -115,7 +112,7 @@ class RunFolder:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; what a crash cut short is skipped."""
+    """The objects of a file of JSON lines; a line that a crash cut short is skipped."""
     found = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -148,8 +145,8 @@ def _take_lock(folder: Path) -> TextIO:
 
 
 def _cut_metrics(path: Path, step: int, end_due: bool) -> None:
-    """Keep the whole lines up to `step`: what follows will be computed again, with `end_due` also
-    the line that the end of its epoch has left, which is none of a step's own."""
+    """Keep the complete lines up to `step`: later ones will be computed again. With `end_due`, so
+    will the end of its epoch, whose line is not that of a step."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:

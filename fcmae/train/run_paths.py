@@ -1,14 +1,14 @@
-"""Where things are in a run folder: the only module that knows."""
+"""The layout of a run folder, defined here only."""
 
 from pathlib import Path
 
 
 class RunPaths:
-    """Where things are in a run folder.
+    """The paths in a run folder.
 
     Attributes:
         root: the folder itself.
-        config: what was asked, for `--config`.
+        config: what was asked for, usable with `--config`.
         metrics: a JSON object for each logged step.
         log: the log messages.
         tensorboard: event files.
@@ -17,7 +17,7 @@ class RunPaths:
         best: the best weights of fine-tuning so far, as a timm folder.
         bad_images: each image that could not be read, and why.
         nonfinite: each batch whose loss or gradient was not finite, with its images.
-        near_duplicates: images that are nearly those of the validation set.
+        near_duplicates: images that nearly equal one of the validation set.
     """
 
     def __init__(self, root: Path) -> None:

@@ -1,7 +1,7 @@
-"""The one script that training of every kind runs, from a config to an exported model.
+"""The script that every kind of training runs, from a config to an exported model.
 
-What differs between the kinds is a `Task`: which images there are, the model, the loss, what is
-measured between epochs, and what is exported at the end.
+The kinds differ in their `Task`: the images, the model, the loss, what is measured between epochs,
+and what is exported at the end.
 """
 
 import logging
@@ -9,7 +9,8 @@ from contextlib import closing, nullcontext
 
 import torch
 
-from fcmae.console import show_logs
+from fcmae.config.files import save_yaml
+from fcmae.console import StepProgress, show_logs
 from fcmae.data.file_list import FileList
 from fcmae.data.loader import make_loader
 from fcmae.data.order import StepSampler, check_parts
@@ -24,6 +25,7 @@ from fcmae.train.resume import facts, find_start
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.signals import Signals
 from fcmae.train.task import Resolved, Task
+from fcmae.train.trackers import check_trackers
 
 _log = logging.getLogger(__name__)
 
@@ -35,14 +37,14 @@ def train(task: Task) -> int:
         0 when done, 130 after Ctrl-C and 143 after SIGTERM, both with the state saved.
 
     Raises:
-        InputError: the config, the data, the weights or the folder is wrong; nothing was changed
-            then.
+        InputError: the config, the data, the weights or the folder is wrong; nothing was changed.
         RunError: the run could not continue; the last checkpoint is good.
     """
     show_logs()
     config = task.config
     device = resolve_device(config.device)
     img_size = task.check(device)
+    check_trackers(config.trackers)
     with join_world(device) as world, Signals() as signals:
         check_parts(config.batch_size, world.size, config.accumulate)
         start = find_start(config, task.command)
@@ -58,12 +60,13 @@ def train(task: Task) -> int:
         size = machine.checkpoint_bytes(task.model, task.weight_copies)
         room = machine.check_disk(config, size) if step < plan.total_steps else ""
         task.optimizer = make_optimizer(task.model, config.optim, task.layer_depths())
-        # Nobody writes, or waits for the others, before everybody has checked.
+        # No process writes, or waits for the others, before all have checked.
         world.check_same(facts(config, step, *images.lists.values(), *images.others))
-        opened = RunFolder(config, task.command, start) if world.is_main else None
+        opened = RunFolder(config, start) if world.is_main else None
         with closing(opened) if opened else nullcontext() as folder:
             task.folder = folder
             if folder is not None:
+                save_yaml(config, folder.paths.config)
                 for part, source in images.lists.items():
                     if isinstance(source, FileList):
                         source.save(folder.paths.images(part))
@@ -76,7 +79,8 @@ def train(task: Task) -> int:
             batches = make_loader(
                 task.dataset(), sampler, resolved.workers, device.type == "cuda", task.lay_out()
             )
-            code = loop.run(iter(batches), signals)
+            with StepProgress(plan.total_steps, step, plan.epochs, folder is None) as progress:
+                code = loop.run(iter(batches), signals, progress.update)
             if code == 0 and folder is not None:
                 task.export(folder)
             return code
@@ -110,44 +114,35 @@ def _announce(task: Task, room: str, step: int) -> None:
 
     Args:
         task: ready to be trained.
-        room: what checkpoints need of the disk.
-        step: steps that are done.
+        room: a line on the disk space of checkpoints.
+        step: completed steps.
     """
     config, resolved, count = task.config, task.resolved, len(task.images.train)
-    plan, world = resolved.plan, resolved.world
+    plan, world, precision = resolved.plan, resolved.world, resolved.precision
     if step == plan.total_steps:
-        _log.info("the run is finished: nothing is left to do")
+        _log.info("the run is finished: nothing to do")
         return
-    height, width = resolved.images.img_size
+    h, w = resolved.images.img_size
     model, *others = task.announcement()
     lines = [
-        f"{model}, on {world.device}, {resolved.precision}, {torch.get_num_threads()} threads, "
+        f"{model}, on {world.device}, {precision}, {torch.get_num_threads()} threads, "
         f"{resolved.workers} workers, {world.size} process{'es' if world.size > 1 else ''}",
-        f"{plan.total_steps} steps of {config.batch_size} images of {height}×{width}: "
-        f"{plan.epochs} epochs over {count}; learning rate {plan.peak:.3g} after {plan.warmup} "
-        "steps",
+        f"{plan.total_steps} steps of {config.batch_size} images of {h}×{w}: {plan.epochs} "
+        f"epochs over {count}; learning rate {plan.peak:.3g} after {plan.warmup} steps of warm-up",
         room,
         *others,
     ]
-    if (
-        resolved.precision == "fp32"
-        and world.device.type == "cpu"
-        and machine.cpu_multiplies_bf16()
-    ):
+    if (precision, world.device.type) == ("fp32", "cpu") and machine.cpu_multiplies_bf16():
         lines.append("this CPU multiplies bfloat16: --precision bf16 is faster, see `fcmae bench`")
     if plan.peak < asked_rate(config):
         lines.append(
-            f"the learning rate peaks at {plan.peak:.3g} instead of {asked_rate(config):.3g}, "
-            f"since {plan.total_steps} steps are too few to warm up; --optim.warmup_epochs sets "
-            "the warm-up and keeps the rate"
+            f"the learning rate peaks at {plan.peak:.3g}, not {asked_rate(config):.3g}, as the run "
+            "is too short to warm up; setting --optim.warmup_epochs keeps the rate"
         )
     if config.epochs == "auto":
         lines.append(task.auto_epochs.explain(plan.epochs))
     if count < config.batch_size:
-        _log.warning(
-            "%d images are fewer than batch_size %d: each step sees some of them more than once",
-            count, config.batch_size,
-        )  # fmt: skip
+        _log.warning(f"{count} images are fewer than batch_size {config.batch_size}: some repeat")
     if step:
         lines.append(f"resuming from step {step}")
     for line in lines:

@@ -27,7 +27,7 @@ class Signals:
 
     @contextmanager
     def ctrl_c(self) -> Iterator[None]:
-        """Handle Ctrl-C inside; before there is something to save it may end the process."""
+        """Handle Ctrl-C inside; before there is anything to save, it may end the process."""
         before = self._catch(signal.SIGINT)
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a kind of training is to the script and the loop."""
+"""The interface of a kind of training to the script and the loop."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -28,10 +28,9 @@ class Images:
     """The images of a run.
 
     Attributes:
-        train: what is trained on.
-        lists: the images of the run, by the part that they are; lists of files are kept in its
-            folder.
-        others: further images that all processes must have in common.
+        train: the training images.
+        lists: the images of the run by part; lists of files are stored in its folder.
+        others: further images that must be the same on all processes.
     """
 
     train: Source
@@ -41,10 +40,10 @@ class Images:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a config leaves open, decided from the data, the weights and the machine.
+    """What a config leaves open, resolved from the data, the weights and the machine.
 
     Attributes:
-        images: how images become numbers.
+        images: how images are prepared.
         plan: the steps and their learning rates.
         precision: `fp32` or `bf16`.
         workers: processes that read images.
@@ -62,24 +61,24 @@ class Resolved:
     world: World = ALONE
 
     def autocast(self) -> torch.autocast:
-        """The arithmetic of forward passes: that of `precision`, with weights in float32."""
+        """The context of forward passes: computed in `precision`, with weights in float32."""
         bf16 = self.precision == "bf16"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16)
 
 
 class Task(ABC):
-    """A kind of training. Its methods are called in the order in which they stand here.
+    """A kind of training. Its methods are called in the order in which they are defined here.
 
     Args:
-        config: what was asked.
+        config: what was asked for.
 
     Attributes:
-        command: the command that runs it, by which a run is recognised.
+        command: the command that runs it, recorded in its checkpoints.
         auto_epochs: what `epochs: auto` stands for.
-        least_warmup: steps of warm-up that the learning rate needs at least.
-        weight_copies: how often a checkpoint holds the weights besides the model's own.
+        least_warmup: the fewest steps of warm-up that the learning rate needs.
+        weight_copies: copies of the weights in a checkpoint besides the model's own.
         images, resolved, model, optimizer, folder: set by the script, in this order, as soon as
-            they are known. `folder` is None on processes other than the main one.
+            they are known. `folder` is None on all processes but the main one.
     """
 
     command: ClassVar[str]
@@ -98,7 +97,7 @@ class Task(ABC):
 
     @abstractmethod
     def check(self, device: torch.device) -> tuple[int, int]:
-        """Return (height, width) of the images, after checking what needs no data.
+        """Return (height, width) of the images, after all checks that need no data.
 
         Raises:
             InputError: the config can't be run on this device.
@@ -106,14 +105,14 @@ class Task(ABC):
 
     @abstractmethod
     def find_images(self, start: SavedCheckpoint | None) -> Images:
-        """Find the images; those of the stored lists where a run resumes.
+        """Find the images; a resumed run takes those of the stored lists.
 
         Raises:
             InputError: there are none, or they do not suit the config.
         """
 
     def named_mean_std(self) -> Mapping[str, MeanStd]:
-        """What `augment.mean` and `std` may name besides `imagenet` and `data`."""
+        """What `augment.mean` and `augment.std` may name besides `imagenet` and `data`."""
         return {}
 
     @abstractmethod
@@ -124,16 +123,16 @@ class Task(ABC):
         """How many layers before the head each parameter is, for layer-wise learning rates.
 
         Raises:
-            InputError: the config can't be met for this model.
+            InputError: the model does not allow it.
         """
         return None
 
     def begin(self) -> None:
-        """The folder is open and the loop is next."""
+        """Called once the folder is open, before the loop."""
 
     @abstractmethod
     def announcement(self) -> list[str]:
-        """Lines for the log that say what will be done; the first names the model."""
+        """Lines for the log on what the run will do; the first names the model."""
 
     def settings(self) -> dict[str, Any]:
         """The config with everything resolved, as checkpoints record it."""
@@ -157,11 +156,11 @@ class Task(ABC):
         """Training samples by (epoch, index)."""
 
     def restore(self, checkpoint: SavedCheckpoint) -> None:
-        """Take back what `extra_tensors` and `extra_state` gave."""
+        """Restore what `extra_tensors` and `extra_state` returned."""
 
     @abstractmethod
     def loss(self, forward: nn.Module, batch: Any) -> Tensor:
-        """Mean loss of one part of a batch; `forward` is the model, maybe wrapped for processes."""
+        """Mean loss of one part of a batch; `forward` is the model, perhaps wrapped in DDP."""
 
     def after_step(self, step: int) -> None:
         """Called after each update, with the number of completed steps."""
@@ -171,7 +170,7 @@ class Task(ABC):
         """Evaluate after epoch `epoch` (from 1) and return what to log.
 
         Raises:
-            Interrupted: `stop()` turned true; a run that resumes repeats the epoch's end.
+            Interrupted: `stop()` became true; a resumed run repeats the epoch's end.
         """
 
     def extra_tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -190,7 +189,7 @@ class Task(ABC):
         """Record the unreadable images of all processes, and return their names.
 
         Args:
-            bad: (name, reason) of this process's.
+            bad: (name, reason) of this process's images.
 
         Raises:
             RunError: more than the share `max_bad` of all images could not be read.

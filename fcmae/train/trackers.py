@@ -1,4 +1,4 @@
-"""Where a run's metrics and figures go besides its own files: TensorBoard, and others like it."""
+"""Where a run sends metrics and figures besides its own files: TensorBoard and the like."""
 
 import logging
 import threading
@@ -9,16 +9,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from fcmae.train.run_paths import RunPaths
+from sparse.errors import InputError
 
 _log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """What a run needs of a tracker.
+    """The interface of a tracker.
 
     Attributes:
-        overwrites: whether a resumed run may log a step again. Where it may not, a tracker receives
-            a step only once a checkpoint covers it.
+        overwrites: whether a resumed run may log a step again. If not, the tracker receives a step
+            only once a checkpoint covers it.
     """
 
     overwrites: bool
@@ -36,7 +37,7 @@ class Tracker(Protocol):
         ...
 
     def finish(self) -> None:
-        """The run ends, or is interrupted."""
+        """Called when the run ends or is interrupted."""
         ...
 
 
@@ -45,7 +46,7 @@ class TensorBoardTracker:
 
     Args:
         paths: of the run.
-        first_step: what earlier writers recorded from this step on is hidden.
+        first_step: earlier records from this step on are hidden.
     """
 
     overwrites = True
@@ -54,7 +55,7 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter  # a second to import
 
         self._writer: Any = SummaryWriter(paths.tensorboard, purge_step=first_step)
-        # Its own thread prints a traceback when the disk is full; `Trackers` logs what happened.
+        # Its thread prints a traceback when the disk is full; `Trackers` logs the error instead.
         self._hook = threading.excepthook
         threading.excepthook = _without_tensorboard(self._hook)
 
@@ -76,7 +77,13 @@ class TensorBoardTracker:
 
 
 TRACKERS: dict[str, Callable[[RunPaths, int], Tracker]] = {"tensorboard": TensorBoardTracker}
-"""Each tracker by name: built from the run's paths and the first step that it records."""
+"""Each tracker by name: a function of the run's paths and the first step that it records."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise InputError for a tracker that is unknown."""
+    if unknown := [name for name in names if name not in TRACKERS]:
+        raise InputError(f"trackers {unknown[0]!r} is unknown: use {', '.join(TRACKERS)}")
 
 
 class Trackers:
@@ -88,9 +95,7 @@ class Trackers:
         names: keys of `TRACKERS`.
     """
 
-    def __init__(
-        self, paths: RunPaths, first_step: int, names: Sequence[str] = ("tensorboard",)
-    ) -> None:
+    def __init__(self, paths: RunPaths, first_step: int, names: Sequence[str]) -> None:
         self._active = {name: TRACKERS[name](paths, first_step) for name in names}
         self._uncovered: list[Callable[[Tracker], None]] = []
 
@@ -104,7 +109,7 @@ class Trackers:
         self._each(lambda tracker: tracker.flush())
 
     def covered(self) -> None:
-        """A checkpoint covers all that was recorded so far."""
+        """Called when a checkpoint covers all that was recorded so far."""
         for record in self._uncovered:
             self._each(record, lambda tracker: not tracker.overwrites)
         self._uncovered = []
@@ -126,8 +131,8 @@ class Trackers:
             try:
                 if wanted(tracker):
                     use(tracker)
-            except Exception as error:  # noqa: BLE001  # trackers raise what disks and networks do
-                _log.warning("%s records no more until the run is resumed: %s", name, error)
+            except Exception as error:  # noqa: BLE001  # trackers raise anything that disks and networks do
+                _log.warning("%s stops recording until the run is resumed: %s", name, error)
                 with suppress(Exception):
                     self._active.pop(name).finish()
 

@@ -24,11 +24,11 @@ from sparse.sizes import SIZES
 def convert(config: ConvertConfig) -> Path:
     """Convert `config.source` and return the path written: a timm folder, or a Minkowski file.
 
-    Image size, mean and std are those that the weights were trained with where the source says
-    them, else 224 px and ImageNet's.
+    Image size, mean and std are those that the weights were trained with, if the source has them,
+    else 224 px and ImageNet's.
 
     Raises:
-        InputError: an unreadable or unfitting source, or an `out` that must not be overwritten.
+        InputError: an unreadable or unsuitable source, or an `out` that must not be overwritten.
         RunError: `out` could not be written.
     """
     out, layout = Path(config.out), config.layout
@@ -68,20 +68,18 @@ def export_folder(
 
     Args:
         encoder_state: in our names.
-        architecture: what `encoder_state` holds.
-        out_dir: created where missing.
+        architecture: of `encoder_state`.
+        out_dir: created if missing.
         images: how images are prepared.
 
     Raises:
-        InputError: mean or std of another length than the input channels, or names and shapes that
-            do not make one whole encoder.
+        InputError: mean or std does not have one number per input channel, or names and shapes are
+            not those of a complete encoder.
     """
     channels = architecture.in_chans
     if not len(images.mean) == len(images.std) == channels:
-        raise InputError(
-            f"mean {list(images.mean)} and std {list(images.std)} must have one number for each of "
-            f"the {channels} input channels"
-        )
+        both = f"mean {list(images.mean)} and std {list(images.std)}"
+        raise InputError(f"{both} must have one number for each of the {channels} input channels")
     name, model_args = timm_variant(architecture)
     layers = {"classifier": "head.fc", "first_conv": "stem.0"}
     config = timm_config(name, model_args, architecture.dims[3], images, layers)
@@ -103,11 +101,11 @@ def write_timm_folder(state: Mapping[str, Tensor], config: Mapping[str, Any], ou
 def export_minkowski(state: Mapping[str, Tensor], path: Path) -> Path:
     """Write weights in our names as the official pretraining script stores them, and return `path`.
 
-    Encoder names get the prefix `encoder.`, a decoder is kept. A .pth or .pt file has them under
-    the key `model`, a .safetensors file at the top.
+    Encoder names get the prefix `encoder.`; a decoder is kept. A .pth or .pt file has them under
+    the key `model`, a .safetensors file at the top level.
 
     Raises:
-        InputError: names and shapes that do not make one whole model.
+        InputError: names and shapes are not those of a complete model.
     """
     converted = to_minkowski(
         {name if name.startswith("decoder.") else f"encoder.{name}": state[name] for name in state}
@@ -133,11 +131,11 @@ def timm_config(
 
     Args:
         name: timm's variant.
-        model_args: what differs from that variant.
-        num_features: width of what the classifier sees.
+        model_args: arguments that differ from that variant's.
+        num_features: width of the classifier's input.
         images: how images are prepared.
         layers: names of the `classifier` and of the `first_conv`, as timm's own configs give them.
-        label_names: the classes in the order of the classifier's outputs; none without one.
+        label_names: the classes in the order of the classifier's outputs; empty without one.
     """
     channels = len(images.mean)
     config = {
@@ -156,8 +154,8 @@ def timm_config(
             "std": list(images.std),
             "num_classes": len(label_names),
             "classifier": layers["classifier"],
-            # Early timm 1.0 treats any named first layer as one of 3 channels, and would replace
-            # ours by random numbers; without the name it loads the layer as it is.
+            # Early timm 1.0 assumes that a named first layer has 3 channels, and would replace ours
+            # by random numbers; without the name it loads the layer unchanged.
             **({"first_conv": layers.get("first_conv")} if channels == 3 else {}),
         },
     }
@@ -167,7 +165,7 @@ def timm_config(
 def timm_variant(architecture: Architecture) -> tuple[str, dict[str, Any]]:
     """Return timm's model name and the arguments that make it this architecture.
 
-    Free sizes build on a variant that stores the MLP in the shape that `to_timm` gives it.
+    Free sizes are based on a variant that stores the MLP in the shape that `to_timm` returns.
     """
     shape, width = (architecture.depths, architecture.dims), architecture.dims[0]
     same = [size for size in SIZES.values() if (size.depths, size.dims) == shape]
@@ -186,7 +184,7 @@ def timm_variant(architecture: Architecture) -> tuple[str, dict[str, Any]]:
 
 
 def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
-    # More than one metadata key would be written in an order that changes between processes.
+    # Several metadata keys would be written in an order that changes between processes.
     tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
     with atomic_write(path) as temporary:
         try:
@@ -196,10 +194,10 @@ def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _check_out(out: Path, architecture: Architecture) -> None:
-    """Refuse any folder but a new one, an empty one, or an earlier conversion of the same model.
+    """Refuse any folder that is not new, empty, or an earlier conversion of the same model.
 
     Raises:
-        InputError: names what `out` holds.
+        InputError: `out` holds something else, which the message names.
     """
     names = {path.name for path in out.iterdir() if path.name[0] != "."} if out.is_dir() else set()
     if not names:

@@ -26,9 +26,9 @@ _log = logging.getLogger(__name__)
 
 
 class Weights(NamedTuple):
-    """Weights in our names (the encoder's without prefix, `decoder.*` where there is a decoder),
-    the architecture that they belong to, and where they come from, in words. The final norm that
-    fine-tuning learned is not part of an encoder: `norm` has its weight and bias, or nothing."""
+    """Weights in our names (the encoder's without prefix, `decoder.*` if there is a decoder), their
+    architecture, and where they come from, in words. The final norm that fine-tuning learned is not
+    part of an encoder: `norm` has its weight and bias, or is empty."""
 
     state: dict[str, Tensor]
     architecture: Architecture
@@ -39,10 +39,10 @@ class Weights(NamedTuple):
 def load_weights(source: str | Path) -> Weights:
     """Read weights in any known layout from a run, checkpoint or timm folder, or from a file.
 
-    A classifier is dropped; `origin` then says so.
+    A classifier is dropped, which `origin` mentions.
 
     Raises:
-        InputError: nothing there, damaged, refused, not finite, or not a ConvNeXt V2.
+        InputError: missing, damaged, refused, not finite, or not a ConvNeXt V2.
     """
     path = find_weights(source)
     state, notes = read_state(path)
@@ -50,11 +50,9 @@ def load_weights(source: str | Path) -> Weights:
         weights = canonical(state)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-    if broken:
+    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise InputError(
-            f"{path}: {len(broken)} tensors hold NaN or infinity ({broken[0]}): "
-            "take a checkpoint from before training diverged"
+            f"{path}: {len(broken)} tensors hold NaN or infinity ({broken[0]}): use an older file"
         )
     if {"head.fc.weight", "head.weight"} & state.keys():
         notes.append("without its classifier")
@@ -69,12 +67,12 @@ def load_weights(source: str | Path) -> Weights:
 def find_weights(source: str | Path) -> Path:
     """Return the weight file that `source` stands for.
 
-    A run stands for its best weights where it keeps those, as fine-tuning does, else for its newest
+    A run stands for its best weights if it keeps those, as fine-tuning does, else for its newest
     intact checkpoint, else for its exported model; a checkpoint or timm folder for its
     model.safetensors; a file for itself.
 
     Raises:
-        InputError: nothing there that can be read.
+        InputError: there are no readable weights.
     """
     path = Path(source)
     run = RunPaths(path)
@@ -89,18 +87,14 @@ def find_weights(source: str | Path) -> Path:
     if damaged := checkpoint.list_checkpoints(run.checkpoints):
         reason = checkpoint.damage(damaged[0])
         raise InputError(
-            f"{path}: all {len(damaged)} checkpoints are damaged (the newest: {reason}); "
-            "pretrain anew, or give another run"
+            f"{path}: all {len(damaged)} checkpoints are damaged (newest: {reason}); give another"
         )
-    raise InputError(
-        f"{path}: no weights: expected a run with checkpoints/step-*/{WEIGHTS_FILE}, "
-        f"or a folder with {WEIGHTS_FILE}"
-    )
+    raise InputError(f"{path}: no weights: expected a run or a folder with {WEIGHTS_FILE}")
 
 
 def init_encoder(encoder: SparseConvNeXtV2, source: str) -> None:
-    """Start an encoder of pretraining from given weights; the first layer is adapted to its
-    channels, and what the weights do not have, such as GRN, keeps its initial values.
+    """Start an encoder of pretraining from given weights. The first layer is adapted to the input
+    channels; parameters that the weights do not have, such as GRN, keep their initial values.
 
     Raises:
         InputError: the weights can't be read, or are of another size.
@@ -116,9 +110,7 @@ def init_encoder(encoder: SparseConvNeXtV2, source: str) -> None:
         )
     missing, unexpected = encoder.load_state_dict(state, strict=False)
     if unexpected:
-        raise InputError(
-            f"init_from {source!r} has {unexpected[0]!r}, which the model does not have"
-        )
+        raise InputError(f"init_from {source!r} has {unexpected[0]!r}, which is not in the model")
     if missing:
         _log.warning("not in %s, so they keep their initial values: %s", source, ", ".join(missing))
     _log.info("encoder starts from %s", weights.origin)
@@ -127,9 +119,9 @@ def init_encoder(encoder: SparseConvNeXtV2, source: str) -> None:
 def adapt_in_chans(stem_weight: Tensor, in_chans: int) -> Tensor:
     """Fit the stem's weight (C, I, 4, 4) to another number of input channels.
 
-    One channel gets the sum over the old ones, which is the response to a grey image; more get
-    copies in turn, scaled by I / in_chans so that activations keep their size. timm's rule for
-    I = 3, here for any I.
+    One channel gets the sum over the old ones, which is the response to a grey image; more channels
+    get copies in turn, scaled by I / in_chans so that activations keep their scale. This is timm's
+    rule for I = 3, generalised to any I.
     """
     before = stem_weight.shape[1]
     if in_chans == before:
@@ -141,7 +133,7 @@ def adapt_in_chans(stem_weight: Tensor, in_chans: int) -> Tensor:
 
 
 def read_settings(weights_file: Path) -> dict[str, Any]:
-    """Return what was recorded beside weights: the settings in the state.json of a checkpoint, else
+    """Return what is recorded next to weights: the settings in the state.json of a checkpoint, else
     the config.json of a timm folder, else {}.
 
     Raises:
@@ -152,10 +144,10 @@ def read_settings(weights_file: Path) -> dict[str, Any]:
 
 
 def read_preprocessing(weights_file: Path) -> Preprocessing | None:
-    """Return how images were prepared for weights, or None where nothing beside them says it.
+    """Return how images were prepared for weights, or None if it is not recorded next to them.
 
     Raises:
-        InputError: the file beside them is damaged.
+        InputError: the file next to them is damaged.
     """
     known: Any = read_settings(weights_file)
     known = {**known.get("augment", {}), **known.get("pretrained_cfg", {}), **known}
@@ -175,9 +167,9 @@ class Backbone:
 
     Attributes:
         encoder: the encoder.
-        images: how it wants images.
+        images: how images are prepared for it.
         origin: where its weights come from, in words.
-        label_names: the classes that it was fine-tuned for, if any.
+        label_names: the classes that it was fine-tuned on, if any.
     """
 
     encoder: SparseConvNeXtV2
@@ -195,16 +187,16 @@ def load_backbone(
 ) -> Backbone:
     """Load the encoder of a run, a checkpoint, a timm folder or a weight file.
 
-    Images are prepared as they were for these weights, where their source says it.
+    Images are prepared as they were for these weights, if that is recorded.
 
     Args:
         source: see `find_weights`.
         device: where the encoder will be.
         img_size: (height, width), multiples of the patch's side; None takes the multiples nearest
-            to what the source says, else 224.
+            to the recorded size, else 224.
 
     Raises:
-        InputError: nothing there, damaged, or not a ConvNeXt.
+        InputError: missing, damaged, or not a ConvNeXt.
     """
     file = find_weights(source)
     weights = load_weights(file)
@@ -220,7 +212,7 @@ def load_backbone(
 
 
 def random_backbone(like: Backbone) -> Backbone:
-    """The same architecture with the random weights that pretraining starts from."""
+    """The same architecture with the random weights from which pretraining starts."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = build_encoder(infer_architecture(like.encoder.state_dict()))
@@ -229,14 +221,14 @@ def random_backbone(like: Backbone) -> Backbone:
 
 
 def build_encoder(kind: Architecture) -> SparseConvNeXtV2:
-    """An encoder of this architecture with the initial weights of its layers."""
+    """An encoder of this architecture with initial weights."""
     scale = V1_LAYER_SCALE if kind.layer_scale else None
     return SparseConvNeXtV2(**{**asdict(kind), "layer_scale": scale})
 
 
 class Pretrained(NamedTuple):
-    """A pretrained model with its decoder, in evaluation mode, how images were prepared for it, and
-    the completed steps."""
+    """A pretrained model with its decoder, in evaluation mode, its preprocessing, and the completed
+    steps."""
 
     model: FCMAE
     images: Preprocessing
@@ -247,21 +239,18 @@ def load_pretrained(run: str, device: torch.device) -> Pretrained:
     """Load the model of a run of pretraining, or of one of its checkpoints.
 
     Raises:
-        InputError: there is no good checkpoint, or it is not of pretraining.
+        InputError: there is no good checkpoint, or it is not one of pretraining.
     """
     path = Path(run)
     named = (path / checkpoint.MANIFEST).exists()
     checkpoints = RunPaths(path).checkpoints
     saved = checkpoint.load_checkpoint(path) if named else checkpoint.newest_checkpoint(checkpoints)
     if saved is None:
-        raise InputError(
-            f"{run!r} holds no good checkpoint: give the --out folder of `fcmae pretrain`"
-        )
+        raise InputError(f"{run!r} has no good checkpoint: give the --out of `fcmae pretrain`")
     command, settings = saved.state.get("command"), saved.state["settings"]
     if command != "pretrain":
         raise InputError(
-            f"{run!r} is a run of `fcmae {command}`, which has no decoder: give one of "
-            "`fcmae pretrain`"
+            f"{run!r} is a run of `fcmae {command}`, without decoder: give one of `fcmae pretrain`"
         )
     tensors = saved.tensors("model")
     model = FCMAE(

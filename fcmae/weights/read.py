@@ -1,8 +1,8 @@
-"""Reading weight files as they are.
+"""Reading weight files.
 
 Files are data here, never programs: safetensors, or pickles that torch's restricted unpickler
 accepts (`weights_only=True`; of other classes only `argparse.Namespace`, which the official
-training scripts store beside the weights).
+training scripts store with the weights).
 """
 
 import argparse
@@ -24,17 +24,17 @@ CONFIG_FILE = "config.json"
 PICKLED = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
-"""Where training scripts put the state dict, averaged weights first."""
+"""Keys under which training scripts store the state dict, averaged weights first."""
 
 _WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes of DistributedDataParallel and torch.compile."""
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Read a file's state dict as it is, and return it with notes on where in the file it was.
+    """Read a file's state dict, and return it with notes on where in the file it was.
 
     Raises:
-        InputError: damaged, refused, or no state dict.
+        InputError: damaged, refused, or not a state dict.
     """
     if path.suffix == ".safetensors":
         try:
@@ -69,12 +69,10 @@ def _load_pickled(path: Path) -> Any:
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except Exception as error:  # a damaged file can go wrong anywhere
-        refused = _refused_classes(path)
-        if refused:
+        if refused := _refused_classes(path):
             raise InputError(
-                f"{path}: refused, it pickles more than tensors ({', '.join(refused[:3])}) and "
-                "reading that could run code: where you trust it, save its state dict alone with "
-                "safetensors.torch.save_file"
+                f"{path}: refused, as it pickles code ({', '.join(refused[:3])}): if you trust it, "
+                "save its state dict alone with safetensors.torch.save_file"
             ) from error
         raise InputError(
             f"{path}: damaged, or not written by torch.save ({first_line(error)}); copy it again"
@@ -82,7 +80,7 @@ def _load_pickled(path: Path) -> Any:
 
 
 def _refused_classes(path: Path) -> list[str]:
-    """Name what a pickle would import beyond tensors and plain data, without importing it."""
+    """Names that a pickle would import beyond tensors and plain data; they are not imported."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
@@ -98,7 +96,7 @@ def _unwrap(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a file's JSON object; {} where there is no file, or something else in it.
+    """Return a file's JSON object; {} if there is no file, or something else in it.
 
     Raises:
         InputError: damaged.

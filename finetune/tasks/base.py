@@ -1,4 +1,4 @@
-"""What a kind of label is to fine-tuning."""
+"""The interface of a kind of label to fine-tuning."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ class Scores(Protocol):
     """Scores of one model over the validation images of all processes."""
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Take in a batch of this process."""
+        """Add a batch of this process."""
         ...
 
     def compute(self) -> dict[str, float]:
@@ -24,14 +24,14 @@ class Scores(Protocol):
 
 
 class LabelKind(Protocol):
-    """How one kind of label is read, learnt and scored.
+    """How one kind of label is read, learned and scored.
 
     Args:
-        config: what was asked.
+        config: what was asked for.
 
     Attributes:
-        data: the labelled images, once they are found.
-        outputs: what the model gives for an image, such as the number of classes.
+        data: the labelled images, set by `find`.
+        outputs: the number of outputs of the model, such as the number of classes.
     """
 
     data: LabelledData
@@ -42,10 +42,10 @@ class LabelKind(Protocol):
     def outputs(self) -> int: ...
 
     def find(self, start: SavedCheckpoint | None) -> LabelledData:
-        """Find the labelled images; those of the stored lists where a run resumes.
+        """Find the labelled images; a resumed run takes those of the stored lists.
 
         Raises:
-            InputError: there are none, or their labels can't be learnt.
+            InputError: there are none, or their labels can't be learned.
         """
         ...
 
@@ -58,7 +58,7 @@ class LabelKind(Protocol):
         ...
 
     def loss(self, forward: nn.Module, images_BCHW: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of normalised images; `forward` is the model, maybe wrapped for processes."""
+        """Mean loss of normalised images; `forward` is the model, perhaps wrapped in DDP."""
         ...
 
     def scores(self, device: torch.device) -> Scores:
@@ -66,17 +66,17 @@ class LabelKind(Protocol):
         ...
 
     def rank(self, scores: dict[str, float]) -> tuple[float, ...]:
-        """Return what orders scores, the best highest."""
+        """Return a key that orders scores, the best highest."""
         ...
 
     def chance(self, scores: Sequence[dict[str, float]]) -> str | None:
-        """Say so where the scores of all models are those of guessing, else return None."""
+        """Return a text if the scores of all models are those of guessing, else None."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What the outputs mean, for checkpoints and exported models."""
+        """Return what the outputs mean, for checkpoints and exported models."""
         ...
 
     def summary(self, scores: dict[str, float]) -> str:
-        """The scores in words, for the log."""
+        """Return the scores in words, for the log."""
         ...

@@ -39,7 +39,7 @@ class ClassScores:
     With fewer than five classes, `top5` counts all of them.
 
     Args:
-        classes: how many there are.
+        classes: their number.
         device: of the outputs.
     """
 
@@ -57,7 +57,7 @@ class ClassScores:
         self._loss.update(F.cross_entropy(outputs, targets, reduction="none"))
 
     def compute(self) -> dict[str, float]:
-        with warnings.catch_warnings():  # a process may have had no image to take in
+        with warnings.catch_warnings():  # a process may have had no image
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             found = {name: 100 * float(m.compute()) for name, m in self._accuracy.items()}
             return found | {"loss": float(self._loss.compute())}
@@ -83,14 +83,12 @@ class Classify:
         except InputError as error:
             if start is None or not os.path.isdir(os.path.expanduser(config.data)):
                 raise
-            _log.warning("the run resumes with the images that it began with: %s", error)
+            _log.warning("resuming with the images that the run began with: %s", error)
         data = found if start is None else self._stored(start, found)
         assert data is not None
         self.data = data
-        _log.info(
-            "found %d images of %d classes to train on, %d to validate on",
-            len(data.train.source), len(data.names), len(data.val.source),
-        )  # fmt: skip
+        train, val = len(data.train.source), len(data.val.source)
+        _log.info(f"found {train} training, {val} validation images of {len(data.names)} classes")
         augment = config.augment
         if augment.mixup or augment.cutmix:
             self._mixup = Mixup(
@@ -101,11 +99,10 @@ class Classify:
 
     def check(self, part: int) -> None:
         if self._mixup is not None and part % 2:
-            config = self.config
-            parts = config.batch_size // part
+            batch = self.config.batch_size
             raise InputError(
-                f"batch_size {config.batch_size} makes parts of {part} images, but mixup and "
-                f"cutmix pair them: take {(part + 1) * parts}"
+                f"batch_size {batch} makes parts of {part} images, but mixup and cutmix pair them: "
+                f"use {batch + batch // part}"
             )
 
     def loss(self, forward: nn.Module, images_BCHW: Tensor, targets: Tensor) -> Tensor:
@@ -130,10 +127,8 @@ class Classify:
         assert labels is not None
         if not at_chance(top1, labels):
             return None
-        return (
-            f"top-1 on the validation images is {top1:.1f} %, and always answering the most "
-            f"frequent class gives {majority_share(labels):.1f} %"
-        )
+        share = majority_share(labels)
+        return f"top-1 is {top1:.1f} %, always answering the most frequent class {share:.1f} %"
 
     def describe(self) -> dict[str, Any]:
         return {"label_names": list(self.data.names)}

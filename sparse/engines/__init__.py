@@ -1,4 +1,4 @@
-"""Three interchangeable engines behind one small interface, and the one registry of them."""
+"""Three interchangeable engines behind one small interface, and their registry."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,19 +18,19 @@ class Engine:
     """Decides where the visible sites are and how spatial operations run on them.
 
     Attributes:
-        name: what users call it.
+        name: its name in settings.
         sites: lays out the four stages (strides 4, 8, 16, 32) for a batch of masks. Its arguments
             are a mask (B, H, W), bool on the CPU, one entry per 32×32 patch, True = hidden, and the
-            device where images and parameters are.
-        lay_out: lays out the sites of a mask (B, H, W) ahead, on the CPU, for a type of device, as
-            in a process that reads images; None where it can't.
-        place: the sites of such a layout on a device.
-        devices: types of the devices it computes on; None for any.
-        dtypes: types of the weights it computes with; None for any floating point.
-        compiles: whether `torch.compile` makes one graph of a step with it.
-        automatic: whether `auto` may choose it; the first engine that can run wins.
-        missing: returns one clause that says why it is not installed, or None.
-        why: why `auto` chose it; empty where it was named.
+            device of images and parameters.
+        lay_out: lays out the sites of a mask (B, H, W) on the CPU, ahead of the step, for a type of
+            device; None if the engine can't.
+        place: returns the sites of such a layout on a device.
+        devices: device types that it supports; None for any.
+        dtypes: dtypes of weights that it supports; None for any floating point.
+        compiles: whether `torch.compile` can compile a step with it to one graph.
+        automatic: whether `auto` may choose it; `auto` takes the first engine that can run.
+        missing: returns the reason why it is not installed, as a clause, or None.
+        why: why `auto` chose it; empty if it was named.
     """
 
     name: str
@@ -45,16 +45,16 @@ class Engine:
     why: str = ""
 
     def obstacle(self, device: str | None, dtype: torch.dtype | None, compiled: bool) -> str | None:
-        """Return one clause that says why the engine can't run so, or None where it can.
+        """Return the reason why the engine cannot run, as a clause, or None if it can.
 
         None for a device or dtype means that it is not known yet.
         """
         if self.devices and device not in (None, *self.devices):
-            return f"it computes on {' and '.join(self.devices)}, not on {device}"
+            return f"it runs on {' and '.join(self.devices)}, not on {device}"
         if self.dtypes and dtype not in (None, *self.dtypes):
             return f"it computes in {' and '.join(map(str, self.dtypes))}, not in {dtype}"
         if compiled and not self.compiles:
-            return "torch.compile can't take its operators"
+            return "torch.compile can't compile its operators"
         return self.missing()
 
 
@@ -74,7 +74,7 @@ ENGINES = {
 
 
 def available_engines(device: str = "cpu") -> list[str]:
-    """Names of the engines that can run on a type of device, best default first."""
+    """Return the names of the engines that can run on a device type, best default first."""
     engines = ENGINES.values()
     return [e.name for e in engines if e.obstacle(device, torch.float32, compiled=False) is None]
 
@@ -88,14 +88,13 @@ def get_engine(
     """Return the engine that runs.
 
     Args:
-        name: a key of `ENGINES`, or `auto`: the first of them that can run so. All give the same
-            numbers.
-        device: type of the device that computes; None where it is not known yet.
-        dtype: type of the weights; None where it is not known yet.
-        compiled: whether `torch.compile` has to take it.
+        name: a key of `ENGINES`, or `auto` for the first that can run. All give the same numbers.
+        device: type of the device that computes; None if it is not known yet.
+        dtype: dtype of the weights; None if it is not known yet.
+        compiled: whether `torch.compile` must be able to compile it.
 
     Raises:
-        InputError: unknown name, or an engine asked for by name that can't run so.
+        InputError: unknown name, or a named engine that cannot run.
     """
     if name not in ("auto", *ENGINES):
         raise InputError(f"engine {name!r} is unknown: {did_you_mean(name, ['auto', *ENGINES])}")
@@ -106,4 +105,4 @@ def get_engine(
             if obstacle is None:
                 return replace(engine, why="; ".join(passed))
             passed.append(f"{engine.name} can't run: {obstacle}")
-    raise InputError(f"engine {passed[0]}; or use engine 'patch', which gives the same numbers")
+    raise InputError(f"engine {passed[0]}; use engine 'patch', which gives the same numbers")

@@ -1,4 +1,4 @@
-"""What all engines share.
+"""The interface and the code that all engines share.
 
 Legend of shape suffixes used in this package: B images, N visible sites of a whole batch ("rows"),
 C channels, H and W a map's height and width in sites. A *site* is one position of a stage's map; a
@@ -44,7 +44,7 @@ class Sites(Protocol):
 
 
 def hide(sites: Sites, x_NC: Tensor) -> Tensor:
-    """Zero the hidden rows of engines that carry them; others have none."""
+    """Zero the hidden rows, for engines that carry them."""
     return x_NC if sites.visible_N1 is None else x_NC * sites.visible_N1
 
 
@@ -111,8 +111,8 @@ class Layout:
 class PackedSites:
     """Rows packed without gaps, with their positions on the map: shared by patch and minkowski.
 
-    Rows stand patch after patch (images in batch order, patches and the sites within a patch in
-    raster order), so that a patch is a square block of rows.
+    Rows are ordered patch by patch (images in batch order, patches and the sites within a patch in
+    raster order), so a patch is a square block of rows.
 
     Args:
         stage: what is known of the stage.

@@ -1,4 +1,4 @@
-"""The dense engine: masked dense convolution (arXiv 2301.00808, appendix A.2). The oracle.
+"""The dense engine: masked dense convolution (arXiv 2301.00808, appendix A.2), the reference.
 
 Rows are all sites of the map, hidden ones included, in raster order; they are zeroed before every
 depthwise convolution and in GRN's statistics.
@@ -20,7 +20,7 @@ class DenseSites:
     Args:
         mask_BHW: bool on the CPU, one entry per patch, True = hidden.
         side: sites along a patch's side at this stage.
-        device: where the rows will be.
+        device: device of the rows.
     """
 
     def __init__(self, mask_BHW: Tensor, side: int, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The minkowski engine: coordinates, strided maps and strided convolution by MinkowskiEngine 0.5.4.
+"""The minkowski engine: coordinates and strided convolutions of MinkowskiEngine 0.5.4.
 
 MinkowskiEngine has no depthwise kernel (its channelwise convolution is a Python loop over 49
 offsets), so the depthwise convolution is our own, over the positions of MinkowskiEngine's
@@ -37,8 +37,8 @@ def load_minkowski() -> ModuleType:
     """
     # 0.5.4 still imports `Sequence` from `collections`, and appends its own folder to sys.path.
     path = list(sys.path)
-    # Its OpenBLAS, which reads this when it is loaded, would fight with torch's threads for the
-    # cores; the strided convolutions that it computes are a small part of the work.
+    # Its OpenBLAS reads this when it is loaded. Its threads would compete with torch's for the
+    # cores, and the strided convolutions that it computes are a small part of the work.
     threads = os.environ.get(BLAS_THREADS)
     os.environ.setdefault(BLAS_THREADS, "1")
     shim = not hasattr(collections, "Sequence")
@@ -58,7 +58,7 @@ def load_minkowski() -> ModuleType:
 
 
 def why_unavailable() -> str | None:
-    """None where the engine can run, else one clause that says why not."""
+    """Return the reason why the engine cannot run, as a clause, or None if it can."""
     if importlib.util.find_spec("MinkowskiEngine") is None:
         return "MinkowskiEngine is not installed"
     try:
@@ -69,12 +69,12 @@ def why_unavailable() -> str | None:
 
 
 class MinkowskiSites(PackedSites):
-    """Visible sites of one stage, at MinkowskiEngine's coordinates, put patch after patch.
+    """Visible sites of one stage, at MinkowskiEngine's coordinates, reordered patch by patch.
 
-    The rows of a strided map come in hash order, and only its coordinates tell which is which.
+    The rows of a strided map come in hash order; only its coordinates identify them.
 
     Args:
-        manager, key: of MinkowskiEngine's coordinate map.
+        manager, key: MinkowskiEngine's coordinate manager, and the key of this stage's map.
         shape: (B, H, W) of the stage's map.
         side: sites along a patch's side.
         patches_B: visible patches of each image.
@@ -111,7 +111,7 @@ class MinkowskiSites(PackedSites):
 
 @cache
 def _strided_convolution() -> tuple[Any, Any, Any]:
-    """MinkowskiEngine's convolution, the shape of a 2×2 kernel of stride 2, and the mode."""
+    """Return MinkowskiEngine's convolution, the shape of a 2×2 kernel of stride 2, and the mode."""
     engine = load_minkowski()
     mode = importlib.import_module("MinkowskiEngineBackend._C").ConvolutionMode.DEFAULT
     shape = engine.KernelGenerator(kernel_size=2, stride=2, dimension=2)
@@ -121,11 +121,11 @@ def _strided_convolution() -> tuple[Any, Any, Any]:
 def minkowski_sites(mask_BHW: Tensor, device: torch.device) -> Sequence[Sites]:
     """Visible sites at MinkowskiEngine's coordinates. See `sparse.engines.Engine`."""
     visible = ~mask_BHW
-    if not visible.any():  # MinkowskiEngine crashes on zero coordinates, so none are made
+    if not visible.any():  # MinkowskiEngine crashes on an empty list of coordinates
         return patch_sites(mask_BHW, device)
-    # Kernel maps that several threads build list their pairs in another order each time, which
-    # changes the last bits of what is convolved. And a coordinate manager sets OpenMP's thread
-    # count when it is made, which is also torch's.
+    # Kernel maps built by several threads list their pairs in a different order each time, which
+    # changes the last bits of a convolution. Also, creating a coordinate manager sets OpenMP's
+    # thread count, which torch shares.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -143,7 +143,7 @@ def minkowski_sites(mask_BHW: Tensor, device: torch.device) -> Sequence[Sites]:
 
 
 def _coordinate_maps(visible_BHW: Tensor) -> tuple[Any, list[Any]]:
-    """A coordinate manager, the keys of all stages' maps, and the kernel maps between them."""
+    """Return a coordinate manager and the keys of all stages' maps; build the kernel maps."""
     lattice = visible_BHW.repeat_interleave(SIDES[0], 1).repeat_interleave(SIDES[0], 2)
     engine = load_minkowski()
     manager = engine.CoordinateManager(

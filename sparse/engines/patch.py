@@ -1,4 +1,4 @@
-"""The patch engine: plain PyTorch over the visible patches only. Any device, no compiler."""
+"""The patch engine: plain PyTorch over the visible patches only, on any device."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Depthwise convolution of dense maps, with a weight gradient that CPUs compute fast."""
+"""Depthwise convolution of dense maps, with a weight gradient that is fast on CPUs."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,11 @@ from torch.nn import functional as F
 
 
 def depthwise(x_BCHW: Tensor, weight_C1KK: Tensor, bias_C: Tensor) -> Tensor:
-    """K×K depthwise convolution with stride 1, K odd, as much zero padding → (B, C, H, W).
+    """K×K depthwise convolution with stride 1, odd K, zero padding K // 2 → (B, C, H, W).
 
-    The same as `F.conv2d(x, weight, bias, padding=K // 2, groups=C)`, under autocast too; the
-    backward pass is 1.5 to 10 times as fast on a CPU, most for bfloat16 and small maps.
+    The same as `F.conv2d(x, weight, bias, padding=K // 2, groups=C)`, also under autocast. The
+    backward pass is 1.5 to 10 times as fast on a CPU, with the most gain in bfloat16 and on small
+    maps.
     """
     if x_BCHW.device.type != "cpu":
         pad = weight_C1KK.shape[-1] // 2
@@ -33,7 +34,7 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx, grad_BCHW):  # type: ignore[no-untyped-def]
         x_BCHW, weight = ctx.saved_tensors
         pad = weight.shape[-1] // 2
-        # An odd kernel with stride 1: the input's gradient is a convolution with it turned round.
+        # With an odd kernel and stride 1, the input gradient is a convolution with it flipped.
         dx = F.conv2d(grad_BCHW, weight.flip(2, 3), padding=pad, groups=len(weight))
         x_HWBC = F.pad(x_BCHW, (pad,) * 4).permute(2, 3, 0, 1).contiguous()
         grad_HWBC = grad_BCHW.permute(2, 3, 0, 1).contiguous()
@@ -42,15 +43,15 @@ class _Depthwise(torch.autograd.Function):
 
 
 def correlate(x_HWGC: Tensor, grad_hwGC: Tensor) -> Tensor:
-    """Gradient of a depthwise kernel (C, 1, K, K), in float32 at least.
+    """Gradient of a depthwise kernel (C, 1, K, K), in at least float32.
 
-    For one of G windows and one channel it is the correlation of the input with the output's
-    gradient: itself a depthwise convolution, of G·C channels whose kernels are the gradients. On
-    CPUs that is several times faster than the library's own weight gradient.
+    For one of G windows and one channel, it is the correlation of the input with the output's
+    gradient. That is itself a depthwise convolution of G·C channels whose kernels are the
+    gradients, and on CPUs it is several times faster than the library's own weight gradient.
 
     Args:
-        x_HWGC: windows with K // 2 sites more on each side than `grad_hwGC` has, contiguous.
-        grad_hwGC: contiguous.
+        x_HWGC: input windows, K // 2 sites larger on each side than `grad_hwGC`, contiguous.
+        grad_hwGC: gradients of the output windows, contiguous.
     """
     h, w, windows, channels = grad_hwGC.shape
     x = x_HWGC.view(1, *x_HWGC.shape[:2], -1).permute(0, 3, 1, 2)

@@ -15,10 +15,10 @@ Pair = tuple[Tensor, Tensor]
 
 
 class _GrnMlp(torch.autograd.Function):
-    """fc2(GRN(GELU(fc1(LayerNorm(x))))), some images at a time.
+    """fc2(GRN(GELU(fc1(LayerNorm(x))))), a few images at a time.
 
-    A piece of the 4C-wide tensors stays in the processor's cache from one operation to the next,
-    and none but fc1's output h exists for the whole batch; with `recompute` not even that one.
+    A piece of the 4C-wide tensors stays in the processor's cache from one operation to the next.
+    Only fc1's output h exists for the whole batch, and with `recompute` not even that.
 
     With a = GELU(h), G the L2 norm of each channel over the visible sites of one image,
     n = G / (mean over channels of G + eps) and s = 1 + weight · n:
@@ -84,8 +84,8 @@ class _GrnMlp(torch.autograd.Function):
                 dh_NK @ w1_KC, x, x.shape[1:], mean, rstd, norm_w_C, norm_b_C, [True] * 3
             )
             parts = [dnorm_w_C, dnorm_b_C, dh_NK.t() @ y_NC, dh_NK.sum(0), dw2_CK]
-            # In float32 at least: in bfloat16 a long sum stops growing. The first piece's parts
-            # are the totals of those that follow.
+            # In at least float32: a long sum stops growing in bfloat16. The parts of the later
+            # pieces are added to those of the first.
             parts = [part.to(norm_BK.dtype) for part in parts]
             sums = [t.add_(p) for t, p in zip(sums, parts, strict=True)] if sums else parts
         dnorm_w_C, dnorm_b_C, dw1_KC, db1_K, dw2_CK = sums
@@ -139,9 +139,9 @@ def grn_mlp(
 
     Args:
         norm, fc1, grn, fc2: weights and biases.
-        images: which rows are which image's.
-        visible_N1: 1 where a row counts, 0 where it is hidden; None where all count.
-        recompute: compute fc1 again in the backward pass, instead of keeping its output.
+        images: which image each row belongs to.
+        visible_N1: 1 for a visible row, 0 for a hidden one; None if all are visible.
+        recompute: recompute fc1 in the backward pass instead of keeping its output.
     """
     parameters = [*norm, *fc1, *fc2]
     if torch.is_autocast_enabled(x_NC.device.type):

@@ -1,8 +1,8 @@
-"""Depthwise convolution of packed rows, by windows that are cut from the map with a halo.
+"""Depthwise convolution of packed rows, in windows cut from the map with a halo.
 
-In the first two stages a window is a visible patch, so nothing hidden is computed; further on a
-patch has few sites and a window is (a large part of) an image. A window's sites are fetched by one
-`index_select` through a table that is made once per batch of masks.
+In the first two stages a window is a visible patch, so nothing hidden is computed. In later stages
+a patch has few sites, and a window is an image or a large part of one. One `index_select` gathers
+the sites of all windows, through a table built once per batch of masks.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ HALO = 3
 """Sites around a window that a 7×7 kernel reaches."""
 
 SMALLEST_PATCH = 4
-"""Patches of at least so many sites a side are windows of their own."""
+"""A patch with at least this many sites per side is a window of its own."""
 
 LARGEST = 16
 """Longest side of other windows, in sites."""
@@ -44,7 +44,7 @@ class Windows:
     tables: Mapping[str, Tensor]
 
     def with_halo(self, rows_NC: Tensor) -> Tensor:
-        """Rows → windows (G, C, h+6, w+6), channels last in memory, zeros where nothing is."""
+        """Rows → windows (G, C, h+6, w+6), channels last in memory, zeros where no row is."""
         h, w = self.size
         cut = _with_zero(rows_NC).index_select(0, self.tables["halo"])
         return cut.view(self.count, h + 2 * HALO, w + 2 * HALO, rows_NC.shape[1]).permute(
@@ -103,7 +103,7 @@ def cut_windows(index_N: Tensor, shape: Shape, side: int, on_cpu: bool) -> Windo
 
 
 def _with_zero(rows_NC: Tensor) -> Tensor:
-    """Append a row of zeros, number N."""
+    """Append a row of zeros, at index N."""
     return torch.cat([rows_NC, rows_NC.new_zeros(1, rows_NC.shape[1])])
 
 
@@ -118,7 +118,7 @@ def windowed_depthwise(
 
 
 class _WindowedDepthwise(torch.autograd.Function):
-    """Saves only the rows; windows are cut again in the backward pass."""
+    """Saves only the rows; the backward pass cuts the windows again."""
 
     @staticmethod
     def forward(ctx, x_NC, weight, bias, windows):  # type: ignore[no-untyped-def]
@@ -136,7 +136,7 @@ class _WindowedDepthwise(torch.autograd.Function):
         if not windows.count:
             return grad_NC, torch.zeros_like(weight), grad_NC.sum(0), None
         cut = windows.with_halo(grad_NC)
-        # An odd kernel with stride 1: the input's gradient is a convolution with it turned round.
+        # With an odd kernel and stride 1, the input gradient is a convolution with it flipped.
         dx_NC = windows.to_rows(F.conv2d(cut, weight.flip(2, 3), groups=len(weight)))
         if grad_NC.device.type == "cpu":
             dweight = windows.weight_gradient(x_NC, grad_NC).to(weight.dtype)

@@ -1,5 +1,5 @@
-"""Fault campaigns: what can happen to a run, done to it many times.
+"""Fault campaigns: each fault that can happen to a run is injected many times.
 
-`make faults` runs all rows in full, `make faults ROW=kill` one of them; stopped, it goes on where
-it was. The tests run a few trials of each row.
+`make faults` runs all rows in full, `make faults ROW=kill` one of them; a stopped campaign resumes.
+The tests run a few trials of each row.
 """

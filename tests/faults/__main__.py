@@ -10,7 +10,7 @@ from tests.faults.rows import ROWS
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--row", choices=[row.name for row in ROWS])
-    parser.add_argument("--count", type=int, help="at most so many trials of each row")
+    parser.add_argument("--count", type=int, help="most trials of each row")
     parser.add_argument("--results", type=Path, default=Path("build/faults"))
     options = parser.parse_args()
     rows = [row for row in ROWS if options.row in (None, row.name)]

@@ -18,7 +18,7 @@ Generator = np.random.Generator
 
 
 class Unavailable(Exception):
-    """This machine can't stage the fault; says why."""
+    """This machine cannot inject the fault; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Row:
         name: for `make faults ROW=name`.
         what: the fault, and what must hold.
         count: trials of the full campaign.
-        trial: gets the trial's number, random numbers of its own and an empty folder; raises
-            AssertionError where something does not hold, else says in a word what was done.
+        trial: takes the trial's number, its own random generator and an empty folder; raises
+            AssertionError if something does not hold, else returns a short description.
         short: trials in the tests.
     """
 
@@ -42,14 +42,14 @@ class Row:
 
 
 def run_trial(row: Row, number: int) -> str:
-    """Run one trial in a folder that is gone afterwards."""
+    """Run one trial in a folder that is removed afterwards."""
     seed = [number, *row.name.encode()]
     with tempfile.TemporaryDirectory(prefix=f"fcmae-{row.name}-") as folder, reaped():
         return row.trial(number, np.random.default_rng(seed), Path(folder))
 
 
 def run_campaign(row: Row, results: Path, count: int | None = None) -> list[dict[str, Any]]:
-    """Run the trials that `results` does not hold yet, each written down as soon as it is done."""
+    """Run the trials that `results` does not hold yet, and store each as soon as it is done."""
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{row.name}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -63,7 +63,7 @@ def run_campaign(row: Row, results: Path, count: int | None = None) -> list[dict
             entry: dict[str, Any] = {"trial": number, "ok": True, "did": run_trial(row, number)}
         except Unavailable as reason:
             entry = {"trial": number, "ok": None, "did": str(reason)}
-        except Exception as error:  # noqa: BLE001  # whatever went wrong is the result
+        except Exception as error:  # noqa: BLE001  # any failure is a result
             entry = {"trial": number, "ok": False, "did": f"{type(error).__name__}: {error}"[:2000]}
         entry["seconds"] = round(time.monotonic() - began, 1)
         done.append(entry)

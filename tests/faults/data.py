@@ -1,4 +1,4 @@
-"""Pictures that are broken, too large, or hard to find."""
+"""Images that are broken, too large or hard to find."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.faults.campaign import Generator, Row
 from tests.faults.processes import finish, launch, pretrain
 
 MEMORY = 1500 * 2**20
-"""Bytes that a process may take to read one picture."""
+"""Bytes that a process may use to read one image."""
 
 LARGEST = {
     "jpg": (13_300, 13_400), "png": (13_300, 13_400), "tif": (13_300, 13_400),
     "webp": (7_300, 7_300), "progressive.jpg": (9_400, 9_500), "jp2": (6_600, 6_700),
 }  # fmt: skip
-"""Sizes just under what is read of each format."""
+"""Sizes just under the limit of each format."""
 
 READ = """
 import re, sys
@@ -43,7 +43,7 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) *
 
 
 def read_alone(paths: list[Path]) -> tuple[list[str], int]:
-    """Read pictures in a process of their own: what came of each, and the peak memory in bytes."""
+    """Read images in a separate process; return the result of each and the peak memory in bytes."""
     done = subprocess.run(
         [sys.executable, "-c", READ, *map(str, paths)], env=environment(), capture_output=True,
         text=True, timeout=300,
@@ -54,7 +54,7 @@ def read_alone(paths: list[Path]) -> tuple[list[str], int]:
 
 
 def broken(number: int, random: Generator, folder: Path) -> str:
-    """10,000 pictures, 1 % broken: all named, none crashes the run, the same run twice."""
+    """10,000 images, 1 % broken: all named, none crashes the run, the same weights twice."""
     count, bad = 10_000, 100
     data = folder / "data"
     data.mkdir()
@@ -75,7 +75,7 @@ def broken(number: int, random: Generator, folder: Path) -> str:
         lines = (out / "bad_images.jsonl").read_text().splitlines()
         assert sorted(json.loads(line)["path"] for line in lines) == sorted(chosen)
         states.append((out / "exported" / "model.safetensors").read_bytes())
-    assert states[0] == states[1], "other pictures in their place"
+    assert states[0] == states[1], "different replacements"
     return f"{bad} of {count} found, twice"
 
 
@@ -91,7 +91,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def with_size(form: str, path: Path, width: int, height: int) -> None:
-    """A small file whose header promises width × height pixels."""
+    """Write a small file whose header declares width × height pixels."""
     if form == "png":
         path.write_bytes(png_header(width, height))
         return
@@ -112,7 +112,7 @@ def with_size(form: str, path: Path, width: int, height: int) -> None:
 
 
 def bombs(number: int, random: Generator, folder: Path) -> str:
-    """Headers that promise too much are refused unread; odd shapes are read, in bounded memory."""
+    """Headers that declare too many pixels are refused; unusual files need bounded memory."""
     side = int(random.integers(14_000, 31_000))
     lying = []
     for form in ("png", "tif", "jpg"):
@@ -144,7 +144,7 @@ def bombs(number: int, random: Generator, folder: Path) -> str:
 
 
 def links(number: int, random: Generator, folder: Path) -> str:
-    """Loops, dangling links, odd names, files that vanish: indexed in a second, nothing twice."""
+    """Loops, dangling links, odd names, vanishing files: indexed within 1 s, nothing twice."""
     data = folder / "data"
     shape = number % 5
     (data / "a" / "b").mkdir(parents=True)
@@ -196,14 +196,15 @@ def golden(number: int, random: Generator, folder: Path) -> str:
 
 
 ROWS = (
-    Row("broken", "10,000 pictures, 1 % of them empty, cut or text: exactly these are named, the "
-        "same ones stand in for them in every run, a wrong extension is read by content", 1,
+    Row("broken", "10,000 images, 1 % of them empty, truncated or text: exactly these are named, "
+        "every run uses the same replacements, and content decides over a wrong extension", 1,
         broken),
     Row("bombs", "headers of up to 10⁹ pixels, 1 px wide, 30,000 px long, animated, many pages, "
-        "and pictures just under max_pixels: refused unread or read by rule, in at most 1.5 GB", 20,
+        "and images just under max_pixels: refused unread or read as specified, in at most 1.5 GB",
+        20,
         bombs),
     Row("links", "loops of links, dangling ones, vanishing files, names with spaces, newlines and "
         "bytes that are not UTF-8: indexed within 1 s, nothing twice, nothing crashes", 10, links),
-    Row("golden", "pictures of every mode and form, decoded to the expected values within 2/255", 1,
+    Row("golden", "images of every mode and format, decoded to the expected values within 2/255", 1,
         golden, short=0),
 )  # fmt: skip

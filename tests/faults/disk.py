@@ -1,4 +1,4 @@
-"""Damaged checkpoints, and disks that are full, read-only or gone."""
+"""Damaged checkpoints, and disks that are full, read-only or removed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.faults.processes import (
 )
 
 ROOM = 24
-"""Megabytes of the small disk: some ten checkpoints."""
+"""Size of the small disk in megabytes: about ten checkpoints."""
 
 
 @cache
@@ -54,7 +54,7 @@ def two_checkpoints() -> Path:
 
 
 def damaged(number: int, random: Generator, folder: Path) -> str:
-    """A flipped bit or a cut anywhere: noticed, passed over by itself, refused when named."""
+    """A flipped bit or a truncated file: detected, skipped automatically, refused when named."""
     copy = folder / "checkpoints"
     shutil.copytree(two_checkpoints(), copy)
     newest, older = list_checkpoints(copy)
@@ -70,8 +70,8 @@ def damaged(number: int, random: Generator, folder: Path) -> str:
         did = f"{file.name} cut to {place} bytes"
     file.write_bytes(content)
     if harmless_json(file, newest):
-        return f"{did}: still says the same"
-    assert damage(newest) is not None, f"{did} at {place}: not noticed"
+        return f"{did}: same content"
+    assert damage(newest) is not None, f"{did} at {place}: not detected"
     assert newest_good(copy) == older
     with pytest.raises(InputError, match="can't be used"):
         load_checkpoint(newest)
@@ -79,9 +79,9 @@ def damaged(number: int, random: Generator, folder: Path) -> str:
 
 
 def harmless_json(file: Path, checkpoint: Path) -> bool:
-    """Whether a damaged manifest still names every file with its size and hash.
+    """Return whether a damaged manifest still names every file with its size and hash.
 
-    The manifest has no hash of its own: white space in it may change.
+    The manifest has no hash of its own: whitespace in it may change.
     """
     if file.name != "manifest.json":
         return False
@@ -99,7 +99,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={ROOM}m", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        raise Unavailable("mounting a small disk takes root")
+        raise Unavailable("mounting a small disk requires root")
     try:
         yield disk
     finally:
@@ -107,7 +107,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 
 def no_room(number: int, random: Generator, folder: Path) -> str:
-    """Full, read-only or removed in the middle: checkpoints stay whole, and freed, it goes on."""
+    """Full, read-only or removed during a run: checkpoints stay intact, and the run resumes."""
     kind = ("full", "read-only", "removed")[number % 3]
     with small_disk(folder) as disk:
         out = disk / "run"
@@ -144,7 +144,7 @@ def no_room(number: int, random: Generator, folder: Path) -> str:
             shutil.rmtree(out, ignore_errors=True)
             (disk / "elsewhere").rename(out)
         left = list((out / "checkpoints").glob(".partial-*"))
-        # What a save had begun can't be taken away from a disk that turned read-only meanwhile.
+        # A partial save can't be removed from a disk that has become read-only.
         assert kind == "read-only" or not left, left
         good = list_checkpoints(out / "checkpoints")
         assert good, "no checkpoint is left"
@@ -184,10 +184,10 @@ def clock_and_place(number: int, random: Generator, folder: Path) -> str:
 
 
 ROWS = (
-    Row("damage", "a bit flipped or a file cut anywhere in a checkpoint: noticed, passed over by "
-        "the automatic resume, refused when named", 200, damaged, short=20),
+    Row("damage", "a bit flipped or a file truncated anywhere in a checkpoint: detected, skipped "
+        "by the automatic resume, refused when named", 200, damaged, short=20),
     Row("disk", "disk full, read-only or the folder removed while running: one line, exit 1, the "
-        "earlier checkpoints whole, no half files; goes on once mended", 50, no_room, short=1),
+        "earlier checkpoints intact, no partial files; resumes once fixed", 50, no_room, short=1),
     Row("place", "files from the future, a locale without UTF-8, no HOME, closed stdout or stdin: "
         "works, bit-equal", 5, clock_and_place, short=2),
 )  # fmt: skip

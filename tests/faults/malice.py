@@ -1,4 +1,4 @@
-"""Checkpoints and configs that mean harm."""
+"""Malicious checkpoints and configs."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def harmful(number: int, random: Generator, folder: Path) -> str:
 
 
 ROWS = (
-    Row("malice", "pickles that run code, safetensors with lying headers, paths out of the "
+    Row("malice", "pickles that run code, safetensors with false headers, paths outside the "
         "folder in manifests, YAML tags, unknown keys: nothing executed, nothing written, exit 2",
         40, harmful, short=8),
 )  # fmt: skip

@@ -43,7 +43,7 @@ SHARED_MEMORY = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
 
 @cache
 def home() -> Path:
-    """A folder for what all trials share, gone with this process."""
+    """A folder that all trials share, removed when this process ends."""
     keep = tempfile.TemporaryDirectory(prefix="fcmae-faults-")
     home_folders.append(keep)
     return Path(keep.name)
@@ -70,7 +70,7 @@ def pretrain(out: Path, *options: object) -> list[str]:
 
 
 def launch(command: list[str], processes: int = 1, restarts: int = 0) -> subprocess.Popen[str]:
-    """Start `fcmae …`, under torchrun where there are several processes."""
+    """Start `fcmae …`, under torchrun if there are several processes."""
     if processes == 1:
         return start(*command)
     torchrun = [
@@ -82,7 +82,7 @@ def launch(command: list[str], processes: int = 1, restarts: int = 0) -> subproc
 
 
 def finish(command: list[str], processes: int = 1) -> str:
-    """Run to the end; returns what was said."""
+    """Run a command to its end; return its stderr."""
     process = launch(command, processes)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err[-2000:]
@@ -91,7 +91,7 @@ def finish(command: list[str], processes: int = 1) -> str:
 
 @cache
 def undisturbed(processes: int = 1, engine: str = "patch") -> tuple[Path, float]:
-    """A run never stopped, and the seconds that it took."""
+    """A run never stopped, and its duration in seconds."""
     out = home() / f"undisturbed-{processes}-{engine}"
     began = time.monotonic()
     finish(pretrain(out, "--engine", engine), processes)
@@ -99,7 +99,7 @@ def undisturbed(processes: int = 1, engine: str = "patch") -> tuple[Path, float]
 
 
 def assert_same(out: Path, reference: Path) -> None:
-    """Weights to the bit, and every loss."""
+    """Compare weights bit for bit, and every loss."""
     assert weights(out) == weights(reference), "weights differ from the run never stopped"
     assert metrics(out) == metrics(reference), "losses differ from the run never stopped"
 
@@ -119,7 +119,7 @@ def inside_save(out: Path, process: subprocess.Popen[str], random: Generator) ->
 
 
 def killed(number: int, random: Generator, folder: Path) -> str:
-    """SIGKILL twice, the second time maybe in the same epoch; then on with other workers."""
+    """SIGKILL twice, perhaps in the same epoch; then resume with another number of workers."""
     processes = 2 if number % 10 == 9 else 1
     engine = "minkowski" if number % 10 == 4 and has_minkowski() else "patch"
     reference, seconds = undisturbed(processes, engine)
@@ -130,7 +130,7 @@ def killed(number: int, random: Generator, folder: Path) -> str:
         process = launch(pretrain(out, "--engine", engine, "--workers", workers), processes)
         if number % 2:
             inside_save(out, process, random)
-        elif random.random() < 0.2:  # while it starts, most likely
+        elif random.random() < 0.2:  # most likely while it starts
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=float(random.uniform(0, seconds)))
         else:
@@ -153,7 +153,7 @@ def has_minkowski() -> bool:
 
 
 def signalled(number: int, random: Generator, folder: Path) -> str:
-    """SIGTERM or SIGUSR1: saved, exit 143, at most a step lost, and on to the same weights."""
+    """SIGTERM or SIGUSR1: saved, exit 143, no step lost, and the same weights on resume."""
     moment = ("before the first step", "warm-up", "anywhere", "in a save", "evaluation")[number % 5]
     sent = (signal.SIGTERM, signal.SIGUSR1)[number // 5 % 2]
     processes = 2 if number % 10 == 7 else 1
@@ -185,7 +185,7 @@ def signalled(number: int, random: Generator, folder: Path) -> str:
         assert process.returncode == 143, f"exit {process.returncode}: {err[-1500:]}"
     good = newest_good(out / "checkpoints")
     assert good is not None, "nothing was saved"
-    assert int(good.name[5:]) >= len(metrics(out)), "a step that was done is lost"
+    assert int(good.name[5:]) >= len(metrics(out)), "a completed step is lost"
     if moment != "evaluation":
         finish(command, processes)
         assert_same(out, undisturbed(processes)[0])
@@ -200,7 +200,7 @@ def is_rank(pid: int) -> bool:
 
 
 def not_finite(number: int, random: Generator, folder: Path) -> str:
-    """One picture makes one rank's loss overflow: no update on any, stop; then skip to the end."""
+    """One image makes one rank's loss overflow: no update on any, stop; then skip to the end."""
     processes = 1 + number % 2
     data, out = folder / "data", folder / "run"
     shutil.copytree(pictures(), data)
@@ -224,12 +224,12 @@ def not_finite(number: int, random: Generator, folder: Path) -> str:
 
 
 def worker_lost(number: int, random: Generator, folder: Path) -> str:
-    """A data worker is killed, or /dev/shm is too small: one line within 30 s, and it resumes."""
+    """A data worker is killed, or /dev/shm is too small: one line within 30 s; the run resumes."""
     out = folder / "run"
     command = pretrain(out, "--workers", 2, "--epochs", 500)
     if number % 2:
         if os.geteuid() != 0:
-            raise Unavailable("mounting a small /dev/shm takes root")
+            raise Unavailable("mounting a small /dev/shm requires root")
         shell = ["unshare", "-m", "sh", "-c", SHARED_MEMORY, "sh"]
         process = begin([*shell, sys.executable, "-W", "ignore", "-m", "fcmae", *command])
         began = time.monotonic()
@@ -254,7 +254,7 @@ def worker_lost(number: int, random: Generator, folder: Path) -> str:
 
 
 def rank_lost(number: int, random: Generator, folder: Path) -> str:
-    """A rank is killed under torchrun --max-restarts: the job goes on and ends as if it had not."""
+    """A rank is killed under torchrun --max-restarts: the job finishes as if undisturbed."""
     reference, _ = undisturbed(2)
     out = folder / "run"
     process = launch(pretrain(out), 2, restarts=3)
@@ -280,7 +280,7 @@ def lock(number: int, random: Generator, folder: Path) -> str:
     said = " ".join(err.split())
     assert f"process {first.pid} on {socket.gethostname()}" in said, said[-500:]
     os.kill(first.pid, signal.SIGKILL)
-    first.wait(timeout=60)  # its workers may live on for a moment
+    first.wait(timeout=60)  # its workers may outlive it for a moment
     third = start(*pretrain(out, "--epochs", 500))
     wait_for_steps(out, len(metrics(out)) + 1, third)
     kill_all(third)
@@ -296,8 +296,8 @@ ROWS = (
         signalled, short=1),
     Row("nonfinite", "a loss that overflows on one rank: no update on any, stop within 60 s, no "
         "poisoned checkpoint, files listed; --nonfinite skip finishes", 50, not_finite, short=2),
-    Row("worker", "a data worker killed, or /dev/shm too small: the run ends within 30 s with the "
-        "cure in one line, and resumes", 50, worker_lost, short=1),
+    Row("worker", "a data worker killed, or /dev/shm too small: the run ends within 30 s with one "
+        "line that names a fix, and resumes", 50, worker_lost, short=1),
     Row("rank", "a rank killed under torchrun --max-restarts: the job finishes, bit-equal", 50,
         rank_lost),
     Row("lock", "two runs on one folder: the second is refused with the first one's host and "

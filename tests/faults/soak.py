@@ -1,4 +1,4 @@
-"""A long run on every engine: memory and open files stay as they were."""
+"""A long run on every engine: memory and open files do not grow."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tests.faults.processes import home
 ENGINES = ("patch", "minkowski", "dense")
 MINUTES = 30
 SETTLED = 10
-"""Minutes after which nothing may grow any more; told every five from then on."""
+"""Minutes after which nothing may grow; measured every five minutes from then on."""
 
 GROWTH = 1.02
-"""Most that memory may grow by, from the five minutes before it settled to the last five."""
+"""Largest growth of memory, from the five minutes before it settled to the last five."""
 
 
 @cache
@@ -32,9 +32,9 @@ def many_pictures() -> Path:
 
 
 def resources(pid: int) -> tuple[int, int]:
-    """Resident bytes and open files of a family.
+    """Return the resident bytes and open files of a process and its descendants.
 
-    Pages that its processes share count in each: split by a write they would count no more.
+    Pages that the processes share count in each, so a copy on write does not change the sum.
     """
     memory = files = 0
     for member in family(pid):
@@ -46,7 +46,7 @@ def resources(pid: int) -> tuple[int, int]:
 
 
 def soak(number: int, random: Generator, folder: Path) -> str:
-    """Train atto with two workers, a save every 15 seconds and pictures after every epoch."""
+    """Train atto with two workers, a save every 15 seconds and figures after every epoch."""
     engine = ENGINES[number]
     if engine not in available_engines():
         raise Unavailable(f"{engine} is not installed")
@@ -81,7 +81,7 @@ def soak(number: int, random: Generator, folder: Path) -> str:
         f"{', '.join(f'{files:.0f}' for _, files in medians)} files"
     )
     (memory, files), (memory_late, files_late) = medians[0], medians[-1]
-    assert MINUTES - last_save < 1, f"it stands still: {said}"
+    assert MINUTES - last_save < 1, f"no recent save: {said}"
     assert len(saves) >= 2 * MINUTES, said  # further apart where the disk is slow
     assert memory_late <= GROWTH * memory, said
     assert files_late <= files + 2, said
@@ -90,5 +90,5 @@ def soak(number: int, random: Generator, folder: Path) -> str:
 
 ROWS = (
     Row("soak", f"{MINUTES} minutes on each engine with a save every 15 s: memory and open files "
-        "stay as they were", len(ENGINES), soak, short=0),
+        "do not grow", len(ENGINES), soak, short=0),
 )  # fmt: skip
