@@ -7,6 +7,7 @@ real device, so that every custom function's backward pass is called by hand.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fcmae.data.sample import Batch, Sample, _constants, collate, normalise
 from fcmae.model.fcmae import FCMAE
 from fcmae.model.mask import random_mask
+from fcmae.train.loop import Loop
+from fcmae.train.pretraining import pretrain
+from fcmae.train.processes import OnHost
 from sparse.engines import get_engine
 from sparse.ops.grn_mlp import _GrnMlp
 from sparse.ops.windows import _WindowedDepthwise
+from tests.test_pretrain_input import config
 
 CUDA = torch.device("cuda", 0)
 DTYPES = {False: torch.float32, True: torch.bfloat16}
@@ -141,3 +146,49 @@ def test_a_blocking_copy_raises_here() -> None:
             torch.ones(3).to(CUDA)
         with pytest.raises(AssertionError, match="blocking copy from cuda"):
             there.cpu()
+
+
+class Reads(TorchDispatchMode):
+    """Lists operations for which the host waits: reads of values, and shapes that depend on them."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name.startswith(self.WAITING) or (name == "index" and any_bool(args[1])):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def any_bool(indices: Any) -> bool:
+    return any(index is not None and index.dtype == torch.bool for index in indices)
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_a_step_that_is_not_logged_reads_nothing(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nonfinite: str
+) -> None:
+    """What `OnHost` reads has arrived on the host; workers lay out the sites."""
+    step, arrived, reads = Loop._train_step, OnHost.read, []
+
+    def counted(loop: Loop, *arguments: Any) -> Any:
+        with Reads() as mode:
+            new = step(loop, *arguments)
+        reads.append(mode.found)
+        return new
+
+    def uncounted(values: OnHost) -> list[float]:
+        with torch.utils._python_dispatch._disable_current_modes():
+            return arrived(values)
+
+    monkeypatch.setattr(Loop, "_train_step", counted)
+    monkeypatch.setattr(OnHost, "read", uncounted)
+    given = {"engine": "patch", "workers": 1, "log_steps": 100, "nonfinite": nonfinite, "epochs": 4}
+    assert pretrain(config(pictures, tmp_path / "run", **given)) == 0
+    assert len(reads) > 3
+    assert reads[1:-1] == [[]] * (len(reads) - 2)
+    assert reads[0]  # the first step is logged
