@@ -149,7 +149,7 @@ def test_a_blocking_copy_raises_here() -> None:
 
 
 class Reads(TorchDispatchMode):
-    """Lists operations for which the host waits: reads of values, and shapes that depend on them."""
+    """Lists operations that make the host wait: reads of values, shapes that depend on them."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
 
