@@ -6,7 +6,7 @@ EXTRAS := samples,dev
 DEMO_DIR ?= demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test slow faults lint bench clean
+.PHONY: help setup demo test slow faults lint bench gpu clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -34,6 +34,9 @@ lint: setup ## ruff's rules and format, and mypy's types
 
 bench: setup ## time the engines side by side; ARGS="--json" is passed on
 	$(BIN)/fcmae bench $(ARGS)
+
+gpu: setup ## check and measure everything on a GPU, at most 8 minutes; ARGS=--toy tries it on a CPU
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean: ## remove .venv, caches and the demo's folder
 	rm -rf $(VENV) $(DEMO_DIR) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
