@@ -5,6 +5,7 @@ and what is exported at the end.
 """
 
 import logging
+import signal
 from contextlib import closing, nullcontext
 
 import torch
@@ -45,7 +46,8 @@ def train(task: Task) -> int:
     device = resolve_device(config.device)
     img_size = task.check(device)
     check_trackers(config.trackers)
-    with join_world(device) as world, Signals() as signals:
+    stop_signals = Signals().catch(signal.SIGTERM, signal.SIGUSR1)
+    with join_world(device) as world, stop_signals as signals:
         check_parts(config.batch_size, world.size, config.accumulate)
         start = find_start(config, task.command)
         step = start.state["step"] if start else 0
