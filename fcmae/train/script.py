@@ -22,7 +22,7 @@ from fcmae.train.loop import Loop
 from fcmae.train.optimizer import make_optimizer
 from fcmae.train.plan import asked_rate, make_plan
 from fcmae.train.processes import World, join_world, resolve_device
-from fcmae.train.resume import facts, find_start
+from fcmae.train.resume import find_start, shared_values
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.signals import Signals
 from fcmae.train.task import Resolved, Task
@@ -59,11 +59,12 @@ def train(task: Task) -> int:
             world.rank, world.size, config.accumulate,
         )  # fmt: skip
         task.model = task.build_model()
-        size = machine.checkpoint_bytes(task.model, task.weight_copies)
-        room = machine.check_disk(config, size) if step < plan.total_steps else ""
+        room = ""
+        if step < plan.total_steps:
+            room = machine.check_disk(config, task.model, task.weight_copies)
         task.optimizer = make_optimizer(task.model, config.optim, task.layer_depths())
         # No process writes, or waits for the others, before all have checked.
-        world.check_same(facts(config, step, *images.lists.values(), *images.others))
+        world.check_same(shared_values(config, step, *images.lists.values(), *images.others))
         opened = RunFolder(config, start) if world.is_main else None
         with closing(opened) if opened else nullcontext() as folder:
             task.folder = folder
