@@ -15,7 +15,7 @@ from fcmae.config.values import MAX_PIXELS
 from fcmae.console import tracked
 from fcmae.data.decode import BadImage
 from fcmae.data.labelled import Split
-from fcmae.data.loader import lost_workers, make_loader
+from fcmae.data.loader import make_loader
 from fcmae.data.sample import Batch, Sample, normalise
 from fcmae.data.sources import Source, key_hash
 from fcmae.data.statistics import Preprocessing, center_crop
@@ -101,20 +101,16 @@ def each_batch(
         world: the processes that share the work.
         max_pixels: images with more pixels count as unreadable.
         shown: the name of a progress bar on terminals; None shows none.
-
-    Raises:
-        RunError: a process that reads images died.
     """
     dataset = EvalDataset(split, images, max_pixels)
     batches = batches_of(len(dataset), batch_size, world.rank, world.size)
-    with lost_workers():
-        loaded = make_loader(dataset, batches, workers, device.type == "cuda")
-        for batch in tracked(loaded, len(batches), shown):
-            pixels = batch.images
-            if len(batch):
-                pixels = normalise(pixels, images.mean, images.std, device)
-                pixels = pixels.contiguous(memory_format=torch.channels_last)
-            yield batch, pixels
+    loaded = make_loader(dataset, batches, workers, device.type == "cuda")
+    for batch in tracked(loaded, len(batches), shown):
+        pixels = batch.images
+        if len(batch):
+            pixels = normalise(pixels, images.mean, images.std, device)
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        yield batch, pixels
 
 
 def held_out_masks(

@@ -17,6 +17,7 @@ from fcmae.console import show_logs
 from fcmae.data.evaluation import each_batch, report_skipped
 from fcmae.data.file_list import find_images, refuse_to_replace
 from fcmae.data.labelled import Split
+from fcmae.data.loader import lost_workers
 from fcmae.data.sample import Batch
 from fcmae.data.statistics import Preprocessing
 from fcmae.train.machine import resolve_workers
@@ -76,14 +77,16 @@ class Setting(Generic[Model]):
         """
         workers = resolve_workers(self.config.workers, self.device)
         bad: list[tuple[str, str]] = []
-        for batch, images in each_batch(
-            split, self.images, self.device, self.config.batch_size, workers, shown=shown
-        ):
-            bad += batch.bad
-            if report_all:
-                report_skipped(batch.bad, len(batch.bad))
-            if len(batch):
-                yield batch, images
+        size = self.config.batch_size
+        with lost_workers():
+            for batch, images in each_batch(
+                split, self.images, self.device, size, workers, shown=shown
+            ):
+                bad += batch.bad
+                if report_all:
+                    report_skipped(batch.bad, len(batch.bad))
+                if len(batch):
+                    yield batch, images
         if not report_all:
             report_skipped(bad)
         if len(bad) == len(split.source):
