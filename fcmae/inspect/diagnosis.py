@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fcmae.commands.bench import BenchConfig
 from fcmae.commands.doctor import DoctorConfig
 from fcmae.inspect.benchmark import example, make_step, time_in_turns
 from fcmae.inspect.prologue import print_table
@@ -17,8 +18,7 @@ from sparse.engines import ENGINES, available_engines, get_engine
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "jsonargparse",
             "tensorboard", "MinkowskiEngine")  # fmt: skip
 TOLERANCE = 1e-5
-IMG_SIZE = (96, 96)
-BATCH = 8
+EXAMPLE = BenchConfig(batch_size=8, img_size=96)
 
 
 def doctor(config: DoctorConfig) -> int:
@@ -37,13 +37,13 @@ def doctor(config: DoctorConfig) -> int:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     console.print(f"{torch.get_num_threads()} threads; CUDA devices: {', '.join(gpus) or 'none'}")
     cpu, usable = torch.device("cpu"), available_engines()
-    images, mask = example(BATCH, IMG_SIZE, 0.6, cpu)
+    images, mask = example(EXAMPLE, cpu)
     steps = {name: partial(make_step(name, "atto", cpu), images, mask) for name in usable}
     seconds = time_in_turns(steps, 5, cpu)
     differences = {name: parity(name, images, mask) for name in usable}
     verdicts = {name: "yes" if d <= TOLERANCE else "DISAGREES" for name, d in differences.items()}
     rows = [
-        (name, verdicts[name], f"{differences[name]:.1e}", f"{BATCH / seconds[name]:.1f}")
+        (name, verdicts[name], f"{differences[name]:.1e}", f"{len(images) / seconds[name]:.1f}")
         if name in usable
         else (name, f"no: {engine.missing()}")
         for name, engine in ENGINES.items()
