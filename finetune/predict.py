@@ -29,8 +29,7 @@ def predict(config: PredictConfig) -> Path:
     """
     setting = set_up(config, config.source, load_classifier, ".csv")
     split, model, names = setting.find_images(), setting.model.model, setting.model.names
-    top, written, out = min(config.top, len(names)), 0, setting.out
-    assert out is not None
+    top, written, out = min(config.top, len(names)), 0, Path(config.out)
     # Names that are not UTF-8 are written as their bytes.
     with (
         torch.no_grad(),

@@ -82,10 +82,9 @@ def embed(config: EmbedConfig) -> Path:
         RunError: no image could be read, or `out` could not be written.
     """
     setting = set_up(config, config.source, load_backbone, ".npz")
-    split, backbone, out = setting.find_images(), setting.model, setting.out
+    split, backbone, out = setting.find_images(), setting.model, Path(config.out)
     found = extract(backbone.encoder, setting.batches(split, "features"))
     paths = np.array([split.source.name(index) for index in found.indices])
-    assert out is not None
     with out_file(out) as path, path.open("wb") as file:
         np.savez(file, features=found.values.numpy(), paths=paths)
     _log.info("%s: %d images, %d channels, from %s", out, *found.values.shape, backbone.origin)

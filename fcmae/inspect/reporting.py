@@ -106,12 +106,12 @@ class RunData:
         ]
 
     def last(self, prefix: str) -> dict[str, float]:
-        """The last value of each metric named `prefix…`, by the rest of its name."""
-        names = dict.fromkeys(key for line in self.metrics for key in line)
+        """The last number of each metric named `prefix…`, by the rest of its name."""
         return {
-            name.removeprefix(prefix): self.series(name)[-1][1]
-            for name in names
-            if name.startswith(prefix)
+            key.removeprefix(prefix): value
+            for line in self.metrics
+            for key, value in line.items()
+            if key.startswith(prefix) and isinstance(value, int | float)
         }
 
     def reconstructions(self) -> list[tuple[int, Image.Image]]:

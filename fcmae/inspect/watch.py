@@ -52,8 +52,7 @@ class HoldoutWatcher:
             shown = shown or [column[:SHOWN] for column in columns]
         if self.folder is not None and shown:
             self.folder.trackers.image("reconstructions", grid(shown), step)
-        count = sum(len(images) for images, _ in self.batches)
-        blocks = block_diversity(model.encoder, (images for images, _ in self.batches))
+        blocks, count = block_diversity(model.encoder, (images for images, _ in self.batches))
         spread = {f"diversity/{name}": block["diversity"] for name, block in blocks.items()}
         return {"holdout_loss": total / count, **spread}
 
