@@ -95,8 +95,11 @@ def read_arguments(argv: Sequence[str], known: dict[str, Leaf]) -> Iterator[tupl
             positional.append(word)
         elif key in options:
             found.append((key, [value] if equals else _take(words, name, options[key])))
+        elif inside := [full for full in known if full.startswith(f"{key}.")]:
+            raise InputError(f"{name} is a group of settings: name one, such as --{inside[0]}")
         else:
-            raise InputError(_unknown(name, key, known))
+            hint = nearest(key.lstrip("-"), [*known, *_SPECIAL], "--")
+            raise InputError(f"unknown option {name}{hint or '; --help lists them'}")
     if positional:
         main = next((key for key, leaf in known.items() if leaf.positional), None)
         several = main is not None and _items(known[main].type) is not None
@@ -135,13 +138,6 @@ def _join(values: list[str], kind: Any) -> str:
     if len(values) == 1 and (get_origin(kind) is not list or values[0].startswith("[")):
         return values[0]
     return to_text(values) if _items(kind) is str else f"[{','.join(values)}]"
-
-
-def _unknown(name: str, key: str, known: dict[str, Leaf]) -> str:
-    if group := [full for full in known if full.startswith(f"{key}.")]:
-        return f"{name} is a group of settings: name one, such as --{group[0]}"
-    hint = nearest(key.lstrip("-"), [*known, *_SPECIAL], "--")
-    return f"unknown option {name}{hint or '; --help lists them'}"
 
 
 def read_file(path: str, known: dict[str, Leaf], owner: Owner = lambda keys: "") -> dict[str, Any]:

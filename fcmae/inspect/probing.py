@@ -75,10 +75,9 @@ def labelled_features(
     Raises:
         NothingToRead: no image to learn from, or to measure on.
     """
-    parts, labels, bad = [], [], []
+    parts, labels = [], []
     for split in (data.train, data.val):
         found = extract(encoder, read(split), world)
-        bad += found.bad
         if not len(found.indices):
             raise NothingToRead(f"none of the images can be read ({': '.join(found.bad[0])})")
         parts.append(found)
@@ -89,7 +88,8 @@ def labelled_features(
     if int(torch.bincount(labels[0]).max()) > 1:
         kept = data.train.source.select(train.indices)
         held[split_by_hash(kept, labels[0].numpy(), KEPT_BACK)[1]] = True
-    return Labelled(train.values, labels[0], val.values, labels[1], len(data.names), held, bad)
+    classes, bad = len(data.names), train.bad + val.bad
+    return Labelled(train.values, labels[0], val.values, labels[1], classes, held, bad)
 
 
 def measure(

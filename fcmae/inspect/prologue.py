@@ -51,13 +51,8 @@ class Setting(Generic[Model]):
             InputError: there are none, or `out` is one of them.
         """
         split = Split(find_images(self.config.images, setting="images"))
-        self.refuse_to_replace(split)
+        refuse_to_replace(self.out, split.source)
         return split
-
-    def refuse_to_replace(self, split: Split) -> None:
-        """Raise InputError if `out` is one of the images."""
-        if self.out is not None:
-            refuse_to_replace(self.out, split.source)
 
     def batches(
         self, split: Split, shown: str | None = None, report_all: bool = False
