@@ -51,9 +51,6 @@ class EpochProbeConfig(Config):
 class PretrainConfig(TrainingConfig):
     """Pretrain a sparse ConvNeXt V2 on unlabelled images by reconstructing hidden patches."""
 
-    data: str | list[str]
-    """Images: a folder, flat or nested, or a text file of paths; several as A B or '[A,B]'."""
-
     model: str = setting("atto", group=MODEL)
     """Encoder: atto, femto, pico, nano, tiny, base, large or huge (3.7 to 660 M parameters)."""
 

@@ -22,6 +22,8 @@ from fcmae.train.processes import ALONE, World
 from fcmae.weights.load import load_backbone
 from sparse import SparseConvNeXtV2, get_engine
 
+_log = logging.getLogger(__name__)
+
 
 class Features(NamedTuple):
     """Features (N, C) float32 on the CPU, the images' indices (N,), and unreadable images."""
@@ -66,9 +68,6 @@ def extract(
     joined = torch.cat([part[0] for part in parts])
     places = np.argsort(order)
     return Features(joined[places], order[places], [entry for part in parts for entry in part[2]])
-
-
-_log = logging.getLogger(__name__)
 
 
 def embed(config: EmbedConfig) -> Path:
