@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from fcmae.atomic import out_file
 from fcmae.commands.evaluate import EvaluateConfig
 from fcmae.config.files import read_yaml
-from fcmae.data.file_list import FileList
+from fcmae.data.file_list import FileList, refuse_to_replace
 from fcmae.data.labelled import TRAIN, VAL, Split, check_known, find_classes, labels_of
 from fcmae.inspect.prologue import Setting, print_result, print_table, set_up
 from fcmae.train.run_paths import RunPaths
@@ -51,7 +51,7 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
     setting = set_up(config, config.source, load_classifier, ".png", ".csv")
     classifier = setting.model
     split, kept = find_split(config, classifier)
-    setting.refuse_to_replace(split)
+    refuse_to_replace(setting.out, split.source)
     confusion, top5 = measure(setting, split)
     result = summarise(confusion, top5, classifier.names)
     result |= {

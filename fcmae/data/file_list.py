@@ -183,9 +183,9 @@ def find_images(
     return FileList(tuple(roots), blob, sizes, ids)
 
 
-def refuse_to_replace(out: Path, source: Source) -> None:
+def refuse_to_replace(out: Path | None, source: Source) -> None:
     """Raise InputError if the file that a command writes is one of those that it reads."""
-    if out.exists() and isinstance(source, FileList):
+    if out is not None and out.exists() and isinstance(source, FileList):
         path = os.fsencode(os.path.abspath(out))
         if any(source.path(index) == path for index in range(len(source))):
             raise InputError(f"out {str(out)!r} is one of the images: give another file")

@@ -11,7 +11,7 @@ from contextlib import closing, nullcontext
 import torch
 
 from fcmae.config.files import save_yaml
-from fcmae.console import StepProgress, show_logs
+from fcmae.console import show_logs, step_progress
 from fcmae.data.file_list import FileList
 from fcmae.data.loader import make_loader
 from fcmae.data.order import StepSampler, check_parts
@@ -80,8 +80,8 @@ def train(task: Task) -> int:
             if world.is_main:
                 _announce(task, room, loop.step)
             batches = make_loader(task.dataset(), sampler, resolved.workers, device.type == "cuda")
-            with StepProgress(plan.total_steps, step, plan.epochs, folder is None) as progress:
-                code = loop.run(iter(batches), signals, progress.update)
+            with step_progress(plan.total_steps, step, plan.epochs, folder is None) as progress:
+                code = loop.run(iter(batches), signals, progress)
             if code == 0 and folder is not None:
                 task.export(folder)
             return code
