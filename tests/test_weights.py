@@ -227,8 +227,8 @@ def test_adapt_in_chans_from_other_than_three() -> None:
         (Architecture((2, 2, 6, 2), (40, 80, 160, 320), in_chans=4), "convnextv2_atto"),
         (Architecture((1, 1, 1, 1), (6, 8, 10, 12), in_chans=1), "convnextv2_tiny"),
         (Architecture((1, 2, 1, 1), (48, 16, 8, 8)), "convnextv2_femto"),
-        (Architecture((1, 1, 1, 1), (64, 8, 8, 8), 2, False, True), "convnextv2_pico"),
-        (Architecture((1, 1, 1, 1), (8, 8, 8, 8), 3, False, True), "convnextv2_tiny"),
+        (Architecture((1, 1, 1, 1), (64, 8, 8, 8), 2, False, 1e-6), "convnextv2_pico"),
+        (Architecture((1, 1, 1, 1), (8, 8, 8, 8), 3, False, 1e-6), "convnextv2_tiny"),
     ],
 )
 def test_the_folder_loads_in_timm_both_ways_and_computes_the_same(
@@ -266,7 +266,7 @@ def test_the_folder_loads_in_timm_both_ways_and_computes_the_same(
         channels,
         engine="patch",
         use_grn=architecture.use_grn,
-        layer_scale=1e-6 if architecture.layer_scale else None,
+        layer_scale=architecture.layer_scale,
     )
     encoder.load_state_dict(state)
     images = torch.randn(2, channels, 64, 96)

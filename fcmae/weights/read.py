@@ -9,6 +9,7 @@ import argparse
 import json
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,29 +64,21 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _load_pickled(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except Exception as error:  # a damaged file can go wrong anywhere
-        if refused := _refused_classes(path):
-            raise InputError(
-                f"{path}: refused, as it pickles code ({', '.join(refused[:3])}): if you trust it, "
-                "save its state dict alone with safetensors.torch.save_file"
-            ) from error
-        raise InputError(
-            f"{path}: damaged, or not written by torch.save ({first_line(error)}); copy it again"
-        ) from error
-
-
-def _refused_classes(path: Path) -> list[str]:
-    """Names that a pickle would import beyond tensors and plain data; they are not imported."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # noqa: BLE001  # not in the zip format, or damaged
-        return []
+    mmap, refused = zipfile.is_zipfile(path), []
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except Exception as error:  # a damaged file can go wrong anywhere
+            # What the pickle would import beyond tensors and plain data; it is not imported.
+            with suppress(Exception):  # not in the zip format, or damaged
+                refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            reason = f"damaged, or not written by torch.save ({first_line(error)}); copy it again"
+            if refused:
+                reason = (
+                    f"refused, as it pickles code ({', '.join(refused[:3])}): if you trust it, "
+                    "save its state dict alone with safetensors.torch.save_file"
+                )
+            raise InputError(f"{path}: {reason}") from error
 
 
 def _unwrap(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
