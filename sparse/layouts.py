@@ -6,7 +6,7 @@ hold; their shapes come from a model on the meta device.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparse.block import SparseBlock
 from sparse.encoder import SparseConvNeXtV2
-from sparse.errors import InputError
+from sparse.errors import InputError, brief
 from sparse.sizes import PATCH, SIDES
 
 State = Mapping[str, Tensor]
@@ -128,13 +128,6 @@ def detect_layout(state: State) -> Layout:
             return layout
     names = "stem.0.weight, downsample_layers.0.0.weight or stages.0.0.dwconv.kernel"
     raise InputError(f"not a ConvNeXt V2: expected {names}, found {brief(state) or 'nothing'}")
-
-
-def brief(names: Iterable[str]) -> str:
-    """Join the first names for a one-line message and count the rest."""
-    names = list(names)
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
 
 
 def infer_architecture(state: State) -> Architecture:

@@ -14,7 +14,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO
@@ -40,11 +40,7 @@ _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 class BadImage(Exception):
-    """An image that can't be used; `reason` is one line."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    """An image that can't be used; the message is one line."""
 
 
 @contextmanager
@@ -80,14 +76,14 @@ class OpenedImage:
         stored_size: (width, height) in pixels, before the EXIF orientation.
         turn: whether to swap rows and columns, then mirror left-right, then top-bottom.
         in_chans: channels of the crops.
-        decode: maps a factor to the pixels at 1 / scale of their size, and the scale, which is 1 or
-            at most the factor.
+        decode: maps a factor to the pixels at 1 / scale of their size, where scale is 1 or at most
+            the factor.
     """
 
     stored_size: tuple[int, int]
     turn: tuple[bool, bool, bool]
     in_chans: int
-    decode: Callable[[int], tuple[Raster, int]]
+    decode: Callable[[int], Raster]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -122,7 +118,8 @@ class OpenedImage:
             left, top, width, height = top, left, height, width
             img_size = img_size[::-1]
         shrink = min(width // img_size[1], height // img_size[0])
-        raster, scale = self.decode(shrink if fast else 1)
+        raster = self.decode(shrink if fast else 1)
+        scale = raster.scale
         right = min(math.ceil((left + width) / scale), raster.width)
         bottom = min(math.ceil((top + height) / scale), raster.height)
         corners = (left // scale, top // scale, right, bottom)
@@ -192,12 +189,10 @@ def _read_with_pillow(file: BinaryIO, in_chans: int, max_pixels: int) -> OpenedI
     raster = _pillow_raster(image, in_chans)
     if image.mode == "F":
         _check_finite(raster)
-    return OpenedImage(image.size, _turn(image), in_chans, lambda _: (raster, 1))
+    return OpenedImage(image.size, _turn(image), in_chans, lambda _: raster)
 
 
-def _decode_jpeg(
-    content: bytes, size: tuple[int, int], in_chans: int, shrink: int
-) -> tuple[Raster, int]:
+def _decode_jpeg(content: bytes, size: tuple[int, int], in_chans: int, shrink: int) -> Raster:
     """See `OpenedImage`: a JPEG can be decoded at 1/2, 1/4 and 1/8 of its (width, height)."""
     scale = next(scale for scale in (8, 4, 2, 1) if scale <= max(shrink, 1))
     with reading(size[0] * size[1]):
@@ -205,10 +200,10 @@ def _decode_jpeg(
         if scale > 1:
             image.draft(None, (size[0] // scale, size[1] // scale))
         image.load()
-        return _pillow_raster(image, in_chans), scale
+        return _pillow_raster(image, in_chans, scale)
 
 
-def _pillow_raster(image: Image.Image, in_chans: int) -> Raster:
+def _pillow_raster(image: Image.Image, in_chans: int, scale: int = 1) -> Raster:
     """Convert a Pillow image part by part, without a second copy of a large one."""
     modes: tuple[str, ...] = ()
     if image.mode in _GREY + _COLOUR:
@@ -228,7 +223,7 @@ def _pillow_raster(image: Image.Image, in_chans: int) -> Raster:
             pixels = pixels.astype(np.uint16)
         return to_unit(pixels.reshape(bottom - top, right - left, -1))
 
-    return Raster(*image.size, image.mode != "F", rows)
+    return Raster(*image.size, image.mode != "F", rows, scale)
 
 
 def _read_array(file: BinaryIO, in_chans: int, max_pixels: int) -> OpenedImage:
@@ -257,7 +252,7 @@ def _read_array(file: BinaryIO, in_chans: int, max_pixels: int) -> OpenedImage:
     raster = Raster(width, height, dtype.kind == "u", rows)
     if dtype.kind == "f":
         _check_finite(raster)
-    return OpenedImage((width, height), (False, False, False), in_chans, lambda _: (raster, 1))
+    return OpenedImage((width, height), (False, False, False), in_chans, lambda _: raster)
 
 
 def _check_pixels(width: int, height: int, max_pixels: int, form: str = "") -> None:
@@ -281,9 +276,7 @@ def _turn(image: Image.Image) -> tuple[bool, bool, bool]:
 
     Of the values 1 to 8, the last four swap rows and columns.
     """
-    try:
-        with reading(image.width * image.height):
-            orientation = image.getexif().get(0x0112)
-    except BadImage:
-        orientation = None
+    orientation = None
+    with suppress(BadImage), reading(image.width * image.height):
+        orientation = image.getexif().get(0x0112)
     return orientation in (5, 6, 7, 8), orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
