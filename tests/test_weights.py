@@ -73,7 +73,7 @@ def test_a_run_gives_its_newest_intact_checkpoint(tmp_path: Path) -> None:
     assert_same(load_weights(str(tmp_path)).state, states[0])
 
     (tmp_path / "checkpoints/step-00000005/model.safetensors").unlink()
-    with pytest.raises(InputError, match="all 3 checkpoints are damaged"):
+    with pytest.raises(InputError, match="all checkpoints are damaged"):
         load_weights(tmp_path)
 
 
@@ -184,7 +184,7 @@ def test_damaged_files_give_one_clear_line(tmp_path: Path) -> None:
         ({"epoch": 3}, "found epoch"),
         (3, "holds a int"),
         ({"layer1.weight": torch.ones(1)}, "not a ConvNeXt V2"),
-        (random_encoder() | {"stem.0.bias": torch.full((6,), torch.nan)}, "1 tensors hold NaN"),
+        (random_encoder() | {"stem.0.bias": torch.full((6,), torch.nan)}, "NaN or infinity in"),
     ],
 )
 def test_pickles_without_our_weights(tmp_path: Path, content: Any, words: str) -> None:
@@ -200,7 +200,7 @@ def test_sources_without_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no weights: expected a run"):
         load_weights(tmp_path)
     (tmp_path / "w.jpg").touch()
-    with pytest.raises(InputError, match="unknown kind of weight file"):
+    with pytest.raises(InputError, match=r"not a weight file: use \.safetensors"):
         load_weights(tmp_path / "w.jpg")
 
 

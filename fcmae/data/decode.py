@@ -39,6 +39,10 @@ _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
+Turn = tuple[bool, bool, bool]
+"""Whether to swap rows and columns, then mirror left-right, then top-bottom."""
+
+
 class BadImage(Exception):
     """An image that can't be used; the message is one line."""
 
@@ -74,14 +78,14 @@ class OpenedImage:
 
     Args:
         stored_size: (width, height) in pixels, before the EXIF orientation.
-        turn: whether to swap rows and columns, then mirror left-right, then top-bottom.
+        turn: what the EXIF orientation asks for.
         in_chans: channels of the crops.
         decode: maps a factor to the pixels at 1 / scale of their size, where scale is 1 or at most
             the factor.
     """
 
     stored_size: tuple[int, int]
-    turn: tuple[bool, bool, bool]
+    turn: Turn
     in_chans: int
     decode: Callable[[int], Raster]
 
@@ -186,10 +190,7 @@ def _read_with_pillow(file: BinaryIO, in_chans: int, max_pixels: int) -> OpenedI
         decode = partial(_decode_jpeg, file.read(), image.size, in_chans)
         return OpenedImage(image.size, turn, in_chans, decode)
     image.load()
-    raster = _pillow_raster(image, in_chans)
-    if image.mode == "F":
-        _check_finite(raster)
-    return OpenedImage(image.size, _turn(image), in_chans, lambda _: raster)
+    return _decoded(_pillow_raster(image, in_chans), in_chans, _turn(image))
 
 
 def _decode_jpeg(content: bytes, size: tuple[int, int], in_chans: int, shrink: int) -> Raster:
@@ -249,10 +250,7 @@ def _read_array(file: BinaryIO, in_chans: int, max_pixels: int) -> OpenedImage:
     def rows(left: int, top: int, right: int, bottom: int) -> Pixels:
         return to_unit(pixels[top:bottom, left:right])
 
-    raster = Raster(width, height, dtype.kind == "u", rows)
-    if dtype.kind == "f":
-        _check_finite(raster)
-    return OpenedImage((width, height), (False, False, False), in_chans, lambda _: raster)
+    return _decoded(Raster(width, height, dtype.kind == "u", rows), in_chans)
 
 
 def _check_pixels(width: int, height: int, max_pixels: int, form: str = "") -> None:
@@ -264,14 +262,18 @@ def _check_pixels(width: int, height: int, max_pixels: int, form: str = "") -> N
         raise BadImage(f"no pixels: {width}x{height}")
 
 
-def _check_finite(raster: Raster) -> None:
-    """Refuse NaN and infinity anywhere, so that either all crops of a file are bad or none."""
-    box = (0, 0, raster.width, raster.height)
-    if not all(np.isfinite(part).all() for part in strips(raster, box)):
+def _decoded(raster: Raster, in_chans: int, turn: Turn = (False, False, False)) -> OpenedImage:
+    """Return a decoded image.
+
+    NaN and infinity anywhere are refused, so that either all crops of a file are bad or none.
+    """
+    size = raster.width, raster.height
+    if not (raster.bounded or all(np.isfinite(s).all() for s in strips(raster, (0, 0, *size)))):
         raise BadImage("some values are not finite")
+    return OpenedImage(size, turn, in_chans, lambda _: raster)
 
 
-def _turn(image: Image.Image) -> tuple[bool, bool, bool]:
+def _turn(image: Image.Image) -> Turn:
     """Return the turns of the EXIF orientation; none if the EXIF data can't be read.
 
     Of the values 1 to 8, the last four swap rows and columns.

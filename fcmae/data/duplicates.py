@@ -130,7 +130,7 @@ def report_duplicates(
     found = find_duplicates(source, data.val.source, processes, world)
     if not world.is_main:
         return found
-    pairs = [f"{entry.path} is like {data.val.prefix}{entry.of}" for entry in found]
+    pairs = [f"{path} is like {data.val.prefix}{of}" for path, of, _ in found]
     warn_of_first([f"near-duplicate of a validation image: {pair}" for pair in pairs])
     of = len({entry.of for entry in found})
     _log.info(f"{len(found)} of {len(source)} images are near-duplicates of {of} images in val")

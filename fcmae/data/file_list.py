@@ -178,9 +178,8 @@ def find_images(
                 f"{shown} holds no images{already}: files ending in {', '.join(EXTENSIONS)} count"
             )
         roots.append(os.fsdecode(path if is_folder else os.path.dirname(path)))
-    blob, dtype = np.frombuffer(names, np.uint8), np.uint16
-    sizes, ids = np.frombuffer(lengths, dtype), np.frombuffer(root_ids, dtype)
-    return FileList(tuple(roots), blob, sizes, ids)
+    blob = np.frombuffer(names, np.uint8)
+    return FileList(tuple(roots), blob, np.array(lengths), np.array(root_ids))
 
 
 def refuse_to_replace(out: Path, source: Source) -> None:

@@ -22,7 +22,7 @@ class Raster:
         width, height: in pixels.
         bounded: whether float values lie in [0, 1] and are clipped to it.
         rows: maps (left, top, right, bottom) to that part of the image, (rows, columns, bands).
-        scale: the file's pixels are this many times as many along each side.
+        scale: how many of the file's pixels one pixel spans along each side.
     """
 
     width: int

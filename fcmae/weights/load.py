@@ -16,7 +16,7 @@ from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, read_json, read_state
 from sparse import SparseConvNeXtV2
 from sparse.convert import canonical, encoder_part
 from sparse.encoder import init_fan_in
-from sparse.errors import InputError
+from sparse.errors import InputError, brief
 from sparse.layouts import Architecture, infer_architecture
 
 _log = logging.getLogger(__name__)
@@ -48,9 +48,7 @@ def load_weights(source: str | Path) -> Weights:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise InputError(
-            f"{path}: {len(broken)} tensors hold NaN or infinity ({broken[0]}): use an older file"
-        )
+        raise InputError(f"{path}: NaN or infinity in {brief(broken)}: use an older file")
     if {"head.fc.weight", "head.weight"} & state.keys():
         notes.append("without its classifier")
     norm = {  # between pooling and classifier, in timm's or the official names
@@ -83,9 +81,7 @@ def find_weights(source: str | Path) -> Path:
             return folder / WEIGHTS_FILE
     if damaged := checkpoint.list_checkpoints(run.checkpoints):
         reason = checkpoint.damage(damaged[0])
-        raise InputError(
-            f"{path}: all {len(damaged)} checkpoints are damaged (newest: {reason}); give another"
-        )
+        raise InputError(f"{path}: all checkpoints are damaged (newest: {reason}); give another")
     raise InputError(f"{path}: no weights: expected a run or a folder with {WEIGHTS_FILE}")
 
 
@@ -235,9 +231,7 @@ def load_pretrained(run: str, device: torch.device) -> Pretrained:
         raise InputError(f"{run!r} has no good checkpoint: give the --out of `fcmae pretrain`")
     command, settings = saved.state.get("command"), saved.state["settings"]
     if command != "pretrain":
-        raise InputError(
-            f"{run!r} is a run of `fcmae {command}`, without decoder: give one of `fcmae pretrain`"
-        )
+        raise InputError(f"{run!r} is a run of `fcmae {command}`: give one of `fcmae pretrain`")
     tensors = saved.tensors("model")
     model = FCMAE(
         SparseConvNeXtV2(**vars(infer_architecture(tensors))), settings["decoder"]["dim"],

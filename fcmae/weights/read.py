@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparse.errors import InputError
+from sparse.errors import InputError, brief
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -41,13 +41,9 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         try:
             return _unwrap(load_file(path)), []
         except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path}: damaged or not a safetensors file ({first_line(error)}); copy it again"
-            ) from error
+            raise InputError(f"{path}: damaged ({first_line(error)}); copy it again") from error
     if path.suffix not in PICKLED:
-        raise InputError(
-            f"{path}: unknown kind of weight file; expected .safetensors, {', '.join(PICKLED)}"
-        )
+        raise InputError(f"{path}: not a weight file: use .safetensors, {', '.join(PICKLED)}")
     loaded = _load_pickled(path)
     if not isinstance(loaded, Mapping):
         raise InputError(f"{path}: holds a {type(loaded).__name__}, expected a state dict")
@@ -55,7 +51,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     state = loaded if nested is None else loaded[nested]
     other = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if other or not state:
-        found = ", ".join(map(str, [*state][:4])) or "nothing"
+        found = brief(map(str, state)) or "nothing"
         raise InputError(
             f"{path}: no state dict: expected tensors by name, at the top or under "
             f"{', '.join(_NESTED)}; found {found}"
