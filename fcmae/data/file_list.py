@@ -151,7 +151,7 @@ def find_images(
     """
     sources = [data] if isinstance(data, str) else list(data)
     if not sources:
-        raise InputError("data [] names no source: give a folder of images")
+        raise InputError(f"{setting} [] names no source: give a folder of images")
     roots: list[str] = []
     names, lengths, root_ids = bytearray(), array("H"), array("H")
     searched: set[_Key] = set()
