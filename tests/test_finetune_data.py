@@ -98,7 +98,7 @@ def remove(*folders: str) -> Callable[[Path], object]:
     [
         (remove("train"), 0.0, "train' is not a folder"),
         (remove("val"), 0.0, "val' is not a folder: .*--val_fraction 0.2"),
-        (lambda _: None, 0.2, "its own val, so leave it at 0"),
+        (lambda _: None, 0.2, "its own val: leave val_fraction at 0"),
         (remove("train/b"), 0.0, "has one class, 'a'"),
         (remove("train/a", "train/b"), 0.0, "has no folders"),
         (empty("train/b"), 0.0, "classes without images: 'b'"),

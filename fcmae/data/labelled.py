@@ -73,7 +73,7 @@ def find_labelled(data: str, val_fraction: float, exclude: str | None = None) ->
         raise InputError(f"data {missing[0]!r} is not a folder: {hint}")
     prefix, folder = (f"{TRAIN}/", train) if train.is_dir() else ("", root)
     if val_fraction and val.is_dir():
-        raise InputError(f"val_fraction {val_fraction}: {data!r} has its own val, so leave it at 0")
+        raise InputError(f"{data!r} has its own val: leave val_fraction at 0, not {val_fraction}")
     files, names = find_classes(folder, exclude)
     if len(names) < 2:
         raise InputError(f"{folder} has one class, {names[0]!r}: give at least two")
