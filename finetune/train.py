@@ -119,7 +119,7 @@ class Finetuning(Task):
         images = self._origin.images
         if images is None or len(images.mean) != self.config.in_chans:
             return {"weights": imagenet_mean_std(self.config.in_chans)}
-        return {"weights": (list(images.mean), list(images.std))}
+        return {"weights": (images.mean, images.std)}
 
     def build_model(self) -> nn.Module:
         config, resolved = self.config, self.resolved

@@ -47,12 +47,11 @@ class EvalDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """Return the sample, without an image if it can't be read."""
-        target = self.split.target(index)
         try:
             image, geometry = center_crop(self.split.source, index, self.images, self.max_pixels)
         except BadImage as error:
-            return Sample(None, index, bad=[(self.split.name(index), error.reason)])
-        return Sample(image, index, target=target, geometry=geometry)
+            return Sample(None, index, bad=[(self.split.name(index), str(error))])
+        return Sample(image, index, target=self.split.target(index), geometry=geometry)
 
 
 def report_skipped(bad: Sequence[tuple[str, str]], most: int = SHOWN) -> None:
@@ -73,9 +72,8 @@ def batches_of(n: int, batch_size: int, rank: int = 0, size: int = 1) -> list[li
 
     All processes get the same number of batches; the last ones may be smaller or empty.
     """
-    own = range(rank, n, size)
-    count = math.ceil(math.ceil(n / size) / batch_size)
-    return [list(own[start * batch_size : (start + 1) * batch_size]) for start in range(count)]
+    own, most = range(rank, n, size), math.ceil(n / size)
+    return [list(own[start : start + batch_size]) for start in range(0, most, batch_size)]
 
 
 def each_batch(

@@ -151,7 +151,7 @@ def find_images(
     """
     sources = [data] if isinstance(data, str) else list(data)
     if not sources:
-        raise InputError("data [] names no source: give a folder of images")
+        raise InputError(f"{setting} [] names no source: give a folder of images")
     roots: list[str] = []
     names, lengths, root_ids = bytearray(), array("H"), array("H")
     searched: set[_Key] = set()
@@ -178,9 +178,8 @@ def find_images(
                 f"{shown} holds no images{already}: files ending in {', '.join(EXTENSIONS)} count"
             )
         roots.append(os.fsdecode(path if is_folder else os.path.dirname(path)))
-    blob, dtype = np.frombuffer(names, np.uint8), np.uint16
-    sizes, ids = np.frombuffer(lengths, dtype), np.frombuffer(root_ids, dtype)
-    return FileList(tuple(roots), blob, sizes, ids)
+    blob = np.frombuffer(names, np.uint8)
+    return FileList(tuple(roots), blob, np.array(lengths), np.array(root_ids))
 
 
 def refuse_to_replace(out: Path | None, source: Source) -> None:
