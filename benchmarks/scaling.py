@@ -16,6 +16,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fcmae.commands.bench import BenchConfig
 from fcmae.inspect.benchmark import example, make_step, peak_memory, time_in_turns, visible_share
 from sparse import available_engines
 
@@ -23,7 +24,6 @@ SIDES = (96, 160, 224, 320, 448)
 SIDES_BATCH = 8
 BATCHES = (1, 4, 16, 64)
 BATCHES_SIDE = 224
-MASK_RATIO = 0.6
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Point:
     @property
     def visible_megapixels(self) -> float:
         """Visible pixels in a batch, in millions."""
-        share = visible_share((self.side, self.side), MASK_RATIO)
+        share = visible_share(BenchConfig(img_size=self.side))
         return self.batch * share * self.side**2 / 1e6
 
     @property
@@ -50,14 +50,15 @@ class Point:
 
 def measure(model: str, side: int, batch: int, rounds: int) -> list[Point]:
     cpu = torch.device("cpu")
-    images, mask = example(batch, (side, side), MASK_RATIO, cpu)
+    config = BenchConfig(batch_size=batch, img_size=side)
+    images, mask = example(config, cpu)
     steps = {
         name: partial(make_step(name, model, cpu), images, mask) for name in available_engines()
     }
     seconds = time_in_turns(steps, rounds, cpu)
     points = []
     for name, value in seconds.items():
-        memory = peak_memory(name, model, batch, (side, side), MASK_RATIO)
+        memory = peak_memory(name, model, config)
         points.append(Point(name, side, batch, batch / value, memory or float("nan")))
     return points
 

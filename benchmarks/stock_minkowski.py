@@ -16,12 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from fcmae.commands.bench import BenchConfig
 from fcmae.inspect.benchmark import example, make_step, time_in_turns
 from sparse.engines.minkowski import load_minkowski, why_unavailable
 from sparse.sizes import SIZES
-
-IMG_SIZE = (224, 224)
-MASK_RATIO = 0.6
 
 
 class StockBlock(nn.Module):
@@ -111,7 +109,7 @@ def main() -> int:
     if why_unavailable() is not None:
         parser.error(str(why_unavailable()))
     cpu = torch.device("cpu")
-    images, mask = example(options.batch_size, IMG_SIZE, MASK_RATIO, cpu)
+    images, mask = example(BenchConfig(batch_size=options.batch_size), cpu)
     steps: dict[str, Any] = {
         name: partial(make_step(name, options.model, cpu), images, mask)
         for name in ("patch", "minkowski")

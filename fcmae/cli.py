@@ -17,6 +17,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from fcmae import __version__
+from fcmae.config.fields import check_paths, leaves
 from sparse.errors import InputError, RunError, did_you_mean
 
 COMMANDS = {
@@ -63,10 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a character that the locale lacks must not end a run
             stream.reconfigure(errors="backslashreplace")
-    config = None  # not None while the command runs
+    config = result = None  # config is not None while the command runs
     try:
-        config = _parse(name, arguments)
-        result = 0 if config is None else _run(name, config)
+        if (config := _parse(name, arguments)) is not None:
+            check_paths(config)
+            result = code_of(name)(config)
         config = None
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -120,7 +122,6 @@ def _parse(name: str, arguments: list[str]) -> Any:
     if name not in COMMANDS:
         what = f"unknown command {name!r}" if name else "no command given"
         raise InputError(f"{what}; {did_you_mean(name, COMMANDS)}")
-    from fcmae.config.fields import leaves
     from fcmae.config.parsing import parse  # imports jsonargparse
 
     def owner(keys: Collection[str]) -> str:
@@ -134,13 +135,6 @@ def config_of(name: str) -> Any:
     """Return the config class of a command."""
     config = import_module(f"fcmae.commands.{name}").CONFIG
     return resolve_name(config) if isinstance(config, str) else config
-
-
-def _run(name: str, config: Any) -> Any:
-    from fcmae.config.fields import check_paths
-
-    check_paths(config)
-    return code_of(name)(config)
 
 
 def code_of(name: str) -> Callable[[Any], Any]:

@@ -1,22 +1,13 @@
 """Output of a running command: a progress line on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    track,
-)
 
 from fcmae import PACKAGES
 
@@ -44,53 +35,50 @@ def show_logs() -> None:
             logger.addHandler(_ConsoleHandler(level))
 
 
-class StepProgress:
-    """Progress over a run's steps.
+@contextmanager
+def step_progress(
+    total_steps: int, start_step: int, epochs: int, quiet: bool
+) -> Iterator[Callable[..., None]]:
+    """Show the progress over a run's steps.
 
     Args:
         total_steps, start_step: number of steps, and number of steps already done.
         epochs: number of epochs.
         quiet: show nothing, as on ranks other than 0.
+
+    Yields:
+        A function that shows that a step is done, and for a logged one what was logged and the
+        seconds left.
     """
-
-    def __init__(self, total_steps: int, start_step: int, epochs: int, quiet: bool) -> None:
-        self._epochs, self._total, self._quiet = epochs, total_steps, quiet
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[values]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=console,
-            disable=quiet or not console.is_terminal,
-        )
-        self._task = self._bar.add_task(
-            "starting", total=total_steps, completed=start_step, values=""
-        )
-
-    def __enter__(self) -> StepProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=20),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[values]}"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(elapsed_when_finished=False),
+        console=console,
+        disable=quiet or not console.is_terminal,
+    )
+    task = bar.add_task("starting", total=total_steps, completed=start_step, values="")
 
     def update(
-        self, step: int, metrics: Mapping[str, float] | None = None, seconds_left: float = 0.0
+        step: int, metrics: Mapping[str, float] | None = None, seconds_left: float = 0.0
     ) -> None:
-        """Show that a step is done, and the figures of a logged one."""
-        self._bar.update(self._task, completed=step)
+        bar.update(task, completed=step)
         if metrics is None:
             return
         epoch, *others = metrics.items()
-        shown = f"epoch {epoch[1]}/{self._epochs}"
+        shown = f"epoch {epoch[1]}/{epochs}"
         values = " ".join(f"{name} {value:.4g}" for name, value in others)
-        self._bar.update(self._task, description=shown, values=values)
-        if self._bar.disable and not self._quiet:
-            line = f"{shown} step {step}/{self._total} {values} {seconds_left / 60:.1f} min left"
+        bar.update(task, description=shown, values=values)
+        if bar.disable and not quiet:
+            line = f"{shown} step {step}/{total_steps} {values} {seconds_left / 60:.1f} min left"
             console.print(line, highlight=False, soft_wrap=True)
+
+    with bar:
+        yield update
 
 
 def tracked(items: Iterable[Item], total: int, what: str | None) -> Iterator[Item]:
@@ -98,4 +86,4 @@ def tracked(items: Iterable[Item], total: int, what: str | None) -> Iterator[Ite
     if what is None or not console.is_terminal:
         yield from items
         return
-    yield from track(items, what, total, console=console, transient=True)
+    yield from progress.track(items, what, total, console=console, transient=True)

@@ -60,8 +60,7 @@ def uniform(
 ) -> npt.NDArray[np.float64]:
     """Return numbers uniform over [0, 1), with 53 bits each; shapes as in `bits`."""
     words = bits(seed, stream, epoch, index, counter)
-    numbers: npt.NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return numbers
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:

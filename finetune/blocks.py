@@ -27,26 +27,14 @@ class FusedBlock(ConvNeXtBlock):
     """A ConvNeXt V2 block (arXiv 2301.00808, figure 5): see `sparse.ops.grn_mlp.grn_mlp`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        mlp = self.mlp
-        assert isinstance(mlp, GlobalResponseNormMlp)
         y_BCHW = self.conv_dw(x)
         b, c, h, w = y_BCHW.shape
         rows_NC = y_BCHW.permute(0, 2, 3, 1).reshape(-1, c)
-        rows_NC = grn_mlp(
-            rows_NC, weight_and_bias(self.norm), _linear(mlp.fc1),
-            weight_and_bias(mlp.grn), _linear(mlp.fc2),
-            ImageRows(b, h * w, x.device),
-        )  # fmt: skip
+        rows_NC = grn_mlp(rows_NC, self.norm, self.mlp, ImageRows(b, h * w, x.device))
         y_BCHW = rows_NC.view(b, h, w, c).permute(0, 3, 1, 2)
         if self.gamma is not None:
             y_BCHW = y_BCHW * self.gamma.view(-1, 1, 1)
         return self.drop_path(y_BCHW) + self.shortcut(x)
-
-
-def _linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Parameters of a linear layer, which is a 1×1 convolution in the smaller sizes."""
-    weight, bias = weight_and_bias(layer)
-    return weight.flatten(1), bias
 
 
 def speed_up(model: nn.Module, compiled: bool = False) -> None:

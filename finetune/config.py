@@ -5,11 +5,11 @@ from math import inf
 from typing import Literal
 
 from fcmae.config.fields import DATA, IMAGES, MODEL, OPTIMISATION, WEIGHTS, runtime, setting
-from fcmae.config.training import AugmentBase, OptimBase, TrainingConfig
+from fcmae.config.training import AugmentBase, OptimConfig, TrainingConfig
 
 
 @dataclass
-class FinetuneOptimConfig(OptimBase):
+class FinetuneOptimConfig(OptimConfig):
     """AdamW with layer-wise rates, warm-up and cosine decay to zero, both per step."""
 
     base_lr: float = 1.6e-2

@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from fcmae.atomic import out_file
 from fcmae.commands.evaluate import EvaluateConfig
 from fcmae.config.files import read_yaml
-from fcmae.data.file_list import FileList
+from fcmae.data.file_list import FileList, refuse_to_replace
 from fcmae.data.labelled import TRAIN, VAL, Split, check_known, find_classes, labels_of
 from fcmae.inspect.prologue import Setting, print_result, print_table, set_up
 from fcmae.train.run_paths import RunPaths
@@ -50,8 +50,8 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
     """
     setting = set_up(config, config.source, load_classifier, ".png", ".csv")
     classifier = setting.model
-    split, kept = find_split(config, classifier.names)
-    setting.refuse_to_replace(split)
+    split, kept = find_split(config, classifier)
+    refuse_to_replace(setting.out, split.source)
     confusion, top5 = measure(setting, split)
     result = summarise(confusion, top5, classifier.names)
     result |= {
@@ -66,7 +66,7 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
     return result
 
 
-def find_split(config: EvaluateConfig, names: Sequence[str]) -> tuple[Split, bool]:
+def find_split(config: EvaluateConfig, classifier: Classifier) -> tuple[Split, bool]:
     """Find the images to measure on, data/SPLIT/CLASS or data/CLASS. Return them and whether they
     are those that a run kept back from one folder.
 
@@ -74,15 +74,18 @@ def find_split(config: EvaluateConfig, names: Sequence[str]) -> tuple[Split, boo
     that it kept back then, whatever was added to the folder or removed since.
 
     Raises:
-        InputError: no images, or classes that are not in `names`.
+        InputError: no images, classes that the model does not have, or the run's list of the images
+            is missing.
     """
-    root = Path(config.data).expanduser()
+    root, names = Path(config.data).expanduser(), classifier.names
     if not root.is_dir():
         raise InputError(f"data {config.data!r} is not a folder: use one with {config.split}/CLASS")
     folder, prefix = root / config.split, f"{config.split}/"
     if not folder.is_dir():
-        kept = _kept_back(Path(config.source)) if config.split == VAL else None
-        if kept is not None:
+        run = RunPaths(classifier.folder.parent)
+        divided = run.config.is_file() and read_yaml(run.config).get("val_fraction")
+        if config.split == VAL and divided:
+            kept = FileList.load(run.images(VAL))
             trained = Path(kept.roots[0])
             for inside, prefix in ((root / TRAIN, f"{TRAIN}/"), (root, "")):
                 if inside.is_dir() and inside.resolve() == trained.resolve():
@@ -94,19 +97,6 @@ def find_split(config: EvaluateConfig, names: Sequence[str]) -> tuple[Split, boo
     files, found = find_classes(folder)
     check_known(folder, found, names, "the model")
     return Split(files, prefix, labels_of(files, names)), False
-
-
-def _kept_back(source: Path) -> FileList | None:
-    """The images that a run kept back from its training data by `val_fraction`; None if none.
-
-    Raises:
-        InputError: the list of these images is missing.
-    """
-    folder = source.parent if source.is_file() else source
-    for run in (RunPaths(folder), RunPaths(folder.parent)):
-        if run.config.is_file() and read_yaml(run.config).get("val_fraction"):
-            return FileList.load(run.images("val"))
-    return None
 
 
 @torch.no_grad()

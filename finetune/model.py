@@ -10,14 +10,12 @@ import timm
 import torch
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fcmae.data.statistics import Preprocessing, default_preprocessing
 from fcmae.train.checkpoint import first_difference
-from fcmae.train.run_paths import RunPaths
 from fcmae.weights.export import timm_variant
 from fcmae.weights.load import find_weights, load_weights, read_preprocessing
-from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, first_line, read_json, read_state
+from fcmae.weights.read import CONFIG_FILE, first_line, read_json, read_state
 from finetune.blocks import speed_up
 from sparse.convert import encoder_part, to_timm
 from sparse.encoder import init_fan_in
@@ -122,36 +120,34 @@ def build_model(
     Raises:
         InputError: the weights are of another model, or it can't take images of this size.
     """
-    rate = {"drop_path_rate": drop_path} if drop_path else {}
-    optional: dict[str, Any] = {"img_size": img_size, **rate}
-    model = None
-    while model is None:
+    size: dict[str, Any] = {"img_size": img_size}
+    rate: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    for optional in (size | rate, size, rate, {}):
         try:
             model = timm.create_model(
                 start.name, num_classes=num_classes, in_chans=in_chans, **(start.args | optional)
-            )
-        except TypeError as error:
-            refused = [key for key in optional if f"'{key}'" in str(error)]
-            if not refused:
-                raise InputError(
-                    f"{start.origin}: model_args {start.args} do not suit {start.name} ({error})"
-                ) from error
-            del optional[refused[0]]
-            if refused == ["drop_path_rate"]:
-                _log.warning("%s has no stochastic depth: drop_path is not used", start.name)
-        except (ValueError, AssertionError) as error:
-            raise _wrong_size(start.name, img_size, error) from error
-    if start.state is not None:
-        load_state(model, start.state, start.origin, start.whole)
-    model.eval()
-    try:
-        with torch.no_grad():
-            out = model(torch.zeros(1, in_chans, *img_size))
-    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-        raise _wrong_size(start.name, img_size, error) from error
+            ).eval()
+            with torch.no_grad():
+                out = model(torch.zeros(1, in_chans, *img_size))
+            break
+        except TypeError as error:  # an argument that this model does not have
+            refused = error
+        except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+            own = timm.get_pretrained_cfg(start.name)
+            hint = f"; it is made for {list(own.input_size[1:])}" if own else ""
+            raise InputError(
+                f"img_size {list(img_size)} does not suit {start.name} ({first_line(error)}){hint}"
+            ) from error
+    else:
+        raise InputError(
+            f"{start.origin}: model_args {start.args} do not suit {start.name} ({refused})"
+        ) from refused
     if not isinstance(out, Tensor) or out.shape != (1, num_classes):
         raise InputError(f"model {start.name!r} does not score {num_classes} classes: use another")
-    optional.pop("drop_path_rate", None)
+    if rate and optional.pop("drop_path_rate", None) is None:
+        _log.warning("%s has no stochastic depth: drop_path is not used", start.name)
+    if start.state is not None:
+        load_state(model, start.state, start.origin, start.whole)
     return model, start.args | optional
 
 
@@ -187,11 +183,6 @@ def classifier_names(model: Any) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def head_parts(model: nn.Module) -> frozenset[str]:
-    """Top-level modules that hold the classifier, including a norm before it in the same module."""
-    return frozenset(name.split(".")[0] for name in classifier_names(model))
-
-
 def init_convnext(model: nn.Module) -> None:
     """Give all layers of a ConvNeXt but the classifier weights of standard deviation 1/√fan_in.
 
@@ -210,38 +201,19 @@ def scale_classifier(model: nn.Module, scale: float) -> None:
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Train the head only."""
-    heads = head_parts(model)
+    """Train the head only: the top-level modules that hold the classifier, and with it perhaps a
+    norm before it."""
+    heads = [name.split(".")[0] for name in classifier_names(model)]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.split(".")[0] in heads)
 
 
-def check_part(model: nn.Module, part: int) -> None:
-    """Make sure that the model can train on `part` images at a time.
-
-    Raises:
-        InputError: it is one image, and batch norm needs several.
-    """
-    if part == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
-        raise InputError(
-            "the model has batch norm, but sees one image at a time: use a larger --batch_size, at "
-            "least 2 × accumulate × processes"
-        )
-
-
-def set_training(model: nn.Module, frozen: bool) -> None:
+def set_training(model: nn.Module) -> None:
     """Switch to training mode; a frozen backbone stays in evaluation mode."""
     model.train()
-    if frozen:
-        heads = head_parts(model)
-        for name, part in model.named_children():
-            part.train(name in heads)
-
-
-def _wrong_size(name: str, img_size: tuple[int, int], error: Exception) -> InputError:
-    own = timm.get_pretrained_cfg(name)
-    hint = f"; it is made for {list(own.input_size[1:])}" if own else ""
-    return InputError(f"img_size {list(img_size)} does not suit {name} ({first_line(error)}){hint}")
+    for part in model.children():
+        trained = [parameter.requires_grad for parameter in part.parameters()]
+        part.train(any(trained) or not trained)
 
 
 @dataclass(frozen=True)
@@ -257,53 +229,33 @@ class Classifier:
 def load_classifier(
     source: str, device: torch.device, img_size: tuple[int, int] | None = None
 ) -> Classifier:
-    """Load the classifier that `source` stands for: see `weights_folder`.
+    """Load a trained classifier.
 
     Args:
-        source: a run, a folder or a weight file.
+        source: see `find_weights`.
         device: where the model will be.
         img_size: (height, width); None takes what the model was trained with.
 
     Raises:
         InputError: missing, damaged, or unable to take images of this size.
     """
-    folder = weights_folder(source)
-    config = read_json(folder / CONFIG_FILE)
+    file = find_weights(source)
+    config = read_json(file.with_name(CONFIG_FILE))
     name: Any = config.get("architecture")
     args = config.get("model_args", {})
     names: Any = config.get("label_names", config.get("pretrained_cfg", {}).get("label_names"))
     described = isinstance(name, str) and isinstance(args, dict) and isinstance(names, list)
-    if not described or len(names) != config["num_classes"]:
+    if not described or not 0 < len(names) == config.get("num_classes"):
         raise InputError(
-            f"{folder / CONFIG_FILE} must name timm's model as its architecture and all classes as "
-            "label_names: give a folder exported by `fcmae finetune`"
+            f"{file} is not a classifier: its {CONFIG_FILE} must name timm's model as its "
+            "architecture and all classes as label_names: give a run of `fcmae finetune` after its "
+            "first epoch, or its exported folder"
         )
-    images = read_preprocessing(folder / WEIGHTS_FILE) or default_preprocessing(3)
+    images = read_preprocessing(file) or default_preprocessing(3)
     images = replace(images, img_size=img_size or images.img_size)
-    state, _ = read_state(folder / WEIGHTS_FILE)
-    start = Start(timm_name(name), args, state, str(folder), whole=True)
+    state, _ = read_state(file)
+    start = Start(timm_name(name), args, state, str(file.parent), whole=True)
     model, _ = build_model(start, len(names), len(images.mean), images.img_size)
     model = model.to(device).eval()
     speed_up(model)
-    return Classifier(model, tuple(map(str, names)), images, folder)
-
-
-def weights_folder(source: str) -> Path:
-    """Return the timm folder with a classifier that `source` stands for.
-
-    A run stands for its best weights, a folder or its model.safetensors for itself.
-
-    Raises:
-        InputError: there is no classifier.
-    """
-    path = Path(source)
-    path = path.parent if path.name == WEIGHTS_FILE else path
-    run = RunPaths(path)
-    for folder in (run.best, run.exported, path):
-        config = read_json(folder / CONFIG_FILE)
-        if config.get("num_classes") and (folder / WEIGHTS_FILE).is_file():
-            return folder
-    raise InputError(
-        f"{source!r} holds no classifier: give a run of `fcmae finetune` after its first epoch, "
-        f"its exported folder, or a {WEIGHTS_FILE} with its {CONFIG_FILE} next to it"
-    )
+    return Classifier(model, tuple(map(str, names)), images, file.parent)

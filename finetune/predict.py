@@ -29,8 +29,7 @@ def predict(config: PredictConfig) -> Path:
     """
     setting = set_up(config, config.source, load_classifier, ".csv")
     split, model, names = setting.find_images(), setting.model.model, setting.model.names
-    top, written, out = min(config.top, len(names)), 0, setting.out
-    assert out is not None
+    top, written, out = min(config.top, len(names)), 0, Path(config.out)
     # Names that are not UTF-8 are written as their bytes.
     with (
         torch.no_grad(),
@@ -40,7 +39,7 @@ def predict(config: PredictConfig) -> Path:
         rows = csv.writer(file)
         further = [f"{kind}{place}" for place in range(2, top + 1) for kind in ("label", "score")]
         rows.writerow(["path", "label", "score", *further])
-        for batch, images in setting.batches(split, report_all=True):
+        for batch, images in setting.batches(split, named=len(split.source)):
             best = model(images).cpu().softmax(1).topk(top)
             for index, scores, places in zip(
                 batch.indices.tolist(), best.values.tolist(), best.indices.tolist(), strict=True

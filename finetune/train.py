@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fcmae import rng
 from fcmae.config.values import height_width
 from fcmae.data.duplicates import report_duplicates, write_duplicates
-from fcmae.data.evaluation import EvalDataset, batches_of
+from fcmae.data.evaluation import each_batch
 from fcmae.data.file_list import find_images
-from fcmae.data.loader import make_loader
 from fcmae.data.sample import Batch, normalise
 from fcmae.data.statistics import MeanStd, imagenet_mean_std
 from fcmae.train.checkpoint import SavedCheckpoint, load_model_tensors
@@ -32,7 +32,6 @@ from finetune.config import FinetuneConfig
 from finetune.model import (
     Start,
     build_model,
-    check_part,
     find_model,
     freeze_backbone,
     init_convnext,
@@ -120,14 +119,14 @@ class Finetuning(Task):
         images = self._origin.images
         if images is None or len(images.mean) != self.config.in_chans:
             return {"weights": imagenet_mean_std(self.config.in_chans)}
-        return {"weights": (list(images.mean), list(images.std))}
+        return {"weights": (images.mean, images.std)}
 
     def build_model(self) -> nn.Module:
         config, resolved = self.config, self.resolved
         self.kind.check(resolved.part)
         torch.manual_seed(rng.seed_for(config.seed, rng.FINETUNE, 0, 0))
         model, self._args = build_model(
-            self._origin, self.kind.outputs, config.in_chans, resolved.images.img_size,
+            self._origin, len(self.kind.data.names), config.in_chans, resolved.images.img_size,
             config.drop_path,
         )  # fmt: skip
         if config.weights == "none" and config.init == "fan_in":
@@ -137,7 +136,11 @@ class Finetuning(Task):
             freeze_backbone(model)
         model = model.to(resolved.world.device)
         speed_up(model, config.compile)
-        check_part(model, resolved.part)
+        if resolved.part == 1 and any(isinstance(part, _BatchNorm) for part in model.modules()):
+            raise InputError(
+                "the model has batch norm, but sees one image at a time: use a larger "
+                "--batch_size, at least 2 × accumulate × processes"
+            )
         return model
 
     def layer_depths(self) -> Mapping[str, int] | None:
@@ -148,25 +151,19 @@ class Finetuning(Task):
         config, resolved, world = self.config, self.resolved, self.resolved.world
         crop_pct, interpolation = config.augment.crop_pct, config.augment.interpolation
         self._how = replace(resolved.images, crop_pct=crop_pct, interpolation=interpolation)
-        dataset = EvalDataset(self.kind.data.val, self._how, config.max_pixels)
-        batches = batches_of(len(dataset), resolved.part, world.rank, world.size)
-        pin = world.device.type == "cuda"
-        self._validation = make_loader(dataset, batches, resolved.workers, pin)
         model: Any = self.model
         self._timm_config = timm_config(
             self._origin.name, self._args, model.num_features, self._how, model.pretrained_cfg,
-            self.kind.describe().get("label_names", ()),
+            self.kind.data.names,
         )  # fmt: skip
         self.ema = None if config.ema_decay is None else make_ema(model, config.ema_decay)
-        set_training(model, config.freeze == "backbone")
+        set_training(model)
         if config.compile:
             model.compile()  # in place: the average was copied before and stays uncompiled
         if self._suspects is not None:
             found = report_duplicates(self._suspects, self.kind.data, config.workers, world)
             if self.folder is not None:
                 write_duplicates(found, self.folder.paths.near_duplicates)
-        if self.folder is not None and resolved.start is None:
-            self._write_best(self.folder.paths.best)  # removes the output of a run that never saved
 
     def announcement(self) -> list[str]:
         config, origin, parameters = self.config, self._origin, list(self.model.parameters())
@@ -188,7 +185,7 @@ class Finetuning(Task):
 
     def settings(self) -> dict[str, Any]:
         model = {"model": self._origin.name, "model_args": self._args}
-        return super().settings() | model | self.kind.describe()
+        return super().settings() | model | {"label_names": list(self.kind.data.names)}
 
     def dataset(self) -> TrainDataset:
         return TrainDataset(self.kind.data.train, self._how, self.config)
@@ -202,7 +199,11 @@ class Finetuning(Task):
             self._write_best(self.folder.paths.best)
 
     def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
-        return self.kind.loss(forward, *self._on_device(batch))
+        how, device = self.resolved.images, self.resolved.world.device
+        images = normalise(batch.images, how.mean, how.std, device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        assert batch.targets is not None
+        return self.kind.loss(forward, images, to_device(batch.targets, device))
 
     def after_step(self, step: int) -> None:
         if self.ema is not None:
@@ -225,7 +226,7 @@ class Finetuning(Task):
             with torch.compiler.set_stance("force_eager"):  # batches differ in size here
                 scores = self._measure(models, stop)
         finally:
-            set_training(self.model, self.config.freeze == "backbone")
+            set_training(self.model)
         name = [*models][-1]
         self._keep_best(models[name], scores[name], epoch, step)
         self._warn_at_chance([*scores.values()], epoch)
@@ -259,19 +260,22 @@ class Finetuning(Task):
             Interrupted: the run has to stop.
             RunError: too many images, or all, can't be read.
         """
-        scores = {name: self.kind.scores(self.resolved.world.device) for name in models}
+        run, split, device = self.resolved, self.kind.data.val, self.resolved.world.device
+        scores = {name: self.kind.scores(device) for name in models}
         bad: list[tuple[str, str]] = []
-        for batch in self._validation:
+        for batch, images in each_batch(
+            split, self._how, device, run.part, run.workers, run.world, self.config.max_pixels
+        ):
             if stop():
                 raise Interrupted
             bad += batch.bad
-            if len(batch):
-                images, targets = self._on_device(batch)
+            if batch.targets is not None:  # else none of its images can be read
+                targets = to_device(batch.targets, device)
                 for name, model in models.items():
-                    with self.resolved.autocast():
+                    with run.autocast():
                         outputs = model(images)
                     scores[name].update(outputs, targets)
-        if len(self.record_bad(bad)) == len(self.kind.data.val.source):
+        if len(self.record_bad(bad)) == len(split.source):
             raise RunError("none of the validation images can be read: see bad_images.jsonl")
         return {name: score.compute() for name, score in scores.items()}
 
@@ -305,13 +309,6 @@ class Finetuning(Task):
             shutil.rmtree(out, ignore_errors=True)
         else:
             write_timm_folder(self.best, self._timm_config, out)
-
-    def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        how, device = self.resolved.images, self.resolved.world.device
-        images = normalise(batch.images, how.mean, how.std, device)
-        assert batch.targets is not None
-        targets = to_device(batch.targets, device)
-        return images.contiguous(memory_format=torch.channels_last), targets
 
 
 EMA_AHEAD = 2

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse.engines.base import Sites, hide
-from sparse.ops.grn_mlp import LAYER_NORM_EPS, Pair, grn_mlp, grn_scale, wide
+from sparse.ops.grn_mlp import LAYER_NORM_EPS, grn_mlp, grn_scale, wide
 from sparse.rows import ImageRows
 
 
@@ -63,11 +63,8 @@ class SparseBlock(nn.Module):
     def forward(self, x_NC: Tensor, sites: Sites) -> Tensor:
         y_NC = sites.depthwise(x_NC, *weight_and_bias(self.conv_dw))
         if self.mlp.grn is not None:
-            y_NC = grn_mlp(
-                y_NC, weight_and_bias(self.norm), weight_and_bias(self.mlp.fc1),
-                weight_and_bias(self.mlp.grn), weight_and_bias(self.mlp.fc2),
-                sites.images, sites.visible_N1, self.recompute,
-            )  # fmt: skip
+            images, visible_N1 = sites.images, sites.visible_N1
+            y_NC = grn_mlp(y_NC, self.norm, self.mlp, images, visible_N1, self.recompute)
         else:
             y_NC = self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm(y_NC))))
         if self.gamma is not None:
@@ -91,7 +88,7 @@ class SparseBlock(nn.Module):
         return hide(sites, scaled.view_as(a_NK) + self.mlp.grn.bias)
 
 
-def weight_and_bias(layer: Any) -> Pair:
+def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor]:
     """Return a layer's weight and bias; all of our layers have both."""
     return layer.weight, layer.bias
 

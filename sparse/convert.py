@@ -6,6 +6,8 @@ Nothing is dropped silently: each function documents what it does with the decod
 classifier only `HEAD_NAMES` are dropped.
 """
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,7 @@ CONV_MLP_WIDTHS = frozenset({40, 48, 64, 80})
 """Stem widths (atto, femto, pico, nano) whose timm variants store mlp.fc1 and mlp.fc2 as 1x1
 convolutions, with 4-D weights."""
 
-HEAD_NAMES = frozenset(
-    f"{head}.{kind}"
-    for head in ("head.norm", "head.fc", "norm", "head")
-    for kind in ("weight", "bias")
-)
+HEAD_NAMES = re.compile(r"(head\.norm|head\.fc|norm|head)\.(weight|bias)")
 """Final norm and classifier in timm's and the official names. They are not part of the encoder:
 `canonical` and `to_timm` drop them."""
 
@@ -63,7 +61,7 @@ def canonical(state: State) -> dict[str, Tensor]:
     kept = {
         name: tensor[..., 0, 0] if _is_mlp(name) and tensor.shape[2:] == (1, 1) else tensor
         for name, tensor in state.items()
-        if name not in HEAD_NAMES
+        if not HEAD_NAMES.fullmatch(name)
     }
     converted = _to_ours(kept, detect_layout(kept))
     return {name.removeprefix(ENCODER): tensor for name, tensor in converted.items()}

@@ -21,7 +21,14 @@ class RunError(RuntimeError):
 
 
 def did_you_mean(value: str, choices: Iterable[str]) -> str:
-    """Return the end of a message about a misspelt value: the nearest choice, or all of them."""
+    """Return the end of a message about a misspelt value: the nearest choice, or the first ones."""
     known = list(choices)
     near = get_close_matches(value, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
+    return f"did you mean {near[0]}?" if near else f"use one of {brief(known, 20)}"
+
+
+def brief(names: Iterable[str], most: int = 4) -> str:
+    """Join the first names for a one-line message and count the rest."""
+    known = list(names)
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return ", ".join(known[:most]) + more

@@ -6,15 +6,15 @@ hold; their shapes come from a model on the meta device.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sparse.block import SparseBlock
 from sparse.encoder import SparseConvNeXtV2
-from sparse.errors import InputError
+from sparse.errors import InputError, brief
 from sparse.sizes import PATCH, SIDES
 
 State = Mapping[str, Tensor]
@@ -30,7 +30,8 @@ class Architecture:
         dims: channels of each stage.
         in_chans: channels of the images.
         use_grn: blocks have global response normalisation (V2).
-        layer_scale: blocks have a learned per-channel scale (V1).
+        layer_scale: initial value of a learned per-channel scale of the blocks (V1), which weights
+            replace; None for none.
         patch_size: the total stride in pixels, eight times the stem's.
     """
 
@@ -38,7 +39,7 @@ class Architecture:
     dims: tuple[int, ...]
     in_chans: int = 3
     use_grn: bool = True
-    layer_scale: bool = False
+    layer_scale: float | None = None
     patch_size: int = PATCH
 
 
@@ -123,17 +124,10 @@ def detect_layout(state: State) -> Layout:
         InputError: the state dict is not a ConvNeXt V2 in a known layout.
     """
     for pattern, layout in _MARKS:
-        if any(re.search(pattern, name) for name in state):
+        if _has(state, pattern):
             return layout
     names = "stem.0.weight, downsample_layers.0.0.weight or stages.0.0.dwconv.kernel"
     raise InputError(f"not a ConvNeXt V2: expected {names}, found {brief(state) or 'nothing'}")
-
-
-def brief(names: Iterable[str]) -> str:
-    """Join the first names for a one-line message and count the rest."""
-    names = list(names)
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
 
 
 def infer_architecture(state: State) -> Architecture:
@@ -150,18 +144,16 @@ def infer_architecture(state: State) -> Architecture:
         depths=tuple(_count_blocks(state, stage) for stage in stages),
         dims=tuple(bias.numel() for bias in biases),
         in_chans=stem.shape[1] if stem.ndim == 4 else 3,
-        use_grn=any(re.search(r"stages\..+\.grn\.", name) for name in state),
-        layer_scale=any(re.search(r"stages\..+\d\.gamma$", name) for name in state),
+        use_grn=_has(state, r"stages\..+\.grn\."),
+        layer_scale=1e-6 if _has(state, r"stages\..+\d\.gamma$") else None,
         patch_size=SIDES[0] * stem.shape[-1] if stem.shape[2:] in ((1, 1), (2, 2)) else PATCH,
     )
 
 
 def encoder_shapes(architecture: Architecture) -> dict[str, torch.Size]:
     """Return our name and the shape of every parameter of the encoder."""
-    options = asdict(architecture)
-    options["layer_scale"] = 1.0 if architecture.layer_scale else None
     with torch.device("meta"):
-        encoder = SparseConvNeXtV2(**options)
+        encoder = SparseConvNeXtV2(**vars(architecture))
     return {name: tensor.shape for name, tensor in encoder.state_dict().items()}
 
 
@@ -204,7 +196,7 @@ def _expected_shapes(state: State) -> dict[str, torch.Size]:
     """
     architecture, prefix = infer_architecture(state), _encoder_prefix(state)
     shapes = {prefix + name: shape for name, shape in encoder_shapes(architecture).items()}
-    if not any(re.match(r"(decoder|proj|pred|mask_token)\b", name) for name in state):
+    if not _has(state, r"^(decoder|proj|pred|mask_token)\b"):
         return shapes
     width, depth = _tensor(state, "decoder.proj.bias").numel(), _count_blocks(state, "decoder")
     with torch.device("meta"):
@@ -214,6 +206,10 @@ def _expected_shapes(state: State) -> dict[str, torch.Size]:
         decoder.blocks = nn.ModuleList(SparseBlock(width, 0.0, True, None) for _ in range(depth))
         decoder.pred = nn.Conv2d(width, architecture.in_chans * architecture.patch_size**2, 1)
     return shapes | {f"decoder.{name}": part.shape for name, part in decoder.state_dict().items()}
+
+
+def _has(state: State, pattern: str) -> bool:
+    return any(re.search(pattern, name) for name in state)
 
 
 def _encoder_prefix(state: State) -> str:

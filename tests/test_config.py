@@ -14,15 +14,15 @@ from fcmae.commands.predict import PredictConfig
 from fcmae.commands.probe import ProbeConfig
 from fcmae.commands.samples import SamplesConfig
 from fcmae.config.fields import leaves, runtime_keys
-from fcmae.config.files import from_dict, read_yaml, save_yaml
+from fcmae.config.files import build, read_yaml, save_yaml
 from fcmae.config.parsing import parse
 from fcmae.config.pretraining import (
     AugmentConfig,
     DecoderConfig,
     EpochProbeConfig,
-    OptimConfig,
     PretrainConfig,
 )
+from fcmae.config.training import OptimConfig
 from fcmae.config.values import differences, flatten, height_width
 from finetune.config import FinetuneAugmentConfig, FinetuneConfig, FinetuneOptimConfig
 from sparse.errors import InputError
@@ -253,13 +253,18 @@ def test_height_width() -> None:
     assert height_width([96, 160]) == (96, 160)
 
 
-def test_from_dict_is_strict() -> None:
+def test_a_config_is_built_from_dotted_keys() -> None:
     config = PretrainConfig(["a", "b"], "run", optim=OptimConfig(clip_grad=1.0))
-    assert from_dict(PretrainConfig, asdict(config)) == config
+    assert build(PretrainConfig, flatten(asdict(config))) == config
+
+
+def test_unknown_and_missing_keys_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("data: a\nout: b\nepoch: 1")
     with pytest.raises(InputError, match="'epoch'; did you mean epochs"):
-        from_dict(PretrainConfig, {"data": "a", "out": "b", "epoch": 1})
-    with pytest.raises(InputError, match="out is missing"):
-        from_dict(PretrainConfig, {"data": "a"})
+        read(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text("data: a")
+    with pytest.raises(InputError, match="missing --out"):
+        read(tmp_path / "config.yaml")
 
 
 TEXTS = st.text(min_size=1, max_size=12).filter(lambda text: not text.startswith("["))

@@ -73,7 +73,7 @@ def assert_same(found: State, expected: State) -> None:
 def test_encoder_shapes_are_those_of_the_encoder() -> None:
     for architecture in (
         TINY,
-        Architecture((1, 1, 1, 1), (4, 5, 6, 7), 1, use_grn=False, layer_scale=True),
+        Architecture((1, 1, 1, 1), (4, 5, 6, 7), 1, use_grn=False, layer_scale=1e-6),
     ):
         encoder = SparseConvNeXtV2(
             architecture.depths,
@@ -81,7 +81,7 @@ def test_encoder_shapes_are_those_of_the_encoder() -> None:
             architecture.in_chans,
             engine="patch",
             use_grn=architecture.use_grn,
-            layer_scale=1e-6 if architecture.layer_scale else None,
+            layer_scale=architecture.layer_scale,
         )
         shapes = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
         assert encoder_shapes(architecture) == shapes
@@ -187,7 +187,7 @@ def block_by_hand(at: str, part: str, tensor: Tensor) -> State:
     [
         TINY,
         Architecture((2, 2, 6, 2), (40, 80, 160, 320)),
-        Architecture((1, 1, 12, 1), (3, 3, 4, 5), 1, use_grn=False, layer_scale=True),
+        Architecture((1, 1, 12, 1), (3, 3, 4, 5), 1, use_grn=False, layer_scale=1e-6),
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "encoder."])

@@ -143,7 +143,8 @@ def test_blocks_against_a_computation_by_hand(engine: str, monkeypatch: pytest.M
         return channel_diversity(x_BNC)
 
     monkeypatch.setattr("fcmae.inspect.diversity.channel_diversity", watched)
-    found = block_diversity(encoder, [images[:3], images[3:]])
+    found, count = block_diversity(encoder, [images[:3], images[3:]])
+    assert count == 4
     assert list(found) == list(expected) == BLOCKS
     for name, (value, zero) in expected.items():
         assert found[name] == pytest.approx({"diversity": value, "zero": zero}, rel=1e-4), name
@@ -175,7 +176,7 @@ def test_held_out_images_give_loss_and_diversity(pictures: Path) -> None:
         model.eval()
         losses = [(float(model(*batch).loss), len(batch[0])) for batch in batches]
     expected = {"holdout_loss": sum(loss * count for loss, count in losses) / 5}
-    for name, block in block_diversity(model.encoder, [images for images, _ in batches]).items():
+    for name, block in block_diversity(model.encoder, [batch[0] for batch in batches])[0].items():
         expected[f"diversity/{name}"] = block["diversity"]
     assert found == pytest.approx(expected, rel=1e-5)
     assert list(found) == ["holdout_loss", *(f"diversity/{name}" for name in BLOCKS)]

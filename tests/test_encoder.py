@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck
 
 from sparse import SparseConvNeXtV2
-from sparse.block import SparseMlp, drop_images, weight_and_bias
+from sparse.block import SparseMlp, drop_images
 from sparse.convert import to_timm
 from sparse.ops.depthwise import depthwise
 from sparse.ops.grn_mlp import grn_mlp
@@ -68,8 +68,7 @@ def sites_of(counts, visible=None):
 
 
 def apply_mlp(x, norm, mlp, sites, recompute=False):
-    layers = map(weight_and_bias, (norm, mlp.fc1, mlp.grn, mlp.fc2))
-    return grn_mlp(x, *layers, sites.images, sites.visible_N1, recompute)
+    return grn_mlp(x, norm, mlp, sites.images, sites.visible_N1, recompute)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

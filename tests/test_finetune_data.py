@@ -96,8 +96,8 @@ def remove(*folders: str) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("spoil", "fraction", "message"),
     [
-        (remove("train"), 0.0, "no folder 'train'"),
-        (remove("val"), 0.0, "no folder 'val': .*--val_fraction 0.2"),
+        (remove("train"), 0.0, "train' is not a folder"),
+        (remove("val"), 0.0, "val' is not a folder: .*--val_fraction 0.2"),
         (lambda _: None, 0.2, "its own val: leave val_fraction at 0"),
         (remove("train/b"), 0.0, "has one class, 'a'"),
         (remove("train/a", "train/b"), 0.0, "has no folders"),
@@ -105,7 +105,7 @@ def remove(*folders: str) -> Callable[[Path], object]:
         (
             rename("val/b", "val/bb"),
             0.0,
-            r"does not have: 'bb' \(did you mean 'b'",
+            r"does not have: 'bb'; did you mean b\?",
         ),
         (rename("train/b", "train/A"), 0.0, "similar classes 'A' and 'a': rename one"),
         (rename("train/b", "train/b\n"), 0.0, "rename it to printable UTF-8"),

@@ -158,7 +158,7 @@ def test_a_frozen_backbone_trains_the_head_with_its_norm() -> None:
     freeze_backbone(model)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"head.norm.weight", "head.norm.bias", "head.fc.weight", "head.fc.bias"}
-    set_training(model, frozen=True)
+    set_training(model)
     assert model.get_submodule("head").training
     assert not any(part.training for part in model.get_submodule("stages").modules())
 

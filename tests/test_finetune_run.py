@@ -501,7 +501,7 @@ def test_a_run_given_as_weights_means_its_best_weights(run: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "out", "message"),
     [
-        ("nowhere", "x.csv", "holds no classifier: give a run"),
+        ("nowhere", "x.csv", "nowhere: no such file or folder; give a run"),
         ("run", "x.txt", "must be a file ending in .png or .csv"),
     ],
 )
@@ -530,9 +530,7 @@ def test_a_wrong_config_beside_the_weights_is_refused(
 
 
 def test_evaluate_needs_the_weights_of_a_folder_not_its_config(run: Path, classes: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"no classifier: .* model\.safetensors with its config\.json"
-    ):
+    with pytest.raises(InputError, match=r"unknown kind of weight file; expected \.safetensors"):
         evaluate(EvaluateConfig(str(run / "exported" / "config.json"), str(classes), workers=0))
 
 

@@ -11,7 +11,8 @@ from typing import Literal
 
 import pytest
 
-from fcmae.config.pretraining import AugmentConfig, DecoderConfig, OptimConfig, PretrainConfig
+from fcmae.config.pretraining import AugmentConfig, DecoderConfig, PretrainConfig
+from fcmae.config.training import OptimConfig
 from fcmae.train.pretraining import pretrain
 from sparse.engines.minkowski import why_unavailable
 from tests.cli import metrics

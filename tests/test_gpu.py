@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fcmae import FCMAE
+from fcmae.commands.bench import BenchConfig
 from fcmae.inspect.benchmark import example, gpu_peak, make_step
 from fcmae.train.pretraining import pretrain
 from tests.cli import metrics
@@ -36,7 +37,7 @@ def test_patch_on_the_gpu_equals_dense_on_the_cpu(kind):
 
 def test_a_step_never_waits_for_the_gpu():
     model = FCMAE.from_size("atto", engine="patch").to(GPU)
-    images, mask = example(4, (96, 96), 0.6, GPU)
+    images, mask = example(BenchConfig(batch_size=4, img_size=96), GPU)
     model(images, mask).loss.backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -49,7 +50,7 @@ def test_a_step_never_waits_for_the_gpu():
 
 
 def test_patch_takes_less_memory_than_dense():
-    images, mask = example(8, (224, 224), 0.6, GPU)
+    images, mask = example(BenchConfig(batch_size=8), GPU)
     peaks = {}
     for engine in ("patch", "dense"):
         step = make_step(engine, "atto", GPU)
@@ -61,7 +62,7 @@ def test_patch_takes_less_memory_than_dense():
 @pytest.mark.slow
 def test_compiled_equals_eager():
     encoder = random_encoder("patch", 3, model="atto").to(GPU)
-    images, mask = example(4, (96, 96), 0.6, GPU)
+    images, mask = example(BenchConfig(batch_size=4, img_size=96), GPU)
     eager = encoder(images, mask)
     encoder.compile_encode()
     torch.testing.assert_close(encoder(images, mask), eager, rtol=1e-3, atol=1e-3)

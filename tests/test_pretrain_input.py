@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fcmae.config.pretraining import AugmentConfig, OptimConfig, PretrainConfig
+from fcmae.config.pretraining import AugmentConfig, PretrainConfig
+from fcmae.config.training import OptimConfig
 from fcmae.train.pretraining import pretrain
 from fcmae.train.processes import World
 from sparse import available_engines

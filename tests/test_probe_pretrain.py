@@ -132,7 +132,7 @@ def test_a_stop_is_handled_between_batches(classes: Path) -> None:
     ("arguments", "message"),
     [
         (["--probe.data", "nowhere"], "probe.data 'nowhere' does not exist"),
-        (["--probe.data", "{pictures}"], "has no folder 'train'"),
+        (["--probe.data", "{pictures}"], "train' is not a folder"),
         (["--probe.data", "{classes}", "--probe.val_fraction", "0.2"], "leave val_fraction at 0"),
         (["--probe.data", "{classes}", "--probe.epochs", "0"], "probe.epochs 0 must be at least 1"),
     ],

@@ -8,16 +8,22 @@ from torch import nn
 from fcmae import FCMAE
 from fcmae.train.clock import Clock
 from fcmae.train.optimizer import parameter_groups
-from fcmae.train.plan import Plan, peak_share, warmup_steps
+from fcmae.train.plan import BASE_BATCH, Plan, make_plan
 from fcmae.train.pretraining import Pretraining
 
 
+def plan(asked: float | None, per_epoch: int, epochs: int, least: int = 0) -> Plan:
+    """The plan of a run of one image a step whose peak rate is 1 if the warm-up reaches it."""
+    optim = SimpleNamespace(base_lr=BASE_BATCH, warmup_epochs=asked)
+    return make_plan(SimpleNamespace(batch_size=1, optim=optim), per_epoch, epochs, least)
+
+
 def test_warmup_is_a_tenth_at_most_unless_given():
-    assert warmup_steps(None, 10, 8000) == 400  # 40 epochs
-    assert warmup_steps(None, 10, 1000) == 100
-    assert warmup_steps(None, 3, 3) == 0
-    assert warmup_steps(2.5, 10, 1000) == 25
-    assert warmup_steps(5, 10, 20) == 20
+    assert plan(None, 10, 800).warmup == 400  # 40 epochs
+    assert plan(None, 10, 100).warmup == 100
+    assert plan(None, 3, 1).warmup == 0
+    assert plan(2.5, 10, 100).warmup == 25
+    assert plan(5, 10, 2).warmup == 20
 
 
 @pytest.mark.parametrize(
@@ -25,10 +31,11 @@ def test_warmup_is_a_tenth_at_most_unless_given():
     [(1, 0, 0.04), (16, 8, 0.32), (50, 25, 1), (190, 95, 1), (900, 100, 1), (1440, 144, 1)],
 )
 def test_a_short_run_warms_up_for_half_and_a_tiny_one_reaches_less(total, steps, share):
-    assert warmup_steps(None, 10, total, least=100) == steps
-    assert peak_share(None, total, least=100) == pytest.approx(share)
-    assert warmup_steps(0.5, 10, total, least=100) == min(5, total)
-    assert peak_share(0.5, total, least=100) == peak_share(None, total) == 1
+    short, asked = plan(None, total, 1, least=100), plan(5, 1, total, least=100)
+    assert short.warmup == steps
+    assert short.peak == pytest.approx(share)
+    assert asked.warmup == min(5, total)
+    assert asked.peak == plan(None, total, 1).peak == 1
 
 
 def test_cosine():

@@ -159,7 +159,7 @@ def test_bench_prints_one_json_object(capsys):
     for row in rows.values():
         assert row["images_per_s"] > 0
         assert row["peak_mb"] > 0
-    assert result["settings"]["visible_share"] == visible_share((64, 64), 0.6) == 0.25
+    assert result["settings"]["visible_share"] == visible_share(BenchConfig(img_size=64)) == 0.25
 
 
 @pytest.mark.parametrize(("model", "published"), [("atto", 0.55e9), ("tiny", 4.47e9)])

@@ -73,7 +73,7 @@ def test_a_run_gives_its_newest_intact_checkpoint(tmp_path: Path) -> None:
     assert_same(load_weights(str(tmp_path)).state, states[0])
 
     (tmp_path / "checkpoints/step-00000005/model.safetensors").unlink()
-    with pytest.raises(InputError, match="all 3 checkpoints are damaged"):
+    with pytest.raises(InputError, match="all checkpoints are damaged"):
         load_weights(tmp_path)
 
 
@@ -184,7 +184,7 @@ def test_damaged_files_give_one_clear_line(tmp_path: Path) -> None:
         ({"epoch": 3}, "found epoch"),
         (3, "holds a int"),
         ({"layer1.weight": torch.ones(1)}, "not a ConvNeXt V2"),
-        (random_encoder() | {"stem.0.bias": torch.full((6,), torch.nan)}, "1 tensors hold NaN"),
+        (random_encoder() | {"stem.0.bias": torch.full((6,), torch.nan)}, "NaN or infinity in"),
     ],
 )
 def test_pickles_without_our_weights(tmp_path: Path, content: Any, words: str) -> None:
@@ -200,7 +200,7 @@ def test_sources_without_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no weights: expected a run"):
         load_weights(tmp_path)
     (tmp_path / "w.jpg").touch()
-    with pytest.raises(InputError, match="unknown kind of weight file"):
+    with pytest.raises(InputError, match=r"not a weight file: use \.safetensors"):
         load_weights(tmp_path / "w.jpg")
 
 
@@ -227,8 +227,8 @@ def test_adapt_in_chans_from_other_than_three() -> None:
         (Architecture((2, 2, 6, 2), (40, 80, 160, 320), in_chans=4), "convnextv2_atto"),
         (Architecture((1, 1, 1, 1), (6, 8, 10, 12), in_chans=1), "convnextv2_tiny"),
         (Architecture((1, 2, 1, 1), (48, 16, 8, 8)), "convnextv2_femto"),
-        (Architecture((1, 1, 1, 1), (64, 8, 8, 8), 2, False, True), "convnextv2_pico"),
-        (Architecture((1, 1, 1, 1), (8, 8, 8, 8), 3, False, True), "convnextv2_tiny"),
+        (Architecture((1, 1, 1, 1), (64, 8, 8, 8), 2, False, 1e-6), "convnextv2_pico"),
+        (Architecture((1, 1, 1, 1), (8, 8, 8, 8), 3, False, 1e-6), "convnextv2_tiny"),
     ],
 )
 def test_the_folder_loads_in_timm_both_ways_and_computes_the_same(
@@ -266,7 +266,7 @@ def test_the_folder_loads_in_timm_both_ways_and_computes_the_same(
         channels,
         engine="patch",
         use_grn=architecture.use_grn,
-        layer_scale=1e-6 if architecture.layer_scale else None,
+        layer_scale=architecture.layer_scale,
     )
     encoder.load_state_dict(state)
     images = torch.randn(2, channels, 64, 96)

@@ -91,9 +91,9 @@ def across(values_NC: Tensor, labels_N: Tensor, classes: int, folds_N: Tensor) -
     hits = {"knn20": 0, "linear": 0}
     for fold in range(FOLDS):
         one = folds_N == fold
-        chosen = torch.arange(0, int((~one).sum()), 5)
+        held = torch.arange(int((~one).sum())) % 5 == 0
         some = Labelled(
-            values_NC[~one], labels_N[~one], values_NC[one], labels_N[one], classes, chosen
+            values_NC[~one], labels_N[~one], values_NC[one], labels_N[one], classes, held
         )
         near = knn(some.train, some.train_labels, some.val, (20,), classes)[0]
         for name, guess in (("knn20", near), ("linear", linear_probe(some)[0])):

@@ -1,6 +1,4 @@
 """`fcmae pretrain`: learn from unlabelled images."""
 
-from fcmae.config.pretraining import PretrainConfig
-
-CONFIG = PretrainConfig
+CONFIG = "fcmae.config.pretraining:PretrainConfig"
 RUN = "fcmae.train.pretraining:pretrain"

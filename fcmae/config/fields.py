@@ -83,6 +83,12 @@ class Leaf:
         rule = f"{many}{' and '.join(words)}{rising}{self.such_as()}"
         raise InputError(f"{name} {value} must be {rule}")
 
+    def paths(self, value: Any) -> list[str]:
+        """Return the paths in a value, with `~` expanded."""
+        given = value if isinstance(value, list) else [value]
+        not_paths = (None, *self.words)
+        return [os.path.expanduser(path) for path in given if self.path and path not in not_paths]
+
     def such_as(self) -> str:
         """Return ', such as …' with a value that works, or '' if none is known."""
         if self.multiple:
@@ -157,11 +163,8 @@ def asked_settings(config: Any) -> dict[str, Any]:
     """The config as JSON, its paths absolute, so that it compares from any folder."""
     asked = asdict(config)
     for key, leaf in own_leaves(type(config)).items():
-        value = asked[key]
-        if leaf.path and value is not None and value not in leaf.words:
-            paths = [value] if isinstance(value, str) else value
-            absolute = [os.path.abspath(os.path.expanduser(path)) for path in paths]
-            asked[key] = absolute if key == "data" else absolute[0]
+        if paths := [os.path.abspath(path) for path in leaf.paths(asked[key])]:
+            asked[key] = paths if key == "data" else paths[0]
     return asked
 
 
@@ -175,10 +178,8 @@ def check_paths(config: Any) -> None:
         return
     values = flatten(asdict(config))
     for key, leaf in leaves(type(config)).items():
-        given = [values[key]] if isinstance(values[key], str) else values[key] or []
-        for path in given if leaf.path else []:
-            elsewhere = path in leaf.words or re.search("://|^hf:|{", path)
-            if not elsewhere and not os.path.exists(os.path.expanduser(path)):
+        for path in leaf.paths(values[key]):
+            if not re.search("://|^hf:|{", path) and not os.path.exists(path):
                 raise InputError(f"{key} {path!r} does not exist: give {leaf.path}")
 
 

@@ -1,18 +1,15 @@
 """Configs to and from dicts and YAML files. Does not import torch."""
 
 import re
-from dataclasses import MISSING, asdict, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from fcmae.atomic import atomic_write
-from fcmae.config.fields import leaves, own_leaves, runtime_keys
-from fcmae.config.values import flatten, nearest
+from fcmae.config.fields import own_leaves, runtime_keys
 from sparse.errors import InputError
-
-Kind = TypeVar("Kind")
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -87,29 +84,23 @@ def to_yaml(values: dict[str, Any]) -> str:
     return yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
 
 
-def from_dict(kind: type[Kind], values: dict[str, Any]) -> Kind:
-    """Build a config from nested dicts or dotted keys; omitted settings have their defaults.
+def build(kind: Any, values: dict[str, Any], prefix: str = "") -> Any:
+    """Build a config; omitted settings have their defaults.
+
+    Args:
+        kind: its class.
+        values: settings by dotted key; keys without `prefix` are ignored.
+        prefix: of the keys of this config if it is part of another: `optim.`.
 
     Raises:
-        InputError: an unknown key (names the nearest), a missing key, or a number out of range.
+        InputError: a number is out of range.
     """
-    flat, known = flatten(values), leaves(kind)
-    for key in flat:
-        if key not in known:
-            raise InputError(f"unknown key {key!r}{nearest(key, known)}")
-    for key, leaf in known.items():
-        if leaf.default is MISSING and key not in flat:
-            raise InputError(f"{key} is missing")
-    return _build(kind, flat, "")
-
-
-def _build(kind: Any, flat: dict[str, Any], prefix: str) -> Any:
-    own = {}
+    own: dict[str, Any] = {}
     for name, leaf in own_leaves(kind).items():
         if is_dataclass(leaf.type):
-            own[name] = _build(leaf.type, flat, f"{prefix}{name}.")
-        elif prefix + name in flat:
-            own[name] = flat[prefix + name]
+            own[name] = build(leaf.type, values, f"{prefix}{name}.")
+        elif prefix + name in values:
+            own[name] = values[prefix + name]
     return kind(**own)
 
 

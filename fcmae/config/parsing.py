@@ -7,7 +7,7 @@ checks each value by the type of its field.
 import argparse
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import MISSING, is_dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -17,7 +17,7 @@ from docstring_parser import parse_from_object
 from jsonargparse import ArgumentParser
 
 from fcmae.config.fields import GROUPS, RUNTIME, Leaf, leaves, own_leaves, title_of, to_text
-from fcmae.config.files import asked, from_dict, read_yaml, to_yaml
+from fcmae.config.files import asked, build, read_yaml, to_yaml
 from fcmae.config.values import flatten, nearest
 from sparse.errors import InputError
 
@@ -46,18 +46,16 @@ def parse(
     if "--help" in argv or "-h" in argv:
         _print_help(kind, command)
         return None
-    given = read_arguments(argv, known)
     values: dict[str, Any] = {}
-    for key, value in given:
-        if key == "config":
-            values |= read_file(value, known, owner)
-    values |= {key: value for key, value in given if key in known}
+    # Options take precedence over config files, in whatever order they are given.
+    for key, value in sorted(read_arguments(argv, known), key=lambda given: given[0] != "config"):
+        values |= read_file(value, known, owner) if key == "config" else {key: value}
     missing = [key for key, leaf in known.items() if leaf.default is MISSING and key not in values]
-    show = dict(given).get("print_config", False)
+    show = values.pop("print_config", False)
     if missing and not show:
         names = " and ".join(_shown(key, known[key]) for key in missing)
         raise InputError(f"missing {names}: run {usage(kind, command)}")
-    config = from_dict(kind, values | dict.fromkeys(missing, ""))
+    config = build(kind, values | dict.fromkeys(missing, ""))
     if not show:
         return config
     print(to_yaml({k: v for k, v in asked(config).items() if k not in missing}), end="")
@@ -79,8 +77,8 @@ def _shown(key: str, leaf: Leaf) -> str:
     return key.upper() if leaf.positional else f"--{key}"
 
 
-def read_arguments(argv: Sequence[str], known: dict[str, Leaf]) -> list[tuple[str, Any]]:
-    """Match options, flags and positional arguments; return (key, value) pairs in order.
+def read_arguments(argv: Sequence[str], known: dict[str, Leaf]) -> Iterator[tuple[str, Any]]:
+    """Match options, flags and positional arguments; yield (key, value) pairs in order.
 
     Raises:
         InputError: an unknown option, a wrong or missing value, or a value without an option.
@@ -97,8 +95,11 @@ def read_arguments(argv: Sequence[str], known: dict[str, Leaf]) -> list[tuple[st
             positional.append(word)
         elif key in options:
             found.append((key, [value] if equals else _take(words, name, options[key])))
+        elif inside := [full for full in known if full.startswith(f"{key}.")]:
+            raise InputError(f"{name} is a group of settings: name one, such as --{inside[0]}")
         else:
-            raise InputError(_unknown(name, key, known))
+            hint = nearest(key.lstrip("-"), [*known, *_SPECIAL], "--")
+            raise InputError(f"unknown option {name}{hint or '; --help lists them'}")
     if positional:
         main = next((key for key, leaf in known.items() if leaf.positional), None)
         several = main is not None and _items(known[main].type) is not None
@@ -106,13 +107,11 @@ def read_arguments(argv: Sequence[str], known: dict[str, Leaf]) -> list[tuple[st
             rule = "settings are written --name value; --help lists them"
             raise InputError(f"unexpected {positional[-1]!r}: {rule}")
         found.append((main, positional))
-    given = []
     for key, values in found:
         leaf = options[key]
         if "" in values and leaf.default is MISSING:
             raise InputError(f"{_shown(key, leaf)} is empty: give a value")
-        given.append((key, convert(_join(values, leaf.type), leaf, f"--{key}")))
-    return given
+        yield key, convert(_join(values, leaf.type), leaf, f"--{key}")
 
 
 def _take(words: deque[str], name: str, leaf: Leaf) -> list[str]:
@@ -139,13 +138,6 @@ def _join(values: list[str], kind: Any) -> str:
     if len(values) == 1 and (get_origin(kind) is not list or values[0].startswith("[")):
         return values[0]
     return to_text(values) if _items(kind) is str else f"[{','.join(values)}]"
-
-
-def _unknown(name: str, key: str, known: dict[str, Leaf]) -> str:
-    if group := [full for full in known if full.startswith(f"{key}.")]:
-        return f"{name} is a group of settings: name one, such as --{group[0]}"
-    hint = nearest(key.lstrip("-"), [*known, *_SPECIAL], "--")
-    return f"unknown option {name}{hint or '; --help lists them'}"
 
 
 def read_file(path: str, known: dict[str, Leaf], owner: Owner = lambda keys: "") -> dict[str, Any]:

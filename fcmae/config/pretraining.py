@@ -5,7 +5,7 @@ from math import inf
 from typing import Literal
 
 from fcmae.config.fields import DATA, IMAGES, MODEL, WEIGHTS, Config, runtime, setting
-from fcmae.config.training import AugmentBase, OptimBase, TrainingConfig
+from fcmae.config.training import AugmentBase, TrainingConfig
 
 
 @dataclass
@@ -19,15 +19,6 @@ class DecoderConfig(Config):
 
     depth: int = setting(1, at_least=1)
     """Number of ConvNeXt V2 blocks. The paper uses 1; more blocks cost time and gain nothing."""
-
-
-@dataclass
-class OptimConfig(OptimBase):
-    """AdamW with warm-up and cosine decay to zero, both per step."""
-
-    base_lr: float = 6e-3
-    """Learning rate for a batch of 256; the actual rate is base_lr * batch_size / 256. The default
-    suits a few thousand images; the paper's 1.5e-4 suits batches of 4096."""
 
 
 @dataclass
@@ -60,9 +51,6 @@ class EpochProbeConfig(Config):
 class PretrainConfig(TrainingConfig):
     """Pretrain a sparse ConvNeXt V2 on unlabelled images by reconstructing hidden patches."""
 
-    data: str | list[str]
-    """Images: a folder, flat or nested, or a text file of paths; several as A B or '[A,B]'."""
-
     model: str = setting("atto", group=MODEL)
     """Encoder: atto, femto, pico, nano, tiny, base, large or huge (3.7 to 660 M parameters)."""
 
@@ -94,8 +82,6 @@ class PretrainConfig(TrainingConfig):
 
     init_from: str | None = setting(None, path=WEIGHTS, group=MODEL)
     """Initial weights of the encoder: a converted folder, an official release or a timm file."""
-
-    optim: OptimConfig = setting(OptimConfig)
 
     augment: AugmentConfig = setting(AugmentConfig)
 

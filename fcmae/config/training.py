@@ -11,13 +11,14 @@ from sparse.sizes import PATCH
 
 
 @dataclass
-class OptimBase(Config):
+class OptimConfig(Config):
     """AdamW with warm-up and cosine decay to zero, both per step."""
 
     PREFIX = "optim."
 
-    base_lr: float = setting(above=0, below=inf)
-    """Learning rate for a batch of 256; the actual rate is base_lr * batch_size / 256."""
+    base_lr: float = setting(6e-3, above=0, below=inf)
+    """Learning rate for a batch of 256; the actual rate is base_lr * batch_size / 256. The default
+    suits a few thousand images; the paper's 1.5e-4 suits batches of 4096."""
 
     weight_decay: float = setting(0.05, at_least=0, below=inf)
     """AdamW's weight decay. Biases, norms, GRN and the mask token are exempt."""
@@ -73,6 +74,7 @@ class TrainingConfig(DeviceConfig):
     """
 
     data: str | list[str] = setting(path=IMAGES, positional=True, group=DATA)
+    """Images: a folder, flat or nested, or a text file of paths; several as A B or '[A,B]'."""
 
     out: str = setting(runtime=True, group=DATA)
     """Run folder for checkpoints, logs and the model for timm. An unfinished run in it resumes."""
@@ -100,7 +102,7 @@ class TrainingConfig(DeviceConfig):
     seed: int = setting(0, at_least=0, group=OPTIMISATION)
     """Seed of the initial weights, the order, the augmentation and the masks."""
 
-    optim: OptimBase = setting(OptimBase)
+    optim: OptimConfig = setting(OptimConfig)
 
     augment: AugmentBase = setting(AugmentBase)
 

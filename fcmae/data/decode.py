@@ -14,7 +14,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO
@@ -39,12 +39,12 @@ _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
-class BadImage(Exception):
-    """An image that can't be used; `reason` is one line."""
+Turn = tuple[bool, bool, bool]
+"""Whether to swap rows and columns, then mirror left-right, then top-bottom."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+
+class BadImage(Exception):
+    """An image that can't be used; the message is one line."""
 
 
 @contextmanager
@@ -78,16 +78,16 @@ class OpenedImage:
 
     Args:
         stored_size: (width, height) in pixels, before the EXIF orientation.
-        turn: whether to swap rows and columns, then mirror left-right, then top-bottom.
+        turn: what the EXIF orientation asks for.
         in_chans: channels of the crops.
-        decode: maps a factor to the pixels at 1 / scale of their size, and the scale, which is 1 or
-            at most the factor.
+        decode: maps a factor to the pixels at 1 / scale of their size, where scale is 1 or at most
+            the factor.
     """
 
     stored_size: tuple[int, int]
-    turn: tuple[bool, bool, bool]
+    turn: Turn
     in_chans: int
-    decode: Callable[[int], tuple[Raster, int]]
+    decode: Callable[[int], Raster]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -122,7 +122,8 @@ class OpenedImage:
             left, top, width, height = top, left, height, width
             img_size = img_size[::-1]
         shrink = min(width // img_size[1], height // img_size[0])
-        raster, scale = self.decode(shrink if fast else 1)
+        raster = self.decode(shrink if fast else 1)
+        scale = raster.scale
         right = min(math.ceil((left + width) / scale), raster.width)
         bottom = min(math.ceil((top + height) / scale), raster.height)
         corners = (left // scale, top // scale, right, bottom)
@@ -189,15 +190,10 @@ def _read_with_pillow(file: BinaryIO, in_chans: int, max_pixels: int) -> OpenedI
         decode = partial(_decode_jpeg, file.read(), image.size, in_chans)
         return OpenedImage(image.size, turn, in_chans, decode)
     image.load()
-    raster = _pillow_raster(image, in_chans)
-    if image.mode == "F":
-        _check_finite(raster)
-    return OpenedImage(image.size, _turn(image), in_chans, lambda _: (raster, 1))
+    return _decoded(_pillow_raster(image, in_chans), in_chans, _turn(image))
 
 
-def _decode_jpeg(
-    content: bytes, size: tuple[int, int], in_chans: int, shrink: int
-) -> tuple[Raster, int]:
+def _decode_jpeg(content: bytes, size: tuple[int, int], in_chans: int, shrink: int) -> Raster:
     """See `OpenedImage`: a JPEG can be decoded at 1/2, 1/4 and 1/8 of its (width, height)."""
     scale = next(scale for scale in (8, 4, 2, 1) if scale <= max(shrink, 1))
     with reading(size[0] * size[1]):
@@ -205,10 +201,10 @@ def _decode_jpeg(
         if scale > 1:
             image.draft(None, (size[0] // scale, size[1] // scale))
         image.load()
-        return _pillow_raster(image, in_chans), scale
+        return _pillow_raster(image, in_chans, scale)
 
 
-def _pillow_raster(image: Image.Image, in_chans: int) -> Raster:
+def _pillow_raster(image: Image.Image, in_chans: int, scale: int = 1) -> Raster:
     """Convert a Pillow image part by part, without a second copy of a large one."""
     modes: tuple[str, ...] = ()
     if image.mode in _GREY + _COLOUR:
@@ -228,7 +224,7 @@ def _pillow_raster(image: Image.Image, in_chans: int) -> Raster:
             pixels = pixels.astype(np.uint16)
         return to_unit(pixels.reshape(bottom - top, right - left, -1))
 
-    return Raster(*image.size, image.mode != "F", rows)
+    return Raster(*image.size, image.mode != "F", rows, scale)
 
 
 def _read_array(file: BinaryIO, in_chans: int, max_pixels: int) -> OpenedImage:
@@ -254,10 +250,7 @@ def _read_array(file: BinaryIO, in_chans: int, max_pixels: int) -> OpenedImage:
     def rows(left: int, top: int, right: int, bottom: int) -> Pixels:
         return to_unit(pixels[top:bottom, left:right])
 
-    raster = Raster(width, height, dtype.kind == "u", rows)
-    if dtype.kind == "f":
-        _check_finite(raster)
-    return OpenedImage((width, height), (False, False, False), in_chans, lambda _: (raster, 1))
+    return _decoded(Raster(width, height, dtype.kind == "u", rows), in_chans)
 
 
 def _check_pixels(width: int, height: int, max_pixels: int, form: str = "") -> None:
@@ -269,21 +262,23 @@ def _check_pixels(width: int, height: int, max_pixels: int, form: str = "") -> N
         raise BadImage(f"no pixels: {width}x{height}")
 
 
-def _check_finite(raster: Raster) -> None:
-    """Refuse NaN and infinity anywhere, so that either all crops of a file are bad or none."""
-    box = (0, 0, raster.width, raster.height)
-    if not all(np.isfinite(part).all() for part in strips(raster, box)):
+def _decoded(raster: Raster, in_chans: int, turn: Turn = (False, False, False)) -> OpenedImage:
+    """Return a decoded image.
+
+    NaN and infinity anywhere are refused, so that either all crops of a file are bad or none.
+    """
+    size = raster.width, raster.height
+    if not (raster.bounded or all(np.isfinite(s).all() for s in strips(raster, (0, 0, *size)))):
         raise BadImage("some values are not finite")
+    return OpenedImage(size, turn, in_chans, lambda _: raster)
 
 
-def _turn(image: Image.Image) -> tuple[bool, bool, bool]:
+def _turn(image: Image.Image) -> Turn:
     """Return the turns of the EXIF orientation; none if the EXIF data can't be read.
 
     Of the values 1 to 8, the last four swap rows and columns.
     """
-    try:
-        with reading(image.width * image.height):
-            orientation = image.getexif().get(0x0112)
-    except BadImage:
-        orientation = None
+    orientation = None
+    with suppress(BadImage), reading(image.width * image.height):
+        orientation = image.getexif().get(0x0112)
     return orientation in (5, 6, 7, 8), orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)

@@ -77,15 +77,16 @@ def perceptual_hash(path_or_file: PathOrFile) -> Hash | None:
         small = as_float(image.resized((0, 0, *image.size), (SIDE, SIDE), fast=True))[0]
     except BadImage:
         return None
-    if small.std() < FLAT:
-        return None
-    return np.packbits((_COSINES @ small @ _COSINES.T).ravel()[1:] > 0)
+    hashed = np.packbits((_COSINES @ small @ _COSINES.T).ravel()[1:] > 0)
+    return None if small.std() < FLAT else hashed
 
 
 def find_duplicates(
-    source: Source, others: Source, workers: int, world: World = ALONE, shown: bool = False
+    source: Source, others: Source, workers: int, world: World = ALONE
 ) -> list[Duplicate]:
     """Find the images in `source` that are near-duplicates of one in `others`, with the nearest.
+
+    The result is sorted by name. The main process shows progress bars on terminals.
 
     Args:
         source: the images to search.
@@ -93,25 +94,22 @@ def find_duplicates(
         workers: processes that read images.
         world: the processes that share the work; each returns the whole result. None of them waits
             while another works alone: a collective would time out.
-        shown: show a progress bar on terminals.
 
     Raises:
         RunError: a process that reads images died.
     """
-    parts = world.gather(_hashes(others, workers, world, "hashes of val" if shown else None))
+    parts = world.gather(_hashes(others, workers, world, "hashes of val"))
     wanted_at = [index for _, indices in parts for index in indices]
     signs = _signs(np.concatenate([hashes for hashes, _ in parts]))
-    hashes, places = _hashes(source, workers, world, "hashes to compare" if shown else None)
-    found: list[tuple[int, Duplicate]] = []
+    hashes, places = _hashes(source, workers, world, "hashes to compare")
+    found: list[Duplicate] = []
     for start in range(0, len(hashes) if wanted_at else 0, _AT_ONCE):
         best = (_signs(hashes[start : start + _AT_ONCE]) @ signs.T).max(1)
         bits = ((BITS - best.values) / 2).round().int()
         for near in (bits <= MOST_BITS).nonzero().flatten().tolist():
-            place, of = places[start + near], wanted_at[int(best.indices[near])]
-            entry = Duplicate(source.name(place), others.name(of), int(bits[near]))
-            found.append((place, entry))
-    everywhere = [pair for part in world.gather(found) for pair in part]
-    return [entry for _, entry in sorted(everywhere)]
+            name, of = source.name(places[start + near]), wanted_at[int(best.indices[near])]
+            found.append(Duplicate(name, others.name(of), int(bits[near])))
+    return sorted(entry for part in world.gather(found) for entry in part)
 
 
 def report_duplicates(
@@ -129,10 +127,10 @@ def report_duplicates(
         RunError: a process that reads images died.
     """
     processes = resolve_workers(workers, world.device)
-    found = find_duplicates(source, data.val.source, processes, world, shown=world.is_main)
+    found = find_duplicates(source, data.val.source, processes, world)
     if not world.is_main:
         return found
-    pairs = [f"{entry.path} is like {data.val.prefix}{entry.of}" for entry in found]
+    pairs = [f"{path} is like {data.val.prefix}{of}" for path, of, _ in found]
     warn_of_first([f"near-duplicate of a validation image: {pair}" for pair in pairs])
     of = len({entry.of for entry in found})
     _log.info(f"{len(found)} of {len(source)} images are near-duplicates of {of} images in val")
@@ -145,16 +143,15 @@ def write_duplicates(found: Sequence[Duplicate], path: Path) -> None:
         file.write_text("".join(json.dumps(entry._asdict()) + "\n" for entry in found))
 
 
-def _hashes(source: Source, workers: int, world: World, what: str | None) -> tuple[Hash, list[int]]:
+def _hashes(source: Source, workers: int, world: World, what: str) -> tuple[Hash, list[int]]:
     """Hashes (N, 32) of this process's share of the images, and the indices of hashed images."""
-    batches = [batch for batch in batches_of(len(source), 64, world.rank, world.size) if batch]
+    batches = batches_of(len(source), 64, world.rank, world.size)
     hashes, indices = [np.empty((0, 32), np.uint8)], []
     with lost_workers():
         loader = make_loader(_HashDataset(source), batches, workers)
-        for batch in tracked(loader, len(batches), what):
-            if len(batch):
-                hashes.append(batch.images.numpy())
-                indices += batch.indices.tolist()
+        for batch in tracked(loader, len(batches), what if world.is_main else None):
+            hashes.append(batch.images.numpy().reshape(-1, 32))
+            indices += batch.indices.tolist()
     return np.concatenate(hashes), indices
 
 

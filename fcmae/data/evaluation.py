@@ -15,7 +15,7 @@ from fcmae.config.values import MAX_PIXELS
 from fcmae.console import tracked
 from fcmae.data.decode import BadImage
 from fcmae.data.labelled import Split
-from fcmae.data.loader import lost_workers, make_loader
+from fcmae.data.loader import make_loader
 from fcmae.data.sample import Batch, Sample, normalise
 from fcmae.data.sources import Source, key_hash
 from fcmae.data.statistics import Preprocessing, center_crop
@@ -47,12 +47,11 @@ class EvalDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """Return the sample, without an image if it can't be read."""
-        target = self.split.target(index)
         try:
             image, geometry = center_crop(self.split.source, index, self.images, self.max_pixels)
         except BadImage as error:
-            return Sample(None, index, bad=[(self.split.name(index), error.reason)])
-        return Sample(image, index, target=target, geometry=geometry)
+            return Sample(None, index, bad=[(self.split.name(index), str(error))])
+        return Sample(image, index, target=self.split.target(index), geometry=geometry)
 
 
 def report_skipped(bad: Sequence[tuple[str, str]], most: int = SHOWN) -> None:
@@ -73,9 +72,8 @@ def batches_of(n: int, batch_size: int, rank: int = 0, size: int = 1) -> list[li
 
     All processes get the same number of batches; the last ones may be smaller or empty.
     """
-    own = range(rank, n, size)
-    count = math.ceil(math.ceil(n / size) / batch_size)
-    return [list(own[start * batch_size : (start + 1) * batch_size]) for start in range(count)]
+    own, most = range(rank, n, size), math.ceil(n / size)
+    return [list(own[start : start + batch_size]) for start in range(0, most, batch_size)]
 
 
 def each_batch(
@@ -101,20 +99,16 @@ def each_batch(
         world: the processes that share the work.
         max_pixels: images with more pixels count as unreadable.
         shown: the name of a progress bar on terminals; None shows none.
-
-    Raises:
-        RunError: a process that reads images died.
     """
     dataset = EvalDataset(split, images, max_pixels)
     batches = batches_of(len(dataset), batch_size, world.rank, world.size)
-    with lost_workers():
-        loaded = make_loader(dataset, batches, workers, device.type == "cuda")
-        for batch in tracked(loaded, len(batches), shown):
-            pixels = batch.images
-            if len(batch):
-                pixels = normalise(pixels, images.mean, images.std, device)
-                pixels = pixels.contiguous(memory_format=torch.channels_last)
-            yield batch, pixels
+    loaded = make_loader(dataset, batches, workers, device.type == "cuda")
+    for batch in tracked(loaded, len(batches), shown):
+        pixels = batch.images
+        if len(batch):
+            pixels = normalise(pixels, images.mean, images.std, device)
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        yield batch, pixels
 
 
 def held_out_masks(

@@ -151,7 +151,7 @@ def find_images(
     """
     sources = [data] if isinstance(data, str) else list(data)
     if not sources:
-        raise InputError("data [] names no source: give a folder of images")
+        raise InputError(f"{setting} [] names no source: give a folder of images")
     roots: list[str] = []
     names, lengths, root_ids = bytearray(), array("H"), array("H")
     searched: set[_Key] = set()
@@ -178,14 +178,13 @@ def find_images(
                 f"{shown} holds no images{already}: files ending in {', '.join(EXTENSIONS)} count"
             )
         roots.append(os.fsdecode(path if is_folder else os.path.dirname(path)))
-    blob, dtype = np.frombuffer(names, np.uint8), np.uint16
-    sizes, ids = np.frombuffer(lengths, dtype), np.frombuffer(root_ids, dtype)
-    return FileList(tuple(roots), blob, sizes, ids)
+    blob = np.frombuffer(names, np.uint8)
+    return FileList(tuple(roots), blob, np.array(lengths), np.array(root_ids))
 
 
-def refuse_to_replace(out: Path, source: Source) -> None:
+def refuse_to_replace(out: Path | None, source: Source) -> None:
     """Raise InputError if the file that a command writes is one of those that it reads."""
-    if out.exists() and isinstance(source, FileList):
+    if out is not None and out.exists() and isinstance(source, FileList):
         path = os.fsencode(os.path.abspath(out))
         if any(source.path(index) == path for index in range(len(source))):
             raise InputError(f"out {str(out)!r} is one of the images: give another file")

@@ -9,7 +9,6 @@ import math
 import os
 import unicodedata
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +17,10 @@ import numpy.typing as npt
 
 from fcmae.data.file_list import FileList, find_images
 from fcmae.data.sources import Source, key_hashes
-from sparse.errors import InputError
+from sparse.errors import InputError, brief, did_you_mean
 
 TRAIN, VAL = "train", "val"
 _LAYOUT = "train/CLASS/… and val/CLASS/…"
-_NAMED = 5
 
 Labels = npt.NDArray[np.int64]
 
@@ -68,19 +66,14 @@ def find_labelled(data: str, val_fraction: float, exclude: str | None = None) ->
         InputError: a split or its images are missing, or its classes can't be learned.
     """
     root = Path(data).expanduser()
-    if not root.is_dir():
-        raise InputError(f"data {data!r} is not a folder: give one with {_LAYOUT}")
     train, val = root / TRAIN, root / VAL
+    needed = [root] if val_fraction else [root, train, val]
+    if missing := [str(folder) for folder in needed if not folder.is_dir()]:
+        hint = f"give {_LAYOUT}, or a folder of classes and --val_fraction 0.2"
+        raise InputError(f"data {missing[0]!r} is not a folder: {hint}")
     prefix, folder = (f"{TRAIN}/", train) if train.is_dir() else ("", root)
     if val_fraction and val.is_dir():
-        raise InputError(
-            f"val_fraction is {val_fraction}, but {data!r} has its own val: leave val_fraction at 0"
-        )
-    for split in (train, val):
-        if not val_fraction and not split.is_dir():
-            raise InputError(
-                f"data {data!r} has no folder {split.name!r}: give {_LAYOUT}, or --val_fraction 0.2"
-            )
+        raise InputError(f"{data!r} has its own val: leave val_fraction at 0, not {val_fraction}")
     files, names = find_classes(folder, exclude)
     if len(names) < 2:
         raise InputError(f"{folder} has one class, {names[0]!r}: give at least two")
@@ -94,8 +87,8 @@ def find_labelled(data: str, val_fraction: float, exclude: str | None = None) ->
         check_known(val, val_names, names, "train")
         learnt = Split(files, prefix, labels)
         measured = Split(val_files, f"{VAL}/", labels_of(val_files, names))
-    if missing := sorted(set(names) - set(val_names)):
-        _log.warning("not in val, so never measured: %s", _some(missing))
+    if unseen := sorted(set(names) - set(val_names)):
+        _log.warning("not in val, so never measured: %s", brief(map(repr, unseen)))
     return LabelledData(learnt, measured, names)
 
 
@@ -115,7 +108,8 @@ def find_classes(folder: Path, exclude: str | None = None) -> tuple[FileList, tu
         files = files.select(inside)
     counts = np.bincount(labels_of(files, names), minlength=len(names))
     if empty := [name for name, count in zip(names, counts, strict=True) if not count]:
-        raise InputError(f"{folder} has classes without images: {_some(empty)}; remove them")
+        shown = brief(map(repr, empty))
+        raise InputError(f"{folder} has classes without images: {shown}; remove them")
     return files, names
 
 
@@ -173,12 +167,8 @@ def split_by_hash(source: Source, labels: Labels, fraction: float) -> tuple[Labe
 def check_known(folder: Path, found: Sequence[str], known: Sequence[str], where: str) -> None:
     """Raise InputError for classes in `folder` that `where` does not have."""
     if unknown := sorted(set(found) - set(known)):
-        near = get_close_matches(unknown[0], known, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise InputError(
-            f"{folder} has classes that {where} does not have: {_some(unknown)}{hint}; known are "
-            f"{_some(known)}"
-        )
+        shown, hint = brief(map(repr, unknown)), did_you_mean(unknown[0], known)
+        raise InputError(f"{folder} has classes that {where} does not have: {shown}; {hint}")
 
 
 def _class_names(folder: Path, exclude: str | None) -> tuple[str, ...]:
@@ -193,8 +183,3 @@ def _class_names(folder: Path, exclude: str | None) -> tuple[str, ...]:
         if other != name:
             raise InputError(f"{folder} has similar classes {other!r} and {name!r}: rename one")
     return tuple(names)
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:_NAMED]))
-    return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown

@@ -64,7 +64,7 @@ class CropDataset(Dataset[Sample]):
             try:
                 return replace(self.crop(*key, place), bad=bad)
             except BadImage as error:
-                bad.append((self.split.name(place), error.reason))
+                bad.append((self.split.name(place), str(error)))
         return Sample(None, key[1], bad=bad)
 
     def crop(self, epoch: int, index: int, place: int) -> Sample:

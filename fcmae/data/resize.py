@@ -22,12 +22,14 @@ class Raster:
         width, height: in pixels.
         bounded: whether float values lie in [0, 1] and are clipped to it.
         rows: maps (left, top, right, bottom) to that part of the image, (rows, columns, bands).
+        scale: how many of the file's pixels one pixel spans along each side.
     """
 
     width: int
     height: int
     bounded: bool
     rows: Callable[[int, int, int, int], Pixels]
+    scale: int = 1
 
 
 def to_unit(pixels: npt.NDArray[Any]) -> Pixels:

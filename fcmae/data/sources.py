@@ -26,11 +26,9 @@ class Source(Protocol):
 
     def name(self, index: int, /) -> str:
         """Return an image's name for messages and predictions."""
-        ...
 
     def key(self, index: int, /) -> bytes:
         """Return what identifies an image in the source, independent of the source's location."""
-        ...
 
     def open(self, index: int, /) -> PathOrFile:
         """Return an image's path, or a new binary file of its content, which the reader closes.
@@ -38,15 +36,12 @@ class Source(Protocol):
         Raises:
             BadImage: the content can't be opened.
         """
-        ...
 
     def select(self, indices: npt.ArrayLike, /) -> "Source":
         """Return the images at `indices`, in that order."""
-        ...
 
     def fingerprint(self) -> str:
         """Return a digest of the keys in order."""
-        ...
 
 
 def key_hash(source: Source, index: int) -> int:
@@ -74,9 +69,7 @@ def split_holdout(
         count: number of images to hold out.
         minimum: none are held out of fewer images.
     """
-    everything = np.arange(len(source), dtype=np.int64)
-    if count <= 0 or len(source) < max(minimum, count + 1):
-        return everything, everything[:0]
-    training = np.ones(len(source), dtype=np.bool_)
-    training[np.argsort(key_hashes(source), kind="stable")[:count]] = False
-    return everything[training], everything[~training]
+    held = np.zeros(len(source), np.bool_)
+    if 0 < count < len(source) >= minimum:
+        held[np.argsort(key_hashes(source), kind="stable")[:count]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)

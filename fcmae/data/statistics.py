@@ -15,10 +15,7 @@ from fcmae.data.sample import as_float
 from fcmae.data.sources import Source
 from sparse.errors import InputError
 
-MeanStd = tuple[list[float], list[float]]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+MeanStd = tuple[Sequence[float], Sequence[float]]
 
 CROP_PCT = 0.875
 """Part of an image that evaluation keeps, as in timm's ConvNeXt V2."""
@@ -53,17 +50,16 @@ class Preprocessing:
     interpolation: str = "bicubic"
 
 
-def imagenet_mean_std(in_chans: int) -> MeanStd:
+def imagenet_mean_std(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return ImageNet's mean and std; for other than 3 channels, their averages."""
     if in_chans == 3:
-        return list(IMAGENET_MEAN), list(IMAGENET_STD)
-    return [sum(IMAGENET_MEAN) / 3] * in_chans, [sum(IMAGENET_STD) / 3] * in_chans
+        return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return (0.449,) * in_chans, (0.226,) * in_chans
 
 
 def default_preprocessing(in_chans: int) -> Preprocessing:
     """Return 224 px and ImageNet's mean and std; for other than 3 channels, their averages."""
-    mean, std = (tuple(round(v, 4) for v in values) for values in imagenet_mean_std(in_chans))
-    return Preprocessing((224, 224), mean, std)
+    return Preprocessing((224, 224), *imagenet_mean_std(in_chans))
 
 
 def resolve_mean_std(
@@ -84,7 +80,7 @@ def resolve_mean_std(
     known = {"imagenet": imagenet_mean_std(config.in_chans), **named}
     if "data" in asked:
         known["data"] = measure_mean_std(config, img_size, source)
-        _log.info("measured mean %s and std %s", *map(_rounded, known["data"]))
+        _log.info("measured mean %s and std %s", *np.round(known["data"], 4).tolist())
     mean, std = (
         known[value][place] if isinstance(value, str) else [float(v) for v in value]
         for place, value in enumerate(asked)
@@ -115,7 +111,7 @@ def measure_mean_std(
         try:
             image, _ = center_crop(source, index, images, config.max_pixels)
         except BadImage as error:
-            reason = f"{source.name(index)!r}: {error.reason}"
+            reason = f"{source.name(index)!r}: {error}"
             continue
         pixels = as_float(image).reshape(channels, -1).astype(np.float64)
         count += pixels.shape[1]
@@ -146,18 +142,13 @@ def warn_if_far_off(config: Any, images: Preprocessing, source: Source) -> None:
     """Warn if mean and std are far from those of the images: little is learned from values that are
     nearly equal or far from zero."""
     try:
-        found = measure_mean_std(config, images.img_size, source, LOOKED_AT)
+        found = np.array(measure_mean_std(config, images.img_size, source, LOOKED_AT))
     except InputError:  # none can be read: the run will report it
         return
-    mean, std = images.mean, images.std
-    shifts = [abs(m - given) / s for m, given, s in zip(found[0], mean, std, strict=True)]
-    spreads = [measured / given for measured, given in zip(found[1], std, strict=True)]
-    if min(spreads) < 1 / FAR_OFF or max(*spreads, *shifts) > FAR_OFF:
+    given = np.array([images.mean, images.std])
+    shifts, spreads = np.abs(found[0] - given[0]) / given[1], found[1] / given[1]
+    if spreads.min() < 1 / FAR_OFF or max(*spreads, *shifts) > FAR_OFF:
         _log.warning(
             "images have mean %s, std %s, not %s, %s: use --augment.mean data --augment.std data",
-            *map(_rounded, (*found, mean, std)),
+            *np.round([*found, *given], 4).tolist(),
         )
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [round(float(value), 4) for value in values]

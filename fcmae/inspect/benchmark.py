@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from fcmae.commands.bench import BenchConfig
 from fcmae.config.values import height_width
 from fcmae.inspect.prologue import print_result, print_table
 from fcmae.model.fcmae import FCMAE
-from fcmae.model.mask import check_mask_ratio, grid_of, keep_count, random_masks
+from fcmae.model.mask import grid_of, keep_count, random_masks
 from fcmae.train.machine import versions
 from fcmae.train.optimizer import parameter_groups
 from fcmae.train.processes import resolve_device
@@ -38,35 +39,40 @@ from sparse.sizes import PATCH, resolve_size
 TIMM = "timm, unmasked"
 BF16 = ", bf16"
 WHOLE = ", whole step"
+
 GEMM_SIDE = 2048
+"""The device's peak is that of a float32 product of square matrices of this side."""
+
 GEMM_FLOPS = 2 * GEMM_SIDE**3
 
 PASSES = 3
 """Forward and backward: a backward pass multiplies twice as much as a forward pass."""
 
-RATIOS = {
-    "dense ÷ timm, unmasked": ("dense", TIMM),
-    "patch ÷ dense": ("patch", "dense"),
-    "minkowski ÷ patch": ("minkowski", "patch"),
-    "patch, bf16 ÷ patch": (f"patch{BF16}", "patch"),
-    "patch ÷ patch, whole step": ("patch", f"patch{WHOLE}"),
-}
+RATIOS = (
+    ("dense", TIMM),
+    ("patch", "dense"),
+    ("minkowski", "patch"),
+    (f"patch{BF16}", "patch"),
+    ("patch", f"patch{WHOLE}"),
+)
 """Speeds to compare, in images/s."""
 
 Step = Callable[[], object]
-ImageStep = Callable[[Tensor, Tensor], None]
 
 
-def example(
-    batch: int, img_size: tuple[int, int], mask_ratio: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Random images on the device and random masks on the CPU."""
+def example(config: BenchConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random images on the device and random masks on the CPU.
+
+    Raises:
+        InputError: the mask ratio leaves nothing visible, or nothing hidden.
+    """
+    batch, img_size = config.batch_size, height_width(config.img_size)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, *img_size, generator=generator).to(device)
-    return images, random_masks(batch, grid_of(img_size), mask_ratio, generator)
+    return images, random_masks(batch, grid_of(img_size), config.mask_ratio, generator)
 
 
-def make_step(name: str, model: str, device: torch.device) -> ImageStep:
+def make_step(name: str, model: str, device: torch.device) -> Callable[[Tensor, Tensor], None]:
     """Forward and backward pass of a model, on images (B, 3, H, W) and a mask (B, H/32, W/32).
 
     Args:
@@ -97,12 +103,6 @@ def make_step(name: str, model: str, device: torch.device) -> ImageStep:
     return step
 
 
-def gemm_step(device: torch.device) -> Step:
-    """A float32 product of square matrices, `GEMM_FLOPS` operations: the device's peak."""
-    a = torch.randn(GEMM_SIDE, GEMM_SIDE, device=device)
-    return lambda: a @ a
-
-
 def macs(model: str, img_size: tuple[int, int]) -> float:
     """Multiply-adds of one image's forward pass with nothing hidden."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -130,27 +130,23 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_memory(
-    name: str, model: str, batch: int, img_size: tuple[int, int], mask_ratio: float
-) -> float | None:
+def peak_memory(name: str, model: str, config: BenchConfig) -> float | None:
     """Peak memory of one step in MB beyond the loaded model, in a fresh process; Linux only."""
     if not os.path.exists("/proc/self/clear_refs"):
         return None
-    call = f"_one_step{(name, model, batch, img_size, mask_ratio)!r}"
-    script = f"from fcmae.inspect.benchmark import _one_step; print({call})"
+    call = f"_one_step{(name, model, config)!r}"
+    script = f"from fcmae.inspect.benchmark import BenchConfig, _one_step; print({call})"
     command = [sys.executable, "-W", "ignore", "-c", script]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def _one_step(
-    name: str, model: str, batch: int, img_size: tuple[int, int], mask_ratio: float
-) -> float:
+def _one_step(name: str, model: str, config: BenchConfig) -> float:
     device = torch.device("cpu")
     step = make_step(name, model, device)
     # The first step loads kernels, and creates thread pools and the optimizer's state. Memory that
     # it freed is returned to the system, so that all memory of the next one counts.
-    step(*example(1, (2 * PATCH, 2 * PATCH), 0.5, device))
-    images, mask = example(batch, img_size, mask_ratio, device)
+    step(*example(replace(config, batch_size=1, img_size=2 * PATCH, mask_ratio=0.5), device))
+    images, mask = example(config, device)
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # resets the high-water mark to the current use
@@ -179,10 +175,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     Raises:
         InputError: no model can take this size or ratio.
     """
-    img_size = height_width(config.img_size)
-    check_mask_ratio(config.mask_ratio, grid_of(img_size))
     device = resolve_device(config.device)
-    models = {model: measure(model, config, img_size, device) for model in config.models}
+    models = {model: measure(model, config, device) for model in config.models}
     result = {
         "machine": {
             "processor": _processor(),
@@ -192,16 +186,16 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         },
         "settings": {
             "batch_size": config.batch_size,
-            "img_size": list(img_size),
+            "img_size": list(height_width(config.img_size)),
             "mask_ratio": config.mask_ratio,
             "rounds": config.rounds,
-            "visible_share": visible_share(img_size, config.mask_ratio),
+            "visible_share": visible_share(config),
         },
         "models": models,
         "ratios": {
             model: {
-                text: rows[a]["images_per_s"] / rows[b]["images_per_s"]
-                for text, (a, b) in RATIOS.items()
+                f"{a} ÷ {b}": rows[a]["images_per_s"] / rows[b]["images_per_s"]
+                for a, b in RATIOS
                 if a in rows and b in rows
             }
             for model, rows in models.items()
@@ -211,36 +205,31 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     return result
 
 
-def visible_share(img_size: tuple[int, int], mask_ratio: float) -> float:
+def visible_share(config: BenchConfig) -> float:
     """Share of the patches that stay visible: the least work of a sparse engine."""
-    h, w = grid_of(img_size)
-    return keep_count(h * w, mask_ratio) / (h * w)
+    h, w = grid_of(height_width(config.img_size))
+    return keep_count(h * w, config.mask_ratio) / (h * w)
 
 
-def measure(
-    model: str, config: BenchConfig, img_size: tuple[int, int], device: torch.device
-) -> dict[str, Any]:
+def measure(model: str, config: BenchConfig, device: torch.device) -> dict[str, Any]:
     """Images/s, arithmetic as a share of a matrix product's, and peak memory of each step."""
-    engines = available_engines(device.type)
-    names = [*engines, TIMM, f"patch{BF16}", f"patch{WHOLE}"]
-    batch = config.batch_size
-    images, mask = example(batch, img_size, config.mask_ratio, device)
+    images, mask = example(config, device)
+    names = [*available_engines(device.type), TIMM, f"patch{BF16}", f"patch{WHOLE}"]
     steps = {name: partial(make_step(name, model, device), images, mask) for name in names}
-    contestants: dict[str, Step] = {**steps, "gemm": gemm_step(device)}
-    seconds = time_in_turns(contestants, config.rounds, device)
+    a = torch.randn(GEMM_SIDE, GEMM_SIDE, device=device)
+    seconds = time_in_turns({**steps, "gemm": lambda: a @ a}, config.rounds, device)
     peak = GEMM_FLOPS / seconds["gemm"]
-    visible = visible_share(img_size, config.mask_ratio)
+    flops = 2 * PASSES * macs(model, height_width(config.img_size))
+    on_cpu = device.type == "cpu"
     rows = {}
-    for name in names:
-        share = visible if name.startswith(("patch", "minkowski")) else 1.0
-        flops = 2 * PASSES * macs(model, img_size) * batch * share
+    for name, step in steps.items():
+        speed = config.batch_size / seconds[name]
+        share = visible_share(config) if name.startswith(("patch", "minkowski")) else 1.0
         rows[name] = {
-            "images_per_s": batch / seconds[name],
+            "images_per_s": speed,
             "times_dense": seconds["dense"] / seconds[name],
-            "gemm_share": None if name.endswith(WHOLE) else flops / seconds[name] / peak,
-            "peak_mb": peak_memory(name, model, batch, img_size, config.mask_ratio)
-            if device.type == "cpu"
-            else gpu_peak(steps[name], device),
+            "gemm_share": None if name.endswith(WHOLE) else speed * flops * share / peak,
+            "peak_mb": peak_memory(name, model, config) if on_cpu else gpu_peak(step, device),
         }
     return rows
 

@@ -12,11 +12,11 @@ channels are zero is excluded; a block that is zero on every image has diversity
 
 import logging
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fcmae.atomic import out_file
 from fcmae.commands.diversity import DiversityConfig
@@ -70,34 +70,26 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
 
 
 def _measured(setting: Setting[Backbone], split: Split) -> dict[str, Any]:
-    counts: list[int] = []
-
-    def images() -> Iterator[Tensor]:
-        for _, batch in setting.batches(split, "diversity"):
-            counts.append(len(batch))
-            yield batch
-
-    blocks = block_diversity(setting.model.encoder, images())
+    batches = (images for _, images in setting.batches(split, "diversity"))
+    blocks, count = block_diversity(setting.model.encoder, batches)
     mean = statistics.fmean(block["diversity"] for block in blocks.values())
-    return {"blocks": blocks, "mean": mean, "images": sum(counts)}
+    return {"blocks": blocks, "mean": mean, "images": count}
 
 
 def block_diversity(
     encoder: SparseConvNeXtV2, batches: Iterable[Tensor]
-) -> dict[str, dict[str, float]]:
-    """`diversity` and share of `zero` channels of every block, by name.
+) -> tuple[dict[str, dict[str, float]], int]:
+    """`diversity` and share of `zero` channels of every block, by name, and the number of images.
 
     Args:
         batches: normalised images (B, C, H, W), nothing hidden.
     """
     blocks = {name: m for name, m in encoder.named_modules() if isinstance(m, SparseBlock)}
-    sums: dict[nn.Module, Tensor] = {}
+    sums = {block: torch.zeros(3) for block in blocks.values()}
 
-    def record(block: nn.Module, arguments: tuple[Tensor, Sites]) -> None:
-        assert isinstance(block, SparseBlock)
+    def record(block: Any, arguments: tuple[Tensor, Sites]) -> None:
         hidden_NC, sites = block.hidden(*arguments), arguments[1]
-        found = channel_diversity(hidden_NC.view(sites.images.batch, -1, hidden_NC.shape[1]))
-        sums[block] = sums.get(block, 0) + found
+        sums[block] += channel_diversity(hidden_NC.view(sites.images.batch, -1, hidden_NC.shape[1]))
 
     hooks = [block.register_forward_pre_hook(record) for block in blocks.values()]
     was_training = encoder.training
@@ -115,7 +107,7 @@ def block_diversity(
     for name, block in blocks.items():
         distance, zero, images_with_any = sums[block].tolist()
         result[name] = {"diversity": distance / max(images_with_any, 1), "zero": zero / count}
-    return result
+    return result, count
 
 
 def channel_diversity(x_BNC: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from fcmae.train.processes import ALONE, World
 from fcmae.weights.load import load_backbone
 from sparse import SparseConvNeXtV2, get_engine
 
+_log = logging.getLogger(__name__)
+
 
 class Features(NamedTuple):
     """Features (N, C) float32 on the CPU, the images' indices (N,), and unreadable images."""
@@ -68,9 +70,6 @@ def extract(
     return Features(joined[places], order[places], [entry for part in parts for entry in part[2]])
 
 
-_log = logging.getLogger(__name__)
-
-
 def embed(config: EmbedConfig) -> Path:
     """Write features (N, C) float32 and their paths (N) to an .npz file, and return it.
 
@@ -82,10 +81,9 @@ def embed(config: EmbedConfig) -> Path:
         RunError: no image could be read, or `out` could not be written.
     """
     setting = set_up(config, config.source, load_backbone, ".npz")
-    split, backbone, out = setting.find_images(), setting.model, setting.out
+    split, backbone, out = setting.find_images(), setting.model, Path(config.out)
     found = extract(backbone.encoder, setting.batches(split, "features"))
     paths = np.array([split.source.name(index) for index in found.indices])
-    assert out is not None
     with out_file(out) as path, path.open("wb") as file:
         np.savez(file, features=found.values.numpy(), paths=paths)
     _log.info("%s: %d images, %d channels, from %s", out, *found.values.shape, backbone.origin)

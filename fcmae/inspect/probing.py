@@ -45,7 +45,7 @@ class NothingToRead(RunError):
 class Labelled(NamedTuple):
     """Features (N, C) and classes (N,) of the images to learn from and of those to measure on.
 
-    chosen: positions of the training images that choose the penalty; may be empty.
+    held: whether a training image is held back to choose the penalty (N,), bool; may be all False.
     bad: (name, reason) of the images that can't be read.
     """
 
@@ -54,7 +54,7 @@ class Labelled(NamedTuple):
     val: Tensor
     val_labels: Tensor
     classes: int
-    chosen: Tensor
+    held: Tensor
     bad: Sequence[tuple[str, str]] = ()
 
 
@@ -75,21 +75,21 @@ def labelled_features(
     Raises:
         NothingToRead: no image to learn from, or to measure on.
     """
-    parts, labels, bad = [], [], []
+    parts, labels = [], []
     for split in (data.train, data.val):
         found = extract(encoder, read(split), world)
-        bad += found.bad
         if not len(found.indices):
             raise NothingToRead(f"none of the images can be read ({': '.join(found.bad[0])})")
         parts.append(found)
         assert split.labels is not None
         labels.append(torch.from_numpy(split.labels[found.indices]))
     train, val = parts
-    chosen = torch.empty(0, dtype=torch.int64)
+    held = torch.zeros(len(train.indices), dtype=torch.bool)
     if int(torch.bincount(labels[0]).max()) > 1:
         kept = data.train.source.select(train.indices)
-        chosen = torch.from_numpy(split_by_hash(kept, labels[0].numpy(), KEPT_BACK)[1])
-    return Labelled(train.values, labels[0], val.values, labels[1], len(data.names), chosen, bad)
+        held[split_by_hash(kept, labels[0].numpy(), KEPT_BACK)[1]] = True
+    classes, bad = len(data.names), train.bad + val.bad
+    return Labelled(train.values, labels[0], val.values, labels[1], classes, held, bad)
 
 
 def measure(
@@ -144,12 +144,9 @@ def linear_probe(
     scale = torch.where(std > 0, 1 / std, 0.0)
     train, val = (((part - mean) * scale).to(device) for part in (features.train, features.val))
     labels, classes = features.train_labels.to(device), features.classes
-    penalty, best = 0.01, None
-    if len(features.chosen):
-        kept = torch.ones(len(train), dtype=torch.bool)
-        kept[features.chosen] = False
-        fitted, held = (train[kept], labels[kept]), (train[~kept], labels[~kept])
-        least = math.inf
+    penalty, best, least = 0.01, None, math.inf
+    if features.held.any():
+        fitted, held = ((train[part], labels[part]) for part in (~features.held, features.held))
         for candidate in tracked(PENALTIES, len(PENALTIES), "linear probe" if shown else None):
             found = fit_linear(*fitted, classes, candidate, best)
             loss = _cross_entropy(*held, *found)
@@ -237,22 +234,21 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
     """
     setting = set_up(config, config.source, load_backbone)
     data = find_labelled(config.data, config.val_fraction, exclude=config.source)
-    if setting.model.label_names and not config.other_classes:
+    names = setting.model.label_names
+    if names and not config.other_classes:
         try:
-            names = setting.model.label_names
             check_known(Path(config.data), data.names, names, "the fine-tuned model")
         except InputError as error:
             raise InputError(f"{error}; to probe on other classes, use --other_classes") from error
-    duplicates = None
+    result: dict[str, Any] = {}
     if config.near_duplicates is not None:  # first, since a wrong folder ends the command
         suspects = find_images(config.near_duplicates, setting="near_duplicates")
         world = World(device=setting.device)
         duplicates = report_duplicates(suspects, data, config.workers, world)
-    result = _measured(setting, setting.model, data)
+        result["near_duplicates"] = [entry._asdict() for entry in duplicates]
+    result |= _measured(setting, setting.model, data)
     if config.baseline:
         result["random"] = _measured(setting, random_backbone(setting.model), data)
-    if duplicates is not None:
-        result["near_duplicates"] = [entry._asdict() for entry in duplicates]
     print_result(result, config.json, show, _print_table)
     return result
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from fcmae.atomic import check_out_file
 from fcmae.config.values import height_width
 from fcmae.console import show_logs
-from fcmae.data.evaluation import each_batch, report_skipped
+from fcmae.data.evaluation import SHOWN, each_batch, report_skipped
 from fcmae.data.file_list import find_images, refuse_to_replace
 from fcmae.data.labelled import Split
+from fcmae.data.loader import lost_workers
 from fcmae.data.sample import Batch
 from fcmae.data.statistics import Preprocessing
 from fcmae.train.machine import resolve_workers
@@ -51,41 +52,35 @@ class Setting(Generic[Model]):
             InputError: there are none, or `out` is one of them.
         """
         split = Split(find_images(self.config.images, setting="images"))
-        self.refuse_to_replace(split)
+        refuse_to_replace(self.out, split.source)
         return split
 
-    def refuse_to_replace(self, split: Split) -> None:
-        """Raise InputError if `out` is one of the images."""
-        if self.out is not None:
-            refuse_to_replace(self.out, split.source)
-
     def batches(
-        self, split: Split, shown: str | None = None, report_all: bool = False
+        self, split: Split, shown: str | None = None, named: int = SHOWN
     ) -> Iterator[tuple[Batch, Tensor]]:
         """Yield the batches that have images, with these normalised on the device.
 
-        Images that can't be read are reported.
+        Images that can't be read are reported at the end.
 
         Args:
             split: the images.
             shown: the name of a progress bar on terminals; None shows none.
-            report_all: report every unreadable image immediately; else the first 20 at the end.
+            named: largest number of unreadable images that are reported one by one.
 
         Raises:
             RunError: no image could be read, or a process that reads them died.
         """
         workers = resolve_workers(self.config.workers, self.device)
         bad: list[tuple[str, str]] = []
-        for batch, images in each_batch(
-            split, self.images, self.device, self.config.batch_size, workers, shown=shown
-        ):
-            bad += batch.bad
-            if report_all:
-                report_skipped(batch.bad, len(batch.bad))
-            if len(batch):
-                yield batch, images
-        if not report_all:
-            report_skipped(bad)
+        size = self.config.batch_size
+        with lost_workers():
+            for batch, images in each_batch(
+                split, self.images, self.device, size, workers, shown=shown
+            ):
+                bad += batch.bad
+                if len(batch):
+                    yield batch, images
+        report_skipped(bad, named)
         if len(bad) == len(split.source):
             raise RunError(f"none of the {len(bad)} images can be read ({': '.join(bad[0])})")
 

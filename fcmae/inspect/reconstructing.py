@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from fcmae.atomic import out_file
 from fcmae.commands.reconstruct import ReconstructConfig
 from fcmae.data.evaluation import each_batch, held_out_masks, report_skipped
+from fcmae.data.labelled import Split
 from fcmae.data.statistics import Preprocessing
 from fcmae.inspect.prologue import set_up
 from fcmae.model.fcmae import FCMAE
@@ -119,19 +121,16 @@ def reconstruct(config: ReconstructConfig) -> float:
     """
     setting = set_up(config, config.run, load_pretrained, ".png")
     model, how, step = setting.model
-    split = setting.find_images()
-    files = split.source.select(range(min(config.count, len(split.source))))
-    whole = replace(how, crop_pct=1.0)
-    few = split._replace(source=files)
-    ((batch, images),) = each_batch(few, whole, setting.device, len(files), workers=0)
+    found = setting.find_images().source
+    files, whole = found.select(range(min(config.count, len(found)))), replace(how, crop_pct=1.0)
+    ((batch, images),) = each_batch(Split(files), whole, setting.device, len(files), workers=0)
     report_skipped(batch.bad)
     if not len(batch):
         raise InputError(f"images {config.images!r}: none of the first {config.count} can be read")
     masks = held_out_masks(files, batch.indices, how.img_size, model.mask_ratio, config.seed)
     columns, loss = reconstruct_batch(model, images, masks, how)
-    assert setting.out is not None
-    with out_file(setting.out) as path:
+    with out_file(Path(config.out)) as path:
         Image.fromarray(grid(columns)).save(path, format="PNG")
     scale = "1.0: each patch's mean is predicted"
-    _log.info(f"{setting.out}: {len(batch)} images after {step} steps, loss {loss:.4f} ({scale})")
+    _log.info(f"{config.out}: {len(batch)} images after {step} steps, loss {loss:.4f} ({scale})")
     return loss

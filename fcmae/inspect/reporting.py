@@ -4,9 +4,7 @@ import base64
 import io
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -26,8 +24,9 @@ from fcmae.train.run_paths import RunPaths
 from fcmae.weights.read import read_json
 from sparse.errors import InputError
 
-TAG = "reconstructions"
+Figure = dict[str, str]
 
+TAG = "reconstructions"
 
 SHOWN = 50
 """Largest number of lines in a table of files."""
@@ -59,44 +58,44 @@ STATISTICS: dict[str, Callable[[list[float]], str]] = {
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
 class RunData:
-    """A run of pretraining or fine-tuning.
+    """What the folder of a run holds.
+
+    Args:
+        folder: of a run of pretraining or fine-tuning.
+        name: the folder's name, with parents if several runs share it.
 
     Attributes:
-        name: the folder's name, with parents if several runs share it.
         paths: of its files.
         config: what was asked for, by dotted key.
         state: of the newest checkpoint; {} if there is none.
         metrics: the objects of metrics.jsonl.
         bad, nonfinite: those of bad_images.jsonl and nonfinite.jsonl.
+        command, model, status, steps: cells of the summary.
+
+    Raises:
+        InputError: the folder is not a run.
     """
 
-    name: str
-    paths: RunPaths
-    config: dict[str, Any]
-    state: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    bad: list[dict[str, Any]]
-    nonfinite: list[dict[str, Any]]
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name, self.paths = name, RunPaths(folder)
+        if not self.paths.config.is_file():
+            rule = "it has no config.yaml; give an --out folder"
+            raise InputError(f"{str(folder)!r} is not a run: {rule}")
+        self.config = flatten(read_yaml(self.paths.config))
+        newest = next(iter(list_checkpoints(self.paths.checkpoints)), folder)
+        self.state = read_json(newest / STATE)
+        self.metrics = read_lines(self.paths.metrics)
+        self.bad = read_lines(self.paths.bad_images)
+        self.nonfinite = read_lines(self.paths.nonfinite)
 
-    @property
-    def command(self) -> str:
-        return self.state.get("command") or ("finetune" if "weights" in self.config else "pretrain")
-
-    @property
-    def status(self) -> str:
-        there = (self.paths.exported / "config.json").is_file()
-        return "finished" if there else "not finished"
-
-    @property
-    def steps(self) -> str:
-        return str(self.metrics[-1]["step"]) if self.metrics else "none"
-
-    @property
-    def model(self) -> str:
+        kind = "finetune" if "weights" in self.config else "pretrain"
+        self.command = self.state.get("command") or kind
         own = [f"{key} {self.config[key]}" for key in ("depths", "dims") if self.config.get(key)]
-        return ", ".join(own) or str(self.config.get("model") or "that of the weights")
+        self.model = ", ".join(own) or self.config.get("model") or "that of the weights"
+        exported = (self.paths.exported / "config.json").is_file()
+        self.status = "finished" if exported else "not finished"
+        self.steps = str(self.metrics[-1]["step"]) if self.metrics else "none"
 
     def series(self, key: str) -> list[Point]:
         """(step, value) of the lines in which `key` is a number."""
@@ -107,12 +106,12 @@ class RunData:
         ]
 
     def last(self, prefix: str) -> dict[str, float]:
-        """The last value of each metric named `prefix…`, by the rest of its name."""
-        names = dict.fromkeys(key for line in self.metrics for key in line)
+        """The last number of each metric named `prefix…`, by the rest of its name."""
         return {
-            name.removeprefix(prefix): self.series(name)[-1][1]
-            for name in names
-            if name.startswith(prefix)
+            key.removeprefix(prefix): value
+            for line in self.metrics
+            for key, value in line.items()
+            if key.startswith(prefix) and isinstance(value, int | float)
         }
 
     def reconstructions(self) -> list[tuple[int, Image.Image]]:
@@ -142,25 +141,7 @@ def read_runs(folders: list[str]) -> list[RunData]:
     length = 1  # of the shortest suffixes of the paths that differ
     while len({part[-length:] for part in parts}) < len(parts):
         length += 1
-    return list(map(_read_run, paths, ("/".join(part[-length:]) for part in parts)))
-
-
-def _read_run(path: Path, name: str) -> RunData:
-    paths = RunPaths(path)
-    if not paths.config.is_file():
-        raise InputError(f"{str(path)!r} is not a run: it has no config.yaml; give an --out folder")
-    newest = next(iter(list_checkpoints(paths.checkpoints)), path)
-    lines = (read_lines(file) for file in (paths.metrics, paths.bad_images, paths.nonfinite))
-    config = flatten(read_yaml(paths.config))
-    return RunData(name, paths, config, read_json(newest / STATE), *lines)
-
-
-class Figure(NamedTuple):
-    """A figure in the page: its title, its alternative text, and its content as a data URI."""
-
-    title: str
-    alt: str
-    uri: str
+    return list(map(RunData, paths, ("/".join(part[-length:]) for part in parts)))
 
 
 def report(config: ReportConfig) -> Path:
@@ -255,6 +236,8 @@ def _settings(runs: list[RunData]) -> list[tuple[str, list[str], bool]]:
 
 
 def _figure(title: str, alt: str, content: str | bytes) -> Figure:
-    """A figure from SVG text or the bytes of a JPEG file."""
+    """A figure in the page, from SVG text or the bytes of a JPEG file: its title, its alternative
+    text, and its content as a data URI."""
     kind, data = ("svg+xml", content.encode()) if isinstance(content, str) else ("jpeg", content)
-    return Figure(title, alt, f"data:image/{kind};base64,{base64.b64encode(data).decode()}")
+    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return {"title": title, "alt": alt, "uri": uri}

@@ -30,7 +30,8 @@ class HoldoutWatcher:
     """Loss and reconstructions of held-out images, and the diversity of every block's channels.
 
     Args:
-        batches: normalised images with their masks, always the same; may be empty.
+        batches: normalised images with their masks, always the same; may be empty. The first batch
+            is drawn.
         resolved: how images are prepared.
         epochs: between two measurements; 0 never measures.
         folder: where the main process records; None on the others.
@@ -45,15 +46,13 @@ class HoldoutWatcher:
         """Return what to log after `step` steps."""
         if not self.batches:
             return {}
-        total, shown = 0.0, None
-        for images, masks in self.batches:
+        total = 0.0
+        for number, (images, masks) in enumerate(self.batches):
             columns, loss = reconstruct_batch(model, images, masks, self.resolved.images)
             total += loss * len(images)
-            shown = shown or [column[:SHOWN] for column in columns]
-        if self.folder is not None and shown:
-            self.folder.trackers.image("reconstructions", grid(shown), step)
-        count = sum(len(images) for images, _ in self.batches)
-        blocks = block_diversity(model.encoder, (images for images, _ in self.batches))
+            if self.folder is not None and number == 0:
+                self.folder.trackers.image("reconstructions", grid(columns), step)
+        blocks, count = block_diversity(model.encoder, (images for images, _ in self.batches))
         spread = {f"diversity/{name}": block["diversity"] for name, block in blocks.items()}
         return {"holdout_loss": total / count, **spread}
 
@@ -100,9 +99,8 @@ class ProbeWatcher:
             return {}
         finally:
             model.train(was_training)
-        if features.bad and world.is_main and not self._reported:
+        if (bad := features.bad) and world.is_main and not self._reported:
             self._reported = True
-            bad = features.bad
             _log.warning("%d labelled images can't be read, such as %s: %s", len(bad), *bad[0])
         # Fitted on every process: threads and sums are the same, so all get the same scores.
         with torch.autocast(world.device.type, enabled=False):

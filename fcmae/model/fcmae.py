@@ -1,7 +1,5 @@
 """FCMAE (arXiv 2301.00808, section 3): mask, encode the visible patches, decode, compare."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +66,7 @@ class FCMAE(nn.Module):
         mask_ratio: float = 0.6,
         norm_pix_loss: bool = True,
         **encoder_options: object,
-    ) -> FCMAE:
+    ) -> "FCMAE":
         """Build around a published encoder size; `encoder_options` as for `SparseConvNeXtV2`.
 
         Raises:

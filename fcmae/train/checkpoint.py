@@ -93,11 +93,7 @@ def save_checkpoint(
     try:
         partial.mkdir()
         for name, values in tensors.items():
-            file = partial / f"{name}.safetensors"
-            try:
-                save_file({key: value.detach().contiguous() for key, value in values.items()}, file)
-            except SafetensorError as error:  # safetensors wraps the operating system's errors
-                raise OSError(f"{file}: {error}") from error
+            save_tensors(values, partial / f"{name}.safetensors")
         described = {"format": FORMAT, "step": step, **state}
         (partial / STATE).write_text(json.dumps(described, indent=1), encoding="utf-8")
         files = sorted(partial.iterdir())
@@ -118,6 +114,19 @@ def save_checkpoint(
         raise OSError(f"{target} is damaged right after writing: {reason}")
     prune(folder, keep, good={target})
     return target
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, whose bytes depend on the tensors alone.
+
+    Raises:
+        OSError: the disk is full, read-only or gone.
+    """
+    ordered = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
+    try:  # several metadata keys would be written in an order that changes between processes
+        save_file(ordered, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # it wraps the operating system's errors
+        raise OSError(f"{path}: {error}") from error
 
 
 def damage(path: Path) -> str | None:

@@ -15,28 +15,23 @@ class Clock:
 
     def __init__(self) -> None:
         self._last_save = time.perf_counter()
-        self._save_seconds = self._speed = self._step_seconds = 0.0
+        self._save_seconds = 0.0
         self._warned = False
         self.skip()
 
-    def count(self, images: int) -> None:
-        self._images += images
+    def count(self) -> None:
+        """Count a step."""
         self._steps += 1
 
-    def images_per_second(self) -> float:
-        """Speed since the last call."""
-        seconds = time.perf_counter() - self._mark
-        if self._steps:
-            self._speed, self._step_seconds = self._images / seconds, seconds / self._steps
-        self.skip()
-        return self._speed
-
     def seconds_a_step(self) -> float:
-        return self._step_seconds
+        """Return the mean time of the steps since the last call, or since the last `skip`."""
+        seconds = (time.perf_counter() - self._mark) / self._steps
+        self.skip()
+        return seconds
 
     def skip(self) -> None:
         """Do not count the time since the last step."""
-        self._mark, self._images, self._steps = time.perf_counter(), 0, 0
+        self._mark, self._steps = time.perf_counter(), 0
 
     def save_due(self, minutes: float) -> bool:
         """Whether `minutes` have passed since the last save, and saving takes a small share."""

@@ -8,11 +8,11 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fcmae import rng
@@ -31,39 +31,6 @@ MOST_SAVE_FAILURES = 3
 _log = logging.getLogger(__name__)
 
 
-class Update(NamedTuple):
-    """An update that may not have been applied: the host does not know yet.
-
-    values: whether the loss or gradient was not finite, the loss, and the gradient's norm.
-    read: positions of the images that this process read for it.
-    """
-
-    step: int
-    values: OnHost
-    read: list[Tensor]
-
-
-class RunningStatistics:
-    """Batch norm's statistics: they take in a batch before its loss is known to be finite.
-
-    Args:
-        model: with batch norm or without; None restores nothing.
-    """
-
-    def __init__(self, model: nn.Module | None) -> None:
-        buffers = [] if model is None else [*model.buffers()]
-        self._now = [buffer for buffer in buffers if buffer.is_floating_point()]
-        self._before: list[Tensor] = []
-
-    def remember(self) -> None:
-        self._before = [buffer.clone() for buffer in self._now]
-
-    def restore(self, broken: Tensor) -> None:
-        """Reset them if `broken`, a scalar on their device, is not 0, without waiting for it."""
-        for now, before in zip(self._now, self._before, strict=True):
-            now.copy_(torch.where(broken > 0, before, now))
-
-
 class Loop:
     """Trains a task from its current step to the end of its plan.
 
@@ -77,12 +44,16 @@ class Loop:
         self.step = self.skipped = 0
         self.epoch_end_due = False
         self._save_failures, self._bad_seen = 0, set[str]()
-        self._unchecked: Update | None = None
+        # The newest update, which may not have been applied: the host does not know yet. Its step,
+        # whether it was not finite with loss and gradient norm, and the images read here for it.
+        self._unchecked: tuple[int, OnHost, list[Tensor]] | None = None
         lists = task.images.lists.items()
         self._fingerprints = {part: files.fingerprint() for part, files in lists}
-        skips = self.config.nonfinite == "skip"
-        self._statistics = RunningStatistics(task.model if skips else None)
-        self.forward: nn.Module = task.model
+        # Batch norm takes in a batch before its loss is known to be finite.
+        self._statistics: list[Tensor] = []
+        if self.config.nonfinite == "skip":
+            self._statistics = [b for b in task.model.buffers() if b.is_floating_point()]
+        self.forward: Any = task.model
         if self.world.size > 1:
             # Without `device_ids`, which would copy masks to the GPU and wait for it.
             self.forward = DistributedDataParallel(task.model)
@@ -126,7 +97,8 @@ class Loop:
                 saving failed three times.
         """
         plan, config = self.plan, self.config
-        with signals.ctrl_c(), lost_workers("; it resumes from the last checkpoint"):
+        # Only here: before there is anything to save, Ctrl-C may end the process.
+        with signals.catch(signal.SIGINT), lost_workers("; it resumes from the last checkpoint"):
             clock = Clock()
             while self.step < plan.total_steps or self.epoch_end_due:
                 bad: list[tuple[str, str]] = []
@@ -161,7 +133,7 @@ class Loop:
             group["lr"] = rate * group["lr_scale"]
         torch.manual_seed(rng.seed_for(config.seed, rng.DROP_PATH, self.step, self.world.rank))
 
-        self._statistics.remember()
+        statistics = [buffer.clone() for buffer in self._statistics]
         total = torch.zeros((), device=self.world.device)
         bad: list[tuple[str, str]] = []
         read: list[Tensor] = []
@@ -169,7 +141,9 @@ class Loop:
             batch = next(batches)
             if batch.missing:
                 self._give_up(batch.missing, bad + batch.bad)
-            with self._gradients_shared(part == config.accumulate - 1):
+            # Processes exchange gradients only with the last part of a batch.
+            last = self.world.size == 1 or part == config.accumulate - 1
+            with nullcontext() if last else self.forward.no_sync():
                 with self.task.resolved.autocast():
                     loss = self.task.loss(self.forward, batch) / config.accumulate
                 loss.backward()
@@ -185,28 +159,24 @@ class Loop:
         optimizer.found_inf = broken  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        self._statistics.restore(broken)
+        for now, before in zip(self._statistics, statistics, strict=True):
+            now.copy_(torch.where(broken > 0, before, now))
         self.step += 1
-        self._unchecked = Update(self.step, OnHost(torch.stack([broken, loss, norm])), read)
+        self._unchecked = self.step, OnHost(torch.stack([broken, loss, norm])), read
         self.task.after_step(self.step)
 
-        clock.count(sum(map(len, read)) * self.world.size)
+        clock.count()
         progress(self.step)
         due = self.step % config.log_steps == 0 or self.step in (1, self.plan.total_steps)
         if due and self._check_finite():
-            speed = clock.images_per_second()
+            seconds = clock.seconds_a_step()
+            speed = config.batch_size / seconds
             epoch = (self.step - 1) // self.plan.steps_per_epoch + 1
             shown = {"epoch": epoch, "loss": float(loss), "lr": rate, "images_per_s": speed}
-            progress(self.step, shown, clock.seconds_a_step() * (self.plan.total_steps - self.step))
+            progress(self.step, shown, seconds * (self.plan.total_steps - self.step))
             if self.folder is not None:
                 self.folder.log(self.step, {**shown, "grad_norm": float(norm)})
         return [entry for entry in bad if entry[0] not in self._bad_seen]
-
-    def _gradients_shared(self, last: bool) -> AbstractContextManager[None]:
-        """Exchange gradients between processes only with the last part of a batch."""
-        if last or not isinstance(self.forward, DistributedDataParallel):
-            return nullcontext()
-        return self.forward.no_sync()
 
     def _check_finite(self) -> bool:
         """Check the newest unchecked update: were its loss and gradient finite?
@@ -278,7 +248,6 @@ class Loop:
             RunError: saving failed for the third time, or failed although it `must` not.
         """
         self._check_finite()
-        failed = 0
         if self.folder is not None:
             try:
                 self.folder.sync()
@@ -288,9 +257,8 @@ class Loop:
                 self._save_failures = 0
             except OSError as error:
                 self._save_failures += 1
-                failed = self._save_failures
                 _log.warning("could not save at step %d: %s", self.step, error)
-        failed = self.world.agree([failed])[0]
+        failed = self.world.agree([self._save_failures])[0]
         if failed >= MOST_SAVE_FAILURES or (failed and must):
             raise RunError(
                 f"could not save step {self.step}: free space for {self.config.out!r} and rerun it"

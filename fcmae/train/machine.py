@@ -22,9 +22,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """`auto` → bf16 on GPUs that support it, else fp32: on CPUs all engines then agree to 1e-5."""
     if precision != "auto":
         return precision
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if fast else "fp32"
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -46,14 +45,10 @@ def resolve_workers(workers: str | int, device: torch.device) -> int:
     return max(1, min(MOST_WORKERS, share if device.type != "cpu" else share // 4))
 
 
-def checkpoint_bytes(model: nn.Module, copies: int = 0) -> int:
-    """Size of one checkpoint: weights, AdamW's two averages of trained ones, further copies."""
-    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
-    return sum(size * (1 + copies + 2 * trained) for size, trained in sizes)
+def check_disk(config: Any, model: nn.Module, copies: int) -> str:
+    """Refuse a run whose checkpoints do not fit on the disk of `config.out`.
 
-
-def check_disk(config: Any, size: int) -> str:
-    """Refuse a run whose checkpoints, of `size` bytes each, do not fit on the disk of `config.out`.
+    A checkpoint has the weights, AdamW's two averages of trained ones, and further `copies`.
 
     Returns:
         A line for the log: what they need and what is free.
@@ -63,6 +58,8 @@ def check_disk(config: Any, size: int) -> str:
             the existing ones.
     """
     keep = config.keep_checkpoints
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    size = sum(size * (1 + copies + 2 * trained) for size, trained in sizes)
     need = size * (max(keep - len(list_checkpoints(RunPaths(Path(config.out)).checkpoints)), 0) + 1)
     folder = Path(config.out).absolute()
     disk = next(path for path in (folder, *folder.parents) if path.exists())

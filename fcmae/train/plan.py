@@ -43,16 +43,20 @@ def make_plan(config: Any, images: int, epochs: int, least_warmup: int = 0) -> P
         config: of the run.
         images: to train on.
         epochs: passes over them.
-        least_warmup: see `warmup_steps`.
+        least_warmup: the fewest steps of a warm-up that was not asked for, but at most half of the
+            run. If half of the run is so short that the rate would rise more than `STEEPEST` times
+            as fast as over `least_warmup` steps, the peak is lower.
+
+    The warm-up is as long as asked, else the paper's 40 epochs but at most 10 % of the run.
     """
-    per_epoch = steps_per_epoch(images, config.batch_size)
-    total, warmup_epochs = per_epoch * epochs, config.optim.warmup_epochs
-    return Plan(
-        per_epoch,
-        epochs,
-        peak=asked_rate(config) * peak_share(warmup_epochs, total, least_warmup),
-        warmup=warmup_steps(warmup_epochs, per_epoch, total, least_warmup),
-    )
+    per_epoch, asked = steps_per_epoch(images, config.batch_size), config.optim.warmup_epochs
+    total, peak = per_epoch * epochs, asked_rate(config)
+    if asked is not None:
+        return Plan(per_epoch, epochs, peak, min(round(asked * per_epoch), total))
+    usual = min(WARMUP_EPOCHS * per_epoch, int(WARMUP_SHARE * total))
+    if least_warmup:
+        peak *= min(max(total // 2, 1) * STEEPEST / least_warmup, 1.0)
+    return Plan(per_epoch, epochs, peak, max(usual, min(least_warmup, total // 2)))
 
 
 def asked_rate(config: Any) -> float:
@@ -85,31 +89,3 @@ class AutoEpochs:
     def explain(self, epochs: int) -> str:
         """Return a line for the log that says how `epochs` came about."""
         return f"epochs auto: {epochs} ({self.fewest} to {self.most}, about {self.crops:,} crops)"
-
-
-def warmup_steps(
-    epochs: float | None, steps_per_epoch: int, total_steps: int, least: int = 0
-) -> int:
-    """Steps of linear warm-up: as asked, else the paper's 40 epochs but at most 10 % of the run.
-
-    Args:
-        epochs: as asked, or None.
-        steps_per_epoch: of the run.
-        total_steps: of the run.
-        least: minimum for a warm-up that was not asked for, but at most half of the run.
-    """
-    if epochs is not None:
-        return min(round(epochs * steps_per_epoch), total_steps)
-    usual = min(WARMUP_EPOCHS * steps_per_epoch, int(WARMUP_SHARE * total_steps))
-    return max(usual, min(least, total_steps // 2))
-
-
-def peak_share(epochs: float | None, total_steps: int, least: int = 0) -> float:
-    """Share of the peak rate that the warm-up reaches; the arguments are those of `warmup_steps`.
-
-    1, unless half of the run is so short that the rate would rise more than `STEEPEST` times as
-    fast as over `least` steps.
-    """
-    if epochs is not None or not least:
-        return 1.0
-    return min(max(total_steps // 2, 1) * STEEPEST / least, 1.0)

@@ -87,10 +87,6 @@ class World:
                         "given the same command, with --data and --out on a shared disk"
                     )
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier(group=self.control)
-
 
 ALONE = World()
 """The world of a run of one process on the CPU."""

@@ -112,7 +112,7 @@ def _check_same_run(config: Any, command: str, checkpoint: SavedCheckpoint) -> N
         )
 
 
-def facts(config: Any, step: int, *sources: Source) -> dict[str, Any]:
+def shared_values(config: Any, step: int, *sources: Source) -> dict[str, Any]:
     """What all processes of a run must have in common: settings, first step and images.
 
     They may differ in device, workers and paths, as on machines that mount a disk elsewhere: the

@@ -42,7 +42,8 @@ class RunFolder:
         if step == 0:
             for file in (paths.metrics, paths.log, paths.bad_images, paths.nonfinite):
                 file.unlink(missing_ok=True)
-            shutil.rmtree(paths.tensorboard, ignore_errors=True)
+            for folder in (paths.tensorboard, paths.best):
+                shutil.rmtree(folder, ignore_errors=True)
         if config.resume not in ("auto", "never"):  # else only damaged ones can be later
             forget_after(paths.checkpoints, step)
         _cut_metrics(paths.metrics, step, bool(start and start.state["epoch_end_due"]))

@@ -5,12 +5,13 @@ and what is exported at the end.
 """
 
 import logging
+import signal
 from contextlib import closing, nullcontext
 
 import torch
 
 from fcmae.config.files import save_yaml
-from fcmae.console import StepProgress, show_logs
+from fcmae.console import show_logs, step_progress
 from fcmae.data.file_list import FileList
 from fcmae.data.loader import make_loader
 from fcmae.data.order import StepSampler, check_parts
@@ -21,7 +22,7 @@ from fcmae.train.loop import Loop
 from fcmae.train.optimizer import make_optimizer
 from fcmae.train.plan import asked_rate, make_plan
 from fcmae.train.processes import World, join_world, resolve_device
-from fcmae.train.resume import facts, find_start
+from fcmae.train.resume import find_start, shared_values
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.signals import Signals
 from fcmae.train.task import Resolved, Task
@@ -45,7 +46,8 @@ def train(task: Task) -> int:
     device = resolve_device(config.device)
     img_size = task.check(device)
     check_trackers(config.trackers)
-    with join_world(device) as world, Signals() as signals:
+    stop_signals = Signals().catch(signal.SIGTERM, signal.SIGUSR1)
+    with join_world(device) as world, stop_signals as signals:
         check_parts(config.batch_size, world.size, config.accumulate)
         start = find_start(config, task.command)
         step = start.state["step"] if start else 0
@@ -57,11 +59,12 @@ def train(task: Task) -> int:
             world.rank, world.size, config.accumulate,
         )  # fmt: skip
         task.model = task.build_model()
-        size = machine.checkpoint_bytes(task.model, task.weight_copies)
-        room = machine.check_disk(config, size) if step < plan.total_steps else ""
+        room = ""
+        if step < plan.total_steps:
+            room = machine.check_disk(config, task.model, task.weight_copies)
         task.optimizer = make_optimizer(task.model, config.optim, task.layer_depths())
         # No process writes, or waits for the others, before all have checked.
-        world.check_same(facts(config, step, *images.lists.values(), *images.others))
+        world.check_same(shared_values(config, step, *images.lists.values(), *images.others))
         opened = RunFolder(config, start) if world.is_main else None
         with closing(opened) if opened else nullcontext() as folder:
             task.folder = folder
@@ -79,8 +82,8 @@ def train(task: Task) -> int:
             batches = make_loader(
                 task.dataset(), sampler, resolved.workers, device.type == "cuda", task.lay_out()
             )
-            with StepProgress(plan.total_steps, step, plan.epochs, folder is None) as progress:
-                code = loop.run(iter(batches), signals, progress.update)
+            with step_progress(plan.total_steps, step, plan.epochs, folder is None) as progress:
+                code = loop.run(iter(batches), signals, progress)
             if code == 0 and folder is not None:
                 task.export(folder)
             return code

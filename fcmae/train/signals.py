@@ -6,43 +6,28 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 
 class Signals:
-    """Turns SIGTERM and SIGUSR1, and while training Ctrl-C, into a request to stop.
+    """Turns signals into a request to stop.
 
-    A second Ctrl-C quits at once.
+    Attributes:
+        received: the last signal, or 0.
     """
 
-    def __init__(self) -> None:
-        self.received = 0
-
-    def __enter__(self) -> Signals:
-        self._before = self._catch(signal.SIGTERM, signal.SIGUSR1)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _restore(self._before)
+    received = 0
 
     @contextmanager
-    def ctrl_c(self) -> Iterator[None]:
-        """Handle Ctrl-C inside; before there is anything to save, it may end the process."""
-        before = self._catch(signal.SIGINT)
+    def catch(self, *numbers: int) -> Iterator[Signals]:
+        """Handle these signals inside. A second Ctrl-C quits at once."""
+        before = {number: signal.signal(number, self._receive) for number in numbers}
         try:
-            yield
+            yield self
         finally:
-            _restore(before)
-
-    def _catch(self, *numbers: int) -> dict[int, Any]:
-        return {number: signal.signal(number, self._receive) for number in numbers}
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-
-
-def _restore(handlers: dict[int, Any]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)

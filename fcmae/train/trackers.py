@@ -26,19 +26,15 @@ class Tracker(Protocol):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers by name."""
-        ...
 
     def image(self, name: str, image_HWC: np.ndarray, step: int) -> None:
         """Record an image (H, W, 3), uint8."""
-        ...
 
     def flush(self) -> None:
         """Write out what is buffered."""
-        ...
 
     def finish(self) -> None:
         """Called when the run ends or is interrupted."""
-        ...
 
 
 class TensorBoardTracker:
@@ -55,9 +51,8 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter  # a second to import
 
         self._writer: Any = SummaryWriter(paths.tensorboard, purge_step=first_step)
-        # Its thread prints a traceback when the disk is full; `Trackers` logs the error instead.
         self._hook = threading.excepthook
-        threading.excepthook = _without_tensorboard(self._hook)
+        threading.excepthook = self._report
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -74,6 +69,11 @@ class TensorBoardTracker:
             self._writer.close()
         finally:
             threading.excepthook = self._hook
+
+    def _report(self, failure: Any) -> None:
+        """Hide the traceback of its thread when the disk is full: `Trackers` logs the error."""
+        if not type(failure.thread).__module__.startswith("tensorboard"):
+            self._hook(failure)
 
 
 TRACKERS: dict[str, Callable[[RunPaths, int], Tracker]] = {"tensorboard": TensorBoardTracker}
@@ -111,35 +111,25 @@ class Trackers:
     def covered(self) -> None:
         """Called when a checkpoint covers all that was recorded so far."""
         for record in self._uncovered:
-            self._each(record, lambda tracker: not tracker.overwrites)
+            self._each(record, overwrites=False)
         self._uncovered = []
 
     def finish(self) -> None:
         self._each(lambda tracker: tracker.finish())
 
     def _record(self, record: Callable[[Tracker], None]) -> None:
-        self._each(record, lambda tracker: tracker.overwrites)
+        self._each(record, overwrites=True)
         if not all(tracker.overwrites for tracker in self._active.values()):
             self._uncovered.append(record)
 
-    def _each(
-        self,
-        use: Callable[[Tracker], None],
-        wanted: Callable[[Tracker], bool] = lambda _: True,
-    ) -> None:
+    def _each(self, use: Callable[[Tracker], None], overwrites: bool | None = None) -> None:
+        """Use all trackers, or those that overwrite or do not."""
         for name, tracker in list(self._active.items()):
+            if overwrites not in (None, tracker.overwrites):
+                continue
             try:
-                if wanted(tracker):
-                    use(tracker)
+                use(tracker)
             except Exception as error:  # noqa: BLE001  # trackers raise anything that disks and networks do
                 _log.warning("%s stops recording until the run is resumed: %s", name, error)
                 with suppress(Exception):
                     self._active.pop(name).finish()
-
-
-def _without_tensorboard(otherwise: Callable[[Any], object]) -> Callable[[Any], object]:
-    def hook(failure: Any) -> None:
-        if not type(failure.thread).__module__.startswith("tensorboard"):
-            otherwise(failure)
-
-    return hook

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fcmae.atomic import atomic_write, check_out_file, check_out_folder
 from fcmae.commands.convert import ConvertConfig
 from fcmae.data.statistics import Preprocessing, default_preprocessing
+from fcmae.train.checkpoint import save_tensors
 from fcmae.weights.load import find_weights, load_weights, read_preprocessing
 from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, read_json
 from sparse.convert import CONV_MLP_WIDTHS, encoder_part, to_minkowski, to_timm
@@ -31,16 +30,16 @@ def convert(config: ConvertConfig) -> Path:
         InputError: an unreadable or unsuitable source, or an `out` that must not be overwritten.
         RunError: `out` could not be written.
     """
-    out, layout = Path(config.out), config.layout
-    if layout == "minkowski":
-        check_out_file(out, ".pth", ".pt", ".safetensors")
+    timm = config.layout == "timm"
+    if timm:
+        out = check_out_folder(config.out)
     else:
-        check_out_folder(out)
+        out = check_out_file(config.out, ".pth", ".pt", ".safetensors")
     file = find_weights(config.source)
     weights = load_weights(file)
     kind = weights.architecture
     try:
-        if layout == "timm":
+        if timm:
             _check_out(out, kind)
             images = read_preprocessing(file) or default_preprocessing(kind.in_chans)
             export_folder(encoder_part(weights.state), kind, out, images)
@@ -49,7 +48,7 @@ def convert(config: ConvertConfig) -> Path:
     except OSError as error:
         raise RunError(f"out {out} could not be written: {error}") from error
     print(f"{out}: written from {weights.origin}")
-    if layout == "timm":
+    if timm:
         print(f'load it with timm.create_model("local-dir:{out}", pretrained=True)')
     return out
 
@@ -92,14 +91,15 @@ def write_timm_folder(state: Mapping[str, Tensor], config: Mapping[str, Any], ou
     The bytes depend on the arguments alone. Each file is replaced atomically.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _save_tensors(state, out / WEIGHTS_FILE)
+    with atomic_write(out / WEIGHTS_FILE) as path:
+        save_tensors(state, path)
     with atomic_write(out / CONFIG_FILE) as path:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return out
 
 
-def export_minkowski(state: Mapping[str, Tensor], path: Path) -> Path:
-    """Write weights in our names as the official pretraining script stores them, and return `path`.
+def export_minkowski(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write weights in our names as the official pretraining script stores them.
 
     Encoder names get the prefix `encoder.`; a decoder is kept. A .pth or .pt file has them under
     the key `model`, a .safetensors file at the top level.
@@ -111,12 +111,11 @@ def export_minkowski(state: Mapping[str, Tensor], path: Path) -> Path:
         {name if name.startswith("decoder.") else f"encoder.{name}": state[name] for name in state}
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() == ".safetensors":
-        _save_tensors(converted, path)
-    else:
-        with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
+        if path.suffix.lower() == ".safetensors":
+            save_tensors(converted, temporary)
+        else:
             torch.save({"model": converted}, temporary)
-    return path
 
 
 def timm_config(
@@ -179,18 +178,8 @@ def timm_variant(architecture: Architecture) -> tuple[str, dict[str, Any]]:
     if not architecture.use_grn:
         arguments["use_grn"] = False
     if architecture.layer_scale:
-        arguments["ls_init_value"] = 1e-6  # any number: the weights replace it
+        arguments["ls_init_value"] = architecture.layer_scale
     return f"convnextv2_{base.name}", arguments
-
-
-def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
-    # Several metadata keys would be written in an order that changes between processes.
-    tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
-    with atomic_write(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:  # it wraps the operating system's errors
-            raise OSError(str(error)) from error
 
 
 def _check_out(out: Path, architecture: Architecture) -> None:

@@ -1,7 +1,7 @@
 """Finding weights and loading models, from a run, a checkpoint, a timm folder or a file."""
 
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,8 @@ from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, read_json, read_state
 from sparse import SparseConvNeXtV2
 from sparse.convert import canonical, encoder_part
 from sparse.encoder import init_fan_in
-from sparse.errors import InputError
+from sparse.errors import InputError, brief
 from sparse.layouts import Architecture, infer_architecture
-
-V1_LAYER_SCALE = 1e-6
-"""ConvNeXt V1's initial scale (arXiv 2201.03545)."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,9 +48,7 @@ def load_weights(source: str | Path) -> Weights:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise InputError(
-            f"{path}: {len(broken)} tensors hold NaN or infinity ({broken[0]}): use an older file"
-        )
+        raise InputError(f"{path}: NaN or infinity in {brief(broken)}: use an older file")
     if {"head.fc.weight", "head.weight"} & state.keys():
         notes.append("without its classifier")
     norm = {  # between pooling and classifier, in timm's or the official names
@@ -86,9 +81,7 @@ def find_weights(source: str | Path) -> Path:
             return folder / WEIGHTS_FILE
     if damaged := checkpoint.list_checkpoints(run.checkpoints):
         reason = checkpoint.damage(damaged[0])
-        raise InputError(
-            f"{path}: all {len(damaged)} checkpoints are damaged (newest: {reason}); give another"
-        )
+        raise InputError(f"{path}: all checkpoints are damaged (newest: {reason}); give another")
     raise InputError(f"{path}: no weights: expected a run or a folder with {WEIGHTS_FILE}")
 
 
@@ -124,8 +117,6 @@ def adapt_in_chans(stem_weight: Tensor, in_chans: int) -> Tensor:
     rule for I = 3, generalised to any I.
     """
     before = stem_weight.shape[1]
-    if in_chans == before:
-        return stem_weight
     if in_chans == 1:
         return stem_weight.sum(1, keepdim=True)
     turns = [channel % before for channel in range(in_chans)]
@@ -177,10 +168,6 @@ class Backbone:
     origin: str
     label_names: tuple[str, ...] = ()
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.encoder.parameters()).device
-
 
 def load_backbone(
     source: str, device: torch.device, img_size: tuple[int, int] | None = None
@@ -200,7 +187,7 @@ def load_backbone(
     """
     file = find_weights(source)
     weights = load_weights(file)
-    encoder = build_encoder(weights.architecture)
+    encoder = SparseConvNeXtV2(**vars(weights.architecture))
     encoder.load_state_dict(encoder_part(weights.state))
     images = read_preprocessing(file) or default_preprocessing(encoder.in_chans)
     p = encoder.patch_size
@@ -215,15 +202,10 @@ def random_backbone(like: Backbone) -> Backbone:
     """The same architecture with the random weights from which pretraining starts."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = build_encoder(infer_architecture(like.encoder.state_dict()))
+        encoder = SparseConvNeXtV2(**vars(infer_architecture(like.encoder.state_dict())))
         init_fan_in(encoder)
-    return Backbone(encoder.to(like.device).eval(), like.images, "random weights")
-
-
-def build_encoder(kind: Architecture) -> SparseConvNeXtV2:
-    """An encoder of this architecture with initial weights."""
-    scale = V1_LAYER_SCALE if kind.layer_scale else None
-    return SparseConvNeXtV2(**{**asdict(kind), "layer_scale": scale})
+    device = next(like.encoder.parameters()).device
+    return replace(like, encoder=encoder.to(device).eval(), origin="random weights")
 
 
 class Pretrained(NamedTuple):
@@ -249,12 +231,10 @@ def load_pretrained(run: str, device: torch.device) -> Pretrained:
         raise InputError(f"{run!r} has no good checkpoint: give the --out of `fcmae pretrain`")
     command, settings = saved.state.get("command"), saved.state["settings"]
     if command != "pretrain":
-        raise InputError(
-            f"{run!r} is a run of `fcmae {command}`, without decoder: give one of `fcmae pretrain`"
-        )
+        raise InputError(f"{run!r} is a run of `fcmae {command}`: give one of `fcmae pretrain`")
     tensors = saved.tensors("model")
     model = FCMAE(
-        build_encoder(infer_architecture(tensors)), settings["decoder"]["dim"],
+        SparseConvNeXtV2(**vars(infer_architecture(tensors))), settings["decoder"]["dim"],
         settings["decoder"]["depth"], settings["mask_ratio"], settings["norm_pix_loss"],
     )  # fmt: skip
     model.load_state_dict(tensors)

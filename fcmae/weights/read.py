@@ -9,6 +9,7 @@ import argparse
 import json
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparse.errors import InputError
+from sparse.errors import InputError, brief
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -40,13 +41,9 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         try:
             return _unwrap(load_file(path)), []
         except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path}: damaged or not a safetensors file ({first_line(error)}); copy it again"
-            ) from error
+            raise InputError(f"{path}: damaged ({first_line(error)}); copy it again") from error
     if path.suffix not in PICKLED:
-        raise InputError(
-            f"{path}: unknown kind of weight file; expected .safetensors, {', '.join(PICKLED)}"
-        )
+        raise InputError(f"{path}: not a weight file: use .safetensors, {', '.join(PICKLED)}")
     loaded = _load_pickled(path)
     if not isinstance(loaded, Mapping):
         raise InputError(f"{path}: holds a {type(loaded).__name__}, expected a state dict")
@@ -54,7 +51,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     state = loaded if nested is None else loaded[nested]
     other = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if other or not state:
-        found = ", ".join(map(str, [*state][:4])) or "nothing"
+        found = brief(map(str, state)) or "nothing"
         raise InputError(
             f"{path}: no state dict: expected tensors by name, at the top or under "
             f"{', '.join(_NESTED)}; found {found}"
@@ -63,29 +60,21 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _load_pickled(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except Exception as error:  # a damaged file can go wrong anywhere
-        if refused := _refused_classes(path):
-            raise InputError(
-                f"{path}: refused, as it pickles code ({', '.join(refused[:3])}): if you trust it, "
-                "save its state dict alone with safetensors.torch.save_file"
-            ) from error
-        raise InputError(
-            f"{path}: damaged, or not written by torch.save ({first_line(error)}); copy it again"
-        ) from error
-
-
-def _refused_classes(path: Path) -> list[str]:
-    """Names that a pickle would import beyond tensors and plain data; they are not imported."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # noqa: BLE001  # not in the zip format, or damaged
-        return []
+    mmap, refused = zipfile.is_zipfile(path), []
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except Exception as error:  # a damaged file can go wrong anywhere
+            # What the pickle would import beyond tensors and plain data; it is not imported.
+            with suppress(Exception):  # not in the zip format, or damaged
+                refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            reason = f"damaged, or not written by torch.save ({first_line(error)}); copy it again"
+            if refused:
+                reason = (
+                    f"refused, as it pickles code ({', '.join(refused[:3])}): if you trust it, "
+                    "save its state dict alone with safetensors.torch.save_file"
+                )
+            raise InputError(f"{path}: {reason}") from error
 
 
 def _unwrap(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The interface of a kind of label to fine-tuning."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,9 @@ class Scores(Protocol):
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch of this process."""
-        ...
 
     def compute(self) -> dict[str, float]:
         """Return each score by its name, `loss` among them, over all processes."""
-        ...
 
 
 class LabelKind(Protocol):
@@ -30,16 +28,13 @@ class LabelKind(Protocol):
         config: what was asked for.
 
     Attributes:
-        data: the labelled images, set by `find`.
-        outputs: the number of outputs of the model, such as the number of classes.
+        data: the labelled images and the names of the model's outputs, such as classes, set by
+            `find`.
     """
 
     data: LabelledData
 
     def __init__(self, config: FinetuneConfig) -> None: ...
-
-    @property
-    def outputs(self) -> int: ...
 
     def find(self, start: SavedCheckpoint | None) -> LabelledData:
         """Find the labelled images; a resumed run takes those of the stored lists.
@@ -47,7 +42,6 @@ class LabelKind(Protocol):
         Raises:
             InputError: there are none, or their labels can't be learned.
         """
-        ...
 
     def check(self, part: int) -> None:
         """Check what depends on the number of images in a part of a step.
@@ -55,28 +49,18 @@ class LabelKind(Protocol):
         Raises:
             InputError: the part does not suit the config.
         """
-        ...
 
     def loss(self, forward: nn.Module, images_BCHW: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of normalised images; `forward` is the model, perhaps wrapped in DDP."""
-        ...
 
     def scores(self, device: torch.device) -> Scores:
         """Return empty scores; the best weights are those of the highest `rank`."""
-        ...
 
     def rank(self, scores: dict[str, float]) -> tuple[float, ...]:
         """Return a key that orders scores, the best highest."""
-        ...
 
     def chance(self, scores: Sequence[dict[str, float]]) -> str | None:
         """Return a text if the scores of all models are those of guessing, else None."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Return what the outputs mean, for checkpoints and exported models."""
-        ...
 
     def summary(self, scores: dict[str, float]) -> str:
         """Return the scores in words, for the log."""
-        ...

@@ -72,10 +72,6 @@ class Classify:
         self.config = config
         self._mixup: Mixup | None = None
 
-    @property
-    def outputs(self) -> int:
-        return len(self.data.names)
-
     def find(self, start: SavedCheckpoint | None) -> LabelledData:
         config, found = self.config, None
         try:
@@ -93,7 +89,7 @@ class Classify:
         if augment.mixup or augment.cutmix:
             self._mixup = Mixup(
                 augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing,
-                num_classes=self.outputs,
+                num_classes=len(data.names),
             )  # fmt: skip
         return data
 
@@ -106,16 +102,16 @@ class Classify:
             )
 
     def loss(self, forward: nn.Module, images_BCHW: Tensor, targets: Tensor) -> Tensor:
-        if self._mixup is None:
-            smoothing = self.config.augment.label_smoothing
-            return F.cross_entropy(forward(images_BCHW), targets, label_smoothing=smoothing)
-        # The loop seeds torch's stream at each step; numpy's, which timm draws from, follows it.
-        with seeded(int(torch.randint(2**62, ()))):
-            images_BCHW, targets = self._mixup(images_BCHW, targets)  # smoothed already
-        return F.cross_entropy(forward(images_BCHW), targets)
+        smoothing = self.config.augment.label_smoothing
+        if self._mixup is not None:
+            # The loop seeds torch's stream at each step; numpy's, timm's source, follows it.
+            with seeded(int(torch.randint(2**62, ()))):
+                images_BCHW, targets = self._mixup(images_BCHW, targets)
+            smoothing = 0.0  # they are smoothed already
+        return F.cross_entropy(forward(images_BCHW), targets, label_smoothing=smoothing)
 
     def scores(self, device: torch.device) -> ClassScores:
-        return ClassScores(self.outputs, device)
+        return ClassScores(len(self.data.names), device)
 
     def rank(self, scores: dict[str, float]) -> tuple[float, ...]:
         """The higher top-1, then the lower loss, of which NaN is the worst."""
@@ -129,9 +125,6 @@ class Classify:
             return None
         share = majority_share(labels)
         return f"top-1 is {top1:.1f} %, always answering the most frequent class {share:.1f} %"
-
-    def describe(self) -> dict[str, Any]:
-        return {"label_names": list(self.data.names)}
 
     def summary(self, scores: dict[str, float]) -> str:
         return f"top-1 {scores['top1']:.1f} %, top-5 {scores['top5']:.1f} %"

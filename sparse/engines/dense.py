@@ -41,9 +41,8 @@ class DenseSites:
 
     def depthwise(self, x_NC: Tensor, weight_C1KK: Tensor, bias_C: Tensor) -> Tensor:
         pad = weight_C1KK.shape[-1] // 2
-        return rows_of(
-            F.conv2d(self.map_of(x_NC), weight_C1KK, bias_C, padding=pad, groups=len(bias_C))
-        )
+        x_BCHW = self.map_of(x_NC)
+        return rows_of(F.conv2d(x_BCHW, weight_C1KK, bias_C, padding=pad, groups=len(bias_C)))
 
     def downsample(self, x_NC: Tensor, weight_OI22: Tensor, bias_O: Tensor) -> Tensor:
         return rows_of(F.conv2d(self.map_of(x_NC), weight_OI22, bias_O, stride=2))

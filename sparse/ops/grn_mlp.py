@@ -1,7 +1,9 @@
 """The MLP of a ConvNeXt V2 block as one function: LayerNorm, fc1, GELU, GRN, fc2."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -9,9 +11,6 @@ from sparse.rows import ImageRows
 
 GRN_EPS = 1e-6
 LAYER_NORM_EPS = 1e-6
-
-Pair = tuple[Tensor, Tensor]
-"""Weight and bias."""
 
 
 class _GrnMlp(torch.autograd.Function):
@@ -27,10 +26,8 @@ class _GrnMlp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, x_NC, norm_w_C, norm_b_C, w1_KC, b1_K, grn_w_K, grn_b_K, w2_CK, b2_C,
-        images, visible_N1, recompute,
-    ):  # fmt: skip
+    def forward(ctx, images, visible_N1, recompute, x_NC, *weights):  # type: ignore[no-untyped-def]
+        grn_w_K, grn_b_K, norm_w_C, norm_b_C, w1_KC, b1_K, w2_CK, b2_C = weights
         width = len(w1_KC)
         out_NC = torch.empty_like(x_NC)
         h_NK = None if recompute else x_NC.new_empty(len(x_NC), width)
@@ -45,20 +42,15 @@ class _GrnMlp(torch.autograd.Function):
             norm_BK[some] = images.sum(a.to(norm_BK.dtype).square()).sqrt()
             a.mul_(images.expand(grn_scale(norm_BK[some], grn_w_K).to(a.dtype)))
             torch.addmm(shift_C, a_NK, w2_CK.t(), out=out_NC[rows])
-        ctx.save_for_backward(
-            x_NC, norm_w_C, norm_b_C, w1_KC, b1_K, grn_w_K, grn_b_K, w2_CK,
-            h_NK, norm_BK, visible_N1,
-        )  # fmt: skip
+        ctx.save_for_backward(visible_N1, h_NK, norm_BK, x_NC, *weights)
         ctx.images = images
         return out_NC
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NC):  # type: ignore[no-untyped-def]
-        (
-            x_NC, norm_w_C, norm_b_C, w1_KC, b1_K, grn_w_K, grn_b_K, w2_CK,
-            h_NK, norm_BK, visible_N1,
-        ) = ctx.saved_tensors  # fmt: skip
+        visible_N1, h_NK, norm_BK, x_NC, *weights = ctx.saved_tensors
+        grn_w_K, grn_b_K, norm_w_C, norm_b_C, w1_KC, b1_K, w2_CK, _ = weights
         images: ImageRows = ctx.images
         dx_NC = torch.empty_like(x_NC)
         ds_BK = torch.empty_like(norm_BK)
@@ -88,16 +80,13 @@ class _GrnMlp(torch.autograd.Function):
             # pieces are added to those of the first.
             parts = [part.to(norm_BK.dtype) for part in parts]
             sums = [t.add_(p) for t, p in zip(sums, parts, strict=True)] if sums else parts
-        dnorm_w_C, dnorm_b_C, dw1_KC, db1_K, dw2_CK = sums
+        dw2_CK = sums[-1]
         db2_C = grad_NC.sum(0)
         dw2_CK.addr_(db2_C.to(dw2_CK.dtype), grn_b_K.to(dw2_CK.dtype))
         dgrn_w_K = (ds_BK * _relative(norm_BK)).sum(0).to(grn_w_K.dtype)
         dgrn_b_K = torch.mv(w2_CK.t(), db2_C).to(grn_b_K.dtype)
-        dnorm_w_C, dnorm_b_C, dw1_KC, db1_K, dw2_CK = (t.to(x_NC.dtype) for t in sums)
-        return (
-            dx_NC, dnorm_w_C, dnorm_b_C, dw1_KC, db1_K, dgrn_w_K, dgrn_b_K, dw2_CK, db2_C,
-            None, None, None,
-        )  # fmt: skip
+        sums = [total.to(x_NC.dtype) for total in sums]
+        return None, None, None, dx_NC, dgrn_w_K, dgrn_b_K, *sums, db2_C
 
 
 def _gelu(h_NK: Tensor, visible_N1: Tensor | None, rows: slice) -> Tensor:
@@ -127,10 +116,8 @@ def _relative(norm_BC: Tensor) -> Tensor:
 
 def grn_mlp(
     x_NC: Tensor,
-    norm: Pair,
-    fc1: Pair,
-    grn: Pair,
-    fc2: Pair,
+    norm: nn.LayerNorm,
+    mlp: Any,
     images: ImageRows,
     visible_N1: Tensor | None = None,
     recompute: bool = False,
@@ -138,18 +125,21 @@ def grn_mlp(
     """LayerNorm, then fc1, GELU, GRN with statistics per image over visible sites, fc2 → (N, C).
 
     Args:
-        norm, fc1, grn, fc2: weights and biases.
+        norm: the LayerNorm.
+        mlp: the layers `fc1`, `grn` and `fc2`, each with weight and bias; fc1 and fc2 may be 1×1
+            convolutions.
         images: which image each row belongs to.
         visible_N1: 1 for a visible row, 0 for a hidden one; None if all are visible.
         recompute: recompute fc1 in the backward pass instead of keeping its output.
     """
-    parameters = [*norm, *fc1, *fc2]
+    fc1, fc2 = mlp.fc1, mlp.fc2
+    inputs = [x_NC, norm.weight, norm.bias]
+    inputs += [fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias]
     if torch.is_autocast_enabled(x_NC.device.type):
         dtype = torch.get_autocast_dtype(x_NC.device.type)
-        x_NC, *parameters = (tensor.to(dtype) for tensor in (x_NC, *parameters))
-    norm_w_C, norm_b_C, w1_KC, b1_K, w2_CK, b2_C = parameters
+        inputs = [tensor.to(dtype) for tensor in inputs]
+    x_NC, *weights = inputs
     with torch.autocast(x_NC.device.type, enabled=False):
         return _GrnMlp.apply(
-            x_NC, norm_w_C, norm_b_C, w1_KC, b1_K, *grn, w2_CK, b2_C,
-            images, visible_N1, recompute,
-        )  # fmt: skip
+            images, visible_N1, recompute, x_NC, mlp.grn.weight, mlp.grn.bias, *weights
+        )

@@ -37,7 +37,7 @@ for path in sys.argv[1:]:
         picture.resized((0, 0, *picture.size), (224, 224))
         print("read")
     except BadImage as error:
-        print("refused:", error.reason)
+        print("refused:", error)
 print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)
 """
 
