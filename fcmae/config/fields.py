@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from fcmae.config.values import flatten, height_width
+from fcmae.train.run_paths import RunPaths
 from sparse.errors import InputError
 from sparse.sizes import PATCH
 
@@ -174,7 +175,7 @@ def check_paths(config: Any) -> None:
     Words such as `none`, URLs and patterns pass. A run that has checkpoints passes too: whether it
     still needs the files it started from is decided when it resumes.
     """
-    if hasattr(config, "resume") and Path(config.out, "checkpoints").is_dir():
+    if hasattr(config, "resume") and RunPaths(Path(config.out)).checkpoints.is_dir():
         return
     values = flatten(asdict(config))
     for key, leaf in leaves(type(config)).items():
