@@ -270,17 +270,16 @@ def failing(message: str) -> Any:
 
 
 def test_a_dead_worker_is_reported_with_a_fix(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = find_images(str(folder))
-    backbone = backbone_of(random_encoder("patch", 3, **SMALL))
+    config = EmbedConfig(str(run), str(folder), str(tmp_path / "features.npz"), workers=2)
     killed = failing("DataLoader worker (pid 1) is killed by signal: Killed. ")
     monkeypatch.setattr("fcmae.data.evaluation.make_loader", killed)
     with pytest.raises(RunError, match=r"\(pid 1\) is killed by signal.*fewer --workers"):
-        features_of(backbone, Split(files), 4, 2)
+        embed(config)
     monkeypatch.setattr("fcmae.data.evaluation.make_loader", failing("something else"))
     with pytest.raises(RuntimeError, match="something else"):
-        features_of(backbone, Split(files), 4, 2)
+        embed(config)
 
 
 def test_embed_writes_features_and_paths(

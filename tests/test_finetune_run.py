@@ -530,7 +530,7 @@ def test_a_wrong_config_beside_the_weights_is_refused(
 
 
 def test_evaluate_needs_the_weights_of_a_folder_not_its_config(run: Path, classes: Path) -> None:
-    with pytest.raises(InputError, match=r"unknown kind of weight file; expected \.safetensors"):
+    with pytest.raises(InputError, match=r"config\.json: not a weight file: use \.safetensors"):
         evaluate(EvaluateConfig(str(run / "exported" / "config.json"), str(classes), workers=0))
 
 
