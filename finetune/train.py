@@ -334,6 +334,4 @@ def head_scale(config: FinetuneConfig) -> float:
 
 def resolve_val_epochs(config: FinetuneConfig, epochs: int) -> int:
     """Epochs between two measurements in a run of `epochs`."""
-    if config.val_epochs != "auto":
-        return int(config.val_epochs)
-    return math.ceil(epochs / MEASUREMENTS)
+    return math.ceil(epochs / MEASUREMENTS) if config.val_epochs == "auto" else config.val_epochs

@@ -126,10 +126,8 @@ class SparseConvNeXtV2(nn.Module):
         """
         self._check(images_BCHW, mask_BHW)
         device = images_BCHW.device
-        engine = self.engine_on(device)
-        if layout is not None and engine.place is not None:
-            return self.encode(images_BCHW, engine.place(layout, device))
-        return self.encode(images_BCHW, engine.sites(mask_BHW.cpu(), device))
+        visible = mask_BHW.cpu() if layout is None else layout
+        return self.encode(images_BCHW, self.engine_on(device).sites(visible, device))
 
     def engine_on(self, device: torch.device) -> Engine:
         """Return the engine that computes on a device.

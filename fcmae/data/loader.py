@@ -28,7 +28,7 @@ from fcmae.data.augment import random_geometry
 from fcmae.data.decode import BadImage, read_image
 from fcmae.data.labelled import Split
 from fcmae.data.order import Key
-from fcmae.data.sample import Batch, Sample, collate
+from fcmae.data.sample import Sample, collate
 from fcmae.data.statistics import Preprocessing
 from fcmae.model.mask import grid_of, random_mask
 from sparse.engines.base import Layout
@@ -115,7 +115,7 @@ def make_loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=partial(_collate_shared if workers else collate, lay_out=lay_out),
+        collate_fn=partial(collate, lay_out=lay_out, share=workers > 0),
         pin_memory=pin_memory,
         worker_init_fn=_init_worker if workers else None,
         multiprocessing_context="fork" if fork else None,
@@ -147,17 +147,6 @@ def lost_workers(then: str = "") -> Iterator[None]:
             f"a worker failed ({what}), out of memory or space in /dev/shm: use fewer --workers (0 "
             f"reads in the main process) or enlarge /dev/shm (docker run --shm-size 8g){then}"
         ) from error
-
-
-def _collate_shared(
-    samples: list[Sample], lay_out: Callable[[Tensor], Layout] | None = None
-) -> Batch:
-    """Stack samples in memory that is shared with the training process.
-
-    torch itself would share them in a thread of the worker: without space there, the batch is
-    dropped and the training process waits for it forever.
-    """
-    return collate(samples, lay_out).moved(Tensor.share_memory_)
 
 
 def _init_worker(_: int) -> None:

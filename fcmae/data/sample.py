@@ -74,9 +74,8 @@ class Batch:
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         """Return the batch with each of its tensors moved, as into memory of another kind."""
-        parts: dict[str, Any] = {
-            name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        parts: dict[str, Any] = {name: move(tensor) for name, tensor in tensors.items()}
         if self.sites is not None:
             parts["sites"] = replace(self.sites, tables=move(self.sites.tables))
         return replace(self, **parts)
@@ -86,19 +85,26 @@ class Batch:
         return self.moved(Tensor.pin_memory)
 
 
-def collate(samples: Sequence[Sample], lay_out: Callable[[Tensor], Layout] | None = None) -> Batch:
+def collate(
+    samples: Sequence[Sample],
+    lay_out: Callable[[Tensor], Layout] | None = None,
+    share: bool = False,
+) -> Batch:
     """Stack samples; 8-bit images become float if the batch has deeper ones.
 
     Args:
         samples: those without an image are skipped.
         lay_out: makes the layout of the sites of the masks, if any.
+        share: stack in memory that processes share. torch itself would share it in a thread of the
+            worker: without space there, the batch is dropped and the training process waits for it
+            forever.
     """
     good = [sample for sample in samples if sample.image is not None]
     images = [sample.image for sample in good if sample.image is not None]
     if len({image.dtype for image in images}) > 1:
         images = [as_float(image) for image in images]
     masks = _joined([sample.mask for sample in good])
-    return Batch(
+    batch = Batch(
         torch.from_numpy(np.stack(images)) if images else torch.empty(0, dtype=torch.uint8),
         torch.tensor([sample.index for sample in good], dtype=torch.int64),
         masks,
@@ -109,6 +115,7 @@ def collate(samples: Sequence[Sample], lay_out: Callable[[Tensor], Layout] | Non
         bad=[bad for sample in samples for bad in sample.bad],
         missing=next((sample.bad for sample in samples if sample.image is None), []),
     )
+    return batch.moved(Tensor.share_memory_) if share else batch
 
 
 def _joined(values: Sequence[Any]) -> Tensor | None:
@@ -142,7 +149,5 @@ def _constants(
     mean: tuple[float, ...], std: tuple[float, ...], units: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """What `normalise` multiplies by and subtracts, (1, C, 1, 1): copied to the device once."""
-    std_C, mean_C = torch.tensor(std), torch.tensor(mean)
-    constants = 1 / (units * std_C), mean_C / std_C
-    factor, shift = (c.float().view(1, -1, 1, 1).to(device) for c in constants)
-    return factor, shift
+    mean_1C11, std_1C11 = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (mean, std))
+    return 1 / (units * std_1C11), mean_1C11 / std_1C11

@@ -95,14 +95,14 @@ def _resolve(
     config, train_images = task.config, task.images.train
     if start is None:
         mean, std = resolve_mean_std(config, img_size, train_images, task.named_mean_std())
-        if world.is_main:
-            images = Preprocessing(img_size, tuple(mean), tuple(std))
-            warn_if_far_off(config, images, train_images)
     else:
         mean, std = start.state["settings"]["mean"], start.state["settings"]["std"]
+    images = Preprocessing(img_size, tuple(mean), tuple(std))
+    if start is None and world.is_main:
+        warn_if_far_off(config, images, train_images)
     epochs = task.auto_epochs.resolve(config.epochs, len(train_images))
     return Resolved(
-        images=Preprocessing(img_size, tuple(mean), tuple(std)),
+        images=images,
         plan=make_plan(config, len(train_images), epochs, task.least_warmup),
         precision=machine.resolve_precision(config.precision, world.device),
         workers=machine.resolve_workers(config.workers, world.device),

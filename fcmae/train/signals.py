@@ -1,7 +1,5 @@
 """Signals that ask a run to stop."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ class Signals:
     received = 0
 
     @contextmanager
-    def catch(self, *numbers: int) -> Iterator[Signals]:
+    def catch(self, *numbers: int) -> Iterator["Signals"]:
         """Handle these signals inside. A second Ctrl-C quits at once."""
         before = {number: signal.signal(number, self._receive) for number in numbers}
         try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from sparse.engines.base import Layout, Sites
 from sparse.engines.dense import dense_sites
 from sparse.engines.minkowski import INSTALL, minkowski_sites, why_unavailable
-from sparse.engines.patch import lay_out_patches, patch_sites, place_patches
+from sparse.engines.patch import lay_out_patches, patch_sites
 from sparse.errors import InputError, did_you_mean
 
 
@@ -23,8 +24,7 @@ class Engine:
             are a mask (B, H, W), bool on the CPU, one entry per 32×32 patch, True = hidden, and the
             device of images and parameters.
         lay_out: lays out the sites of a mask (B, H, W) on the CPU, ahead of the step, for a type of
-            device; None if the engine can't.
-        place: returns the sites of such a layout on a device.
+            device; `sites` takes the result in place of the mask. None if the engine can't.
         devices: device types that it supports; None for any.
         dtypes: dtypes of weights that it supports; None for any floating point.
         compiles: whether `torch.compile` can compile a step with it to one graph.
@@ -34,9 +34,8 @@ class Engine:
     """
 
     name: str
-    sites: Callable[[Tensor, torch.device], Sequence[Sites]]
+    sites: Callable[[Any, torch.device], Sequence[Sites]]
     lay_out: Callable[[Tensor, str], Layout] | None = None
-    place: Callable[[Layout, torch.device], Sequence[Sites]] | None = None
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     compiles: bool = True
@@ -67,7 +66,7 @@ ENGINES = {
         compiles=False,
         missing=lambda: (reason := why_unavailable()) and f"{reason}; install it with `{INSTALL}`",
     ),
-    "patch": Engine("patch", patch_sites, lay_out_patches, place_patches),
+    "patch": Engine("patch", patch_sites, lay_out_patches),
     "dense": Engine("dense", dense_sites, automatic=False),
 }
 """All engines by name, best default first."""

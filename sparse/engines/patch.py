@@ -38,11 +38,7 @@ def lay_out_patches(mask_BHW: Tensor, device: str) -> Layout:
     return Layout(stages, torch.cat(tables))
 
 
-def place_patches(layout: Layout, device: torch.device) -> list[PatchSites]:
-    """The sites of a layout on a device."""
+def patch_sites(mask: Tensor | Layout, device: torch.device) -> list[PatchSites]:
+    """Sites of a mask (B, H, W) or of its layout. See `sparse.engines.Engine`."""
+    layout = mask if isinstance(mask, Layout) else lay_out_patches(mask, device.type)
     return [PatchSites(*part) for part in layout.on(device)]
-
-
-def patch_sites(mask_BHW: Tensor, device: torch.device) -> list[PatchSites]:
-    """Index tables from the mask. See `sparse.engines.Engine`."""
-    return place_patches(lay_out_patches(mask_BHW, device.type), device)

@@ -47,9 +47,7 @@ class Windows:
         """Rows → windows (G, C, h+6, w+6), channels last in memory, zeros where no row is."""
         h, w = self.size
         cut = _with_zero(rows_NC).index_select(0, self.tables["halo"])
-        return cut.view(self.count, h + 2 * HALO, w + 2 * HALO, rows_NC.shape[1]).permute(
-            0, 3, 1, 2
-        )
+        return cut.view(self.count, h + 2 * HALO, w + 2 * HALO, -1).permute(0, 3, 1, 2)
 
     def to_rows(self, windows_GCHW: Tensor) -> Tensor:
         """Windows without halo (G, C, h, w) → rows (N, C)."""
@@ -83,11 +81,10 @@ def cut_windows(index_N: Tensor, shape: Shape, side: int, on_cpu: bool) -> Windo
     patches = side >= SMALLEST_PATCH
     counts = [length // side if patches else -(-length // LARGEST) for length in lengths]
     h, w = (-(-length // n) for length, n in zip(lengths, counts, strict=True))
-    rows, kind = len(index_N), torch.int32
-    size = (batch, counts[0] * h + 2 * HALO, counts[1] * w + 2 * HALO)
-    padded = torch.full(size, rows, dtype=kind)
+    rows, size = len(index_N), (batch, counts[0] * h + 2 * HALO, counts[1] * w + 2 * HALO)
+    padded = torch.full(size, rows, dtype=torch.int32)
     image, y, x = torch.unravel_index(index_N, shape)
-    padded[image, y + HALO, x + HALO] = torch.arange(rows, dtype=kind)
+    padded[image, y + HALO, x + HALO] = torch.arange(rows, dtype=torch.int32)
     halo = padded.unfold(1, h + 2 * HALO, h).unfold(2, w + 2 * HALO, w).flatten(0, 2)
     core = halo[:, HALO:-HALO, HALO:-HALO]
     used = (core < rows).flatten(1).any(1)
