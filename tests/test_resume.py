@@ -163,7 +163,7 @@ def test_added_and_removed_files_are_handled(undisturbed, pictures, tmp_path):
     kill(process, signal.SIGTERM)
     write_pictures(tmp_path / "data" / "more", 3)
     again = run(*command)
-    assert "3 files more than when the run began are ignored" in " ".join(again.stderr.split())
+    assert "3 files added since the run began are ignored" in " ".join(again.stderr.split())
     assert weights(tmp_path / "run") == weights(undisturbed)
 
 
