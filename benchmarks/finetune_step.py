@@ -32,7 +32,6 @@ from fcmae.train.task import Images, Resolved
 from finetune.blocks import speed_up
 from finetune.config import FinetuneConfig, FinetuneOptimConfig
 from finetune.optim import layer_depths
-from finetune.tasks.classify import Classify
 from finetune.train import Finetuning, make_ema
 
 CLASSES = 10
@@ -63,7 +62,7 @@ def plain_step(model: nn.Module, config: FinetuneConfig) -> Callable[[Tensor, Te
 
 def make_loop(model: nn.Module, config: FinetuneConfig, steps: int) -> Loop:
     """Our loop, without a run folder or validation images."""
-    task = Finetuning(config, Classify(config))
+    task = Finetuning(config)
     task.images = Images(FileList((), *np.empty((3, 0), np.uint8)), {})
     images = Preprocessing((0, 0), tuple(MEAN), tuple(STD))
     task.resolved = Resolved(images, make_plan(config, steps * config.batch_size, EPOCHS))

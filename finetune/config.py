@@ -4,7 +4,16 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
-from fcmae.config.fields import DATA, IMAGES, MODEL, OPTIMISATION, WEIGHTS, runtime, setting
+from fcmae.config.fields import (
+    DATA,
+    IMAGES,
+    MODEL,
+    OPTIMISATION,
+    WEIGHTS,
+    LabelsConfig,
+    runtime,
+    setting,
+)
 from fcmae.config.training import AugmentBase, OptimConfig, TrainingConfig
 
 
@@ -47,7 +56,7 @@ class FinetuneAugmentConfig(AugmentBase):
     """Strength of random brightness, contrast and saturation, 0 to 1. Not used with randaugment."""
 
     mixup: float = setting(0.0, at_least=0, below=inf)
-    """Alpha of mixup, which blends two images and their labels; 0 disables it, 0.8 is strong."""
+    """Alpha of mixup, which blends two images and their classes; 0 disables it, 0.8 is strong."""
 
     cutmix: float = setting(0.0, at_least=0, below=inf)
     """Alpha of cutmix, which pastes a part of another image; 0 disables it, 1 is strong."""
@@ -56,7 +65,8 @@ class FinetuneAugmentConfig(AugmentBase):
     """Fraction of the samples in which a random box is erased, 0 to 1. The paper uses 0.25."""
 
     label_smoothing: float = setting(0.1, at_least=0, below=1)
-    """Fraction of each label to spread evenly over all classes, 0 to 1."""
+    """Fraction of each label to spread evenly over all classes, 0 to 1. Only with one class per
+    image."""
 
     mean: Literal["weights", "imagenet", "data"] | list[float] = "weights"
     """Mean to subtract from each channel, for pixels between 0 and 1: 'weights' (the one used in
@@ -72,15 +82,16 @@ class FinetuneAugmentConfig(AugmentBase):
 
 
 @dataclass
-class FinetuneConfig(TrainingConfig):
+class FinetuneConfig(LabelsConfig, TrainingConfig):
     """Train a timm model on labelled images, from pretrained weights or from scratch."""
 
-    data: str
-    """Labelled images: a folder with train/CLASS and val/CLASS, or one folder of classes together
-    with val_fraction."""
+    data: str = setting(path="a folder of labelled images or a CSV file of labels")
+    """Labelled images: a folder with train/CLASS and val/CLASS, one folder of classes together with
+    val_fraction, or a CSV file; see labels."""
 
     task: str = setting("auto", group=DATA)
-    """Kind of label: classify, or auto, which recognises the layout of data."""
+    """Kind of label: classify (a class per image), multilabel (several), regress (numbers), or
+    auto, which recognises the layout of data or labels."""
 
     weights: str = setting("none", path=f"none, {WEIGHTS}", words=("none",), group=MODEL)
     """Pretrained weights: a converted folder, a pretraining run (converted automatically), a
@@ -94,8 +105,16 @@ class FinetuneConfig(TrainingConfig):
     """Side of the square crops in pixels, or '[HEIGHT,WIDTH]'."""
 
     val_fraction: float = setting(0.0, at_least=0, below=1, example="0.2", group=DATA)
-    """Fraction of a single folder of classes held out for validation, chosen by a hash of the path.
-    0 expects folders train and val."""
+    """Fraction of a single folder of classes, or of a CSV file without splits, held out for
+    validation, chosen by a hash of the path. 0 expects train and val."""
+
+    class_weights: Literal["none", "balanced"] = setting("none", group=OPTIMISATION)
+    """balanced weights the loss of classes by the inverse of their frequency; with several labels
+    per image, that of present labels by the ratio of images without and with it."""
+
+    regress_loss: Literal["huber", "squared"] = setting("huber", group=OPTIMISATION)
+    """Loss of standardised numbers; huber is linear beyond one standard deviation, so it limits the
+    effect of outliers."""
 
     freeze: Literal["none", "backbone"] = setting("none", group=MODEL)
     """backbone trains only the head; none trains everything."""

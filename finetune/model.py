@@ -1,9 +1,8 @@
-"""timm's dense models: one to train, from weights or from scratch, or a trained classifier."""
+"""timm's dense models to train: from weights or from scratch."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,12 +10,11 @@ import torch
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from fcmae.data.statistics import Preprocessing, default_preprocessing
+from fcmae.data.statistics import Preprocessing
 from fcmae.train.checkpoint import first_difference
 from fcmae.weights.export import timm_variant
 from fcmae.weights.load import find_weights, load_weights, read_preprocessing
 from fcmae.weights.read import CONFIG_FILE, first_line, read_json, read_state
-from finetune.blocks import speed_up
 from sparse.convert import encoder_part, to_timm
 from sparse.encoder import init_fan_in
 from sparse.errors import InputError
@@ -214,48 +212,3 @@ def set_training(model: nn.Module) -> None:
     for part in model.children():
         trained = [parameter.requires_grad for parameter in part.parameters()]
         part.train(any(trained) or not trained)
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A model in evaluation mode, its classes in order, its preprocessing, and its folder."""
-
-    model: nn.Module
-    names: tuple[str, ...]
-    images: Preprocessing
-    folder: Path
-
-
-def load_classifier(
-    source: str, device: torch.device, img_size: tuple[int, int] | None = None
-) -> Classifier:
-    """Load a trained classifier.
-
-    Args:
-        source: see `find_weights`.
-        device: where the model will be.
-        img_size: (height, width); None takes what the model was trained with.
-
-    Raises:
-        InputError: missing, damaged, or unable to take images of this size.
-    """
-    file = find_weights(source)
-    config = read_json(file.with_name(CONFIG_FILE))
-    name: Any = config.get("architecture")
-    args = config.get("model_args", {})
-    names: Any = config.get("label_names", config.get("pretrained_cfg", {}).get("label_names"))
-    described = isinstance(name, str) and isinstance(args, dict) and isinstance(names, list)
-    if not described or not 0 < len(names) == config.get("num_classes"):
-        raise InputError(
-            f"{file} is not a classifier: its {CONFIG_FILE} must name timm's model as its "
-            "architecture and all classes as label_names: give a run of `fcmae finetune` after its "
-            "first epoch, or its exported folder"
-        )
-    images = read_preprocessing(file) or default_preprocessing(3)
-    images = replace(images, img_size=img_size or images.img_size)
-    state, _ = read_state(file)
-    start = Start(timm_name(name), args, state, str(file.parent), whole=True)
-    model, _ = build_model(start, len(names), len(images.mean), images.img_size)
-    model = model.to(device).eval()
-    speed_up(model)
-    return Classifier(model, tuple(map(str, names)), images, file.parent)

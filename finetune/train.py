@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from fcmae.config.values import height_width
 from fcmae.data.duplicates import report_duplicates, write_duplicates
 from fcmae.data.evaluation import each_batch
 from fcmae.data.file_list import find_images
+from fcmae.data.labelled import LabelledData
 from fcmae.data.sample import Batch, normalise
 from fcmae.data.statistics import MeanStd, imagenet_mean_std
 from fcmae.train.checkpoint import SavedCheckpoint, load_model_tensors
@@ -29,9 +31,16 @@ from fcmae.weights.export import timm_config, write_timm_folder
 from finetune.augment import TrainDataset, recolouring
 from finetune.blocks import speed_up
 from finetune.config import FinetuneConfig
+from finetune.labels import (
+    check_task,
+    find_labels,
+    open_labels,
+    resolve_task,
+    save_labels,
+    stored_labels,
+)
 from finetune.model import (
     Start,
-    build_model,
     find_model,
     freeze_backbone,
     init_convnext,
@@ -39,11 +48,13 @@ from finetune.model import (
     set_training,
 )
 from finetune.optim import layer_depths
+from finetune.pictures import SHOWN, Shown, draw_predictions, write_figures
 from finetune.tasks import TASKS
-from finetune.tasks.base import LabelKind
+from finetune.tasks.base import LabelKind, Measurement
+from finetune.tuned import STATE, TASK
 from sparse.devices import to_device
 from sparse.encoder import check_compiler
-from sparse.errors import InputError, RunError
+from sparse.errors import InputError, RunError, brief
 
 HEAD_SCALE = 0.001
 """What `head_init_scale: null` means with pretrained weights (arXiv 2301.00808, Tables 9 to 11)."""
@@ -66,10 +77,7 @@ _log = logging.getLogger(__name__)
 
 def finetune(config: FinetuneConfig) -> int:
     """Fine-tune, or resume the run in `config.out`; see `fcmae.train.script.train`."""
-    if config.task not in ("auto", *TASKS):
-        raise InputError(f"task {config.task!r} is unknown: use auto or {', '.join(TASKS)}")
-    task = "classify" if config.task == "auto" else config.task
-    return train(Finetuning(config, TASKS[task](config)))
+    return train(Finetuning(config))
 
 
 class Finetuning(Task):
@@ -77,17 +85,21 @@ class Finetuning(Task):
 
     Args:
         config: what was asked for.
-        kind: the kind of label.
+
+    Attributes:
+        kind: the kind of label, set by `find_images`.
+        data: the labelled images, with labels as targets, set by `find_images`.
     """
 
     command = "finetune"
     auto_epochs = AutoEpochs(crops=60_000, fewest=20, most=200)
 
     config: FinetuneConfig
+    kind: LabelKind
+    data: LabelledData
 
-    def __init__(self, config: FinetuneConfig, kind: LabelKind) -> None:
+    def __init__(self, config: FinetuneConfig) -> None:
         super().__init__(config)
-        self.kind = kind
         self.least_warmup = LEAST_WARMUP if config.freeze == "none" else 0
         self.weight_copies = 1 + (config.ema_decay is not None)  # the best weights and the average
         self.best: dict[str, Tensor] | None = None
@@ -95,6 +107,8 @@ class Finetuning(Task):
         self._warned_at_chance = False
 
     def check(self, device: torch.device) -> tuple[int, int]:
+        check_task(self.config.task)
+        self._device = device
         img_size = height_width(self.config.img_size, multiple=1)
         recolouring(self.config.augment, img_size, [0.5])
         if self.config.compile:
@@ -112,8 +126,27 @@ class Finetuning(Task):
         self._suspects = None
         if config.near_duplicates is not None:
             self._suspects = find_images(config.near_duplicates, setting="near_duplicates")
-        data = self.kind.find(start)
+        data = self._find_labels(start)
         return Images(data.train.source, {"train": data.train.source, "val": data.val.source})
+
+    def _find_labels(self, start: SavedCheckpoint | None) -> LabelledData:
+        config = self.config
+        if start is None:
+            labels = open_labels(config)
+            kind = resolve_task(config.task, labels)
+            data = find_labels(kind, config, labels)
+        else:
+            task = start.state["settings"]["task"]  # older runs did not resolve auto
+            kind = TASKS["classify" if task == "auto" else task]
+            data = stored_labels(kind, config, start)
+        self._labels = data
+        self.kind = kind(data.names)
+        self.kind.prepare(config, data.train.labels, self._device)
+        train, val = (split._replace(labels=self.kind.encode(split.labels)) for split in data[:2])
+        self.data = LabelledData(train, val, data.names)
+        counts = f"{len(train.source)} training, {len(val.source)} validation images"
+        _log.info("found %s for %s: %s", counts, kind.task, brief(data.names, 8))
+        return self.data
 
     def named_mean_std(self) -> Mapping[str, MeanStd]:
         images = self._origin.images
@@ -123,12 +156,11 @@ class Finetuning(Task):
 
     def build_model(self) -> nn.Module:
         config, resolved = self.config, self.resolved
-        self.kind.check(resolved.part)
+        self.kind.check(resolved.part, config.batch_size)
         torch.manual_seed(rng.seed_for(config.seed, rng.FINETUNE, 0, 0))
-        model, self._args = build_model(
-            self._origin, len(self.kind.data.names), config.in_chans, resolved.images.img_size,
-            config.drop_path,
-        )  # fmt: skip
+        model, self._args = self.kind.build_model(
+            self._origin, config.in_chans, resolved.images.img_size, config.drop_path
+        )
         if config.weights == "none" and config.init == "fan_in":
             init_convnext(model)
         scale_classifier(model, head_scale(config))
@@ -154,14 +186,16 @@ class Finetuning(Task):
         model: Any = self.model
         self._timm_config = timm_config(
             self._origin.name, self._args, model.num_features, self._how, model.pretrained_cfg,
-            self.kind.data.names,
+            self.kind.names,
         )  # fmt: skip
         self.ema = None if config.ema_decay is None else make_ema(model, config.ema_decay)
         set_training(model)
+        if self.folder is not None:
+            save_labels(self._labels, self.folder.paths)
         if config.compile:
             model.compile()  # in place: the average was copied before and stays uncompiled
         if self._suspects is not None:
-            found = report_duplicates(self._suspects, self.kind.data, config.workers, world)
+            found = report_duplicates(self._suspects, self.data, config.workers, world)
             if self.folder is not None:
                 write_duplicates(found, self.folder.paths.near_duplicates)
 
@@ -185,10 +219,11 @@ class Finetuning(Task):
 
     def settings(self) -> dict[str, Any]:
         model = {"model": self._origin.name, "model_args": self._args}
-        return super().settings() | model | {"label_names": list(self.kind.data.names)}
+        kind = {"task": self.kind.task, "label_names": list(self.kind.names)}
+        return super().settings() | model | kind
 
     def dataset(self) -> TrainDataset:
-        return TrainDataset(self.kind.data.train, self._how, self.config)
+        return TrainDataset(self.data.train, self._how, self.config)
 
     def restore(self, checkpoint: SavedCheckpoint) -> None:
         if self.ema is not None:
@@ -224,11 +259,17 @@ class Finetuning(Task):
         self.model.eval()
         try:
             with torch.compiler.set_stance("force_eager"):  # batches differ in size here
-                scores = self._measure(models, stop)
+                measured = self._measure(models, stop)
         finally:
             set_training(self.model)
         name = [*models][-1]
-        self._keep_best(models[name], scores[name], epoch, step)
+        scores = {name: measurement.compute() for name, measurement in measured.items()}
+        if self._keep_best(models[name], scores[name], measured[name].state, epoch, step):
+            kind = type(self.kind)(self.kind.names, measured[name].state)
+            predictions = draw_predictions(kind, self._shown, self._how)
+            figures = {"scores": measured[name].draw(), "predictions": predictions}
+            if self.folder is not None:
+                write_figures(figures, self.folder, step)
         self._warn_at_chance([*scores.values()], epoch)
         return {
             f"{name}_{key}": value for name, score in scores.items() for key, value in score.items()
@@ -253,15 +294,19 @@ class Finetuning(Task):
     @torch.no_grad()
     def _measure(
         self, models: dict[str, nn.Module], stop: Callable[[], bool]
-    ) -> dict[str, dict[str, float]]:
-        """Score each model over all processes.
+    ) -> dict[str, Measurement]:
+        """Measure each model on this process's share of the images, and keep some of the last
+        model's predictions to show.
 
         Raises:
             Interrupted: the run has to stop.
             RunError: too many images, or all, can't be read.
         """
-        run, split, device = self.resolved, self.kind.data.val, self.resolved.world.device
-        scores = {name: self.kind.scores(device) for name in models}
+        run, split, device = self.resolved, self.data.val, self.resolved.world.device
+        measured = {name: self.kind.measurement(run.world) for name in models}
+        own = range(run.world.rank, len(split.source), run.world.size)
+        chosen = {own[int(n)] for n in np.linspace(0, len(own) - 1, SHOWN)} if own else set()
+        self._shown: list[Shown] = []
         bad: list[tuple[str, str]] = []
         for batch, images in each_batch(
             split, self._how, device, run.part, run.workers, run.world, self.config.max_pixels
@@ -274,17 +319,22 @@ class Finetuning(Task):
                 for name, model in models.items():
                     with run.autocast():
                         outputs = model(images)
-                    scores[name].update(outputs, targets)
+                    measured[name].update(outputs, targets)
+                self._shown += [
+                    (images[n].cpu(), outputs[n].float().cpu(), batch.targets[n])
+                    for n, index in enumerate(batch.indices.tolist())
+                    if index in chosen
+                ]
         if len(self.record_bad(bad)) == len(split.source):
             raise RunError("none of the validation images can be read: see bad_images.jsonl")
-        return {name: score.compute() for name, score in scores.items()}
+        return measured
 
     def _warn_at_chance(self, scores: list[dict[str, float]], epoch: int) -> None:
         """Warn once, from half of the epochs on, if the model has not begun to learn."""
         epochs = self.resolved.plan.epochs
         if self.folder is None or self._warned_at_chance or 2 * epoch < epochs:
             return
-        chance = self.kind.chance(scores)
+        chance = self.kind.chance(scores, self.data.val.labels)
         if chance is not None:
             self._warned_at_chance = True
             lower = self.config.optim.base_lr / LOWER_RATE
@@ -293,22 +343,33 @@ class Finetuning(Task):
                 f"again in another --out with --optim.base_lr {lower:g}"
             )
 
-    def _keep_best(self, model: nn.Module, scores: dict[str, float], epoch: int, step: int) -> None:
+    def _keep_best(
+        self,
+        model: nn.Module,
+        scores: dict[str, float],
+        state: Mapping[str, Any],
+        epoch: int,
+        step: int,
+    ) -> bool:
+        """Keep these weights if they are the best so far, and return whether they are."""
         before, rank = self.best_score, self.kind.rank
         if before and rank(scores) <= rank(before):
-            return
-        self.best_score = {"epoch": epoch, "step": step, **scores}
+            return False
+        self.best_score = {"epoch": epoch, "step": step, STATE: dict(state), **scores}
         if self.folder is not None:
-            state = model.state_dict().items()
-            self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state}
+            weights = model.state_dict().items()
+            self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights}
             self._write_best(self.folder.paths.best)
+        return True
 
     def _write_best(self, out: Path) -> None:
         """Write the best weights as a timm folder; without any, remove the folder."""
         if self.best is None:
             shutil.rmtree(out, ignore_errors=True)
         else:
-            write_timm_folder(self.best, self._timm_config, out)
+            assert self.best_score is not None
+            kind = {TASK: self.kind.task, STATE: self.best_score.get(STATE, {})}
+            write_timm_folder(self.best, self._timm_config | kind, out)
 
 
 EMA_AHEAD = 2

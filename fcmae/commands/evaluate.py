@@ -1,28 +1,30 @@
-"""`fcmae evaluate`: measure the accuracy of a fine-tuned model."""
+"""`fcmae evaluate`: measure a fine-tuned model."""
 
 from dataclasses import KW_ONLY, dataclass
 
-from fcmae.config.fields import ImageSizeConfig, SourceConfig, setting
+from fcmae.config.fields import ImageSizeConfig, LabelsConfig, SourceConfig, setting
 
 
 @dataclass
-class EvaluateConfig(ImageSizeConfig, SourceConfig):
-    """Measure top-1, top-5 and per-class accuracy on labelled images."""
+class EvaluateConfig(LabelsConfig, ImageSizeConfig, SourceConfig):
+    """Measure a fine-tuned model on labelled images, overall and for each class or target."""
 
     source: str
     """Fine-tuning run (its best weights) or folder of weights."""
 
-    data: str = setting(path="a folder with one folder per split, or one folder of classes")
-    """Labelled images: a folder with one folder per split, or one folder of classes."""
+    data: str = setting(path="a folder of labelled images or a CSV file of labels")
+    """Labelled images: a folder with one folder per split, one folder of classes, or a CSV file.
+    For the data that a run was trained on, its CSV file need not be given again."""
 
     split: str = "val"
-    """Folder in data to evaluate."""
+    """Split to evaluate: a folder in data, or a value of the column split."""
 
     json: bool = False
-    """Print only one JSON object, with top1 and top5 in percent."""
+    """Print only one JSON object, with scores of classes in percent."""
 
     out: str | None = None
-    """Confusion matrix to write, .png or .csv. null writes none."""
+    """Figure to write, .png, or its numbers, .csv: the confusion matrix, the average precision of
+    each class, or predicted against true numbers. null writes none."""
 
     _: KW_ONLY
 

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from fcmae.config.fields import IMAGES, ImageSizeConfig, SourceConfig, setting
+from fcmae.config.fields import IMAGES, ImageSizeConfig, LabelsConfig, SourceConfig, setting
 
 
 @dataclass
-class ProbeConfig(ImageSizeConfig, SourceConfig):
+class ProbeConfig(LabelsConfig, ImageSizeConfig, SourceConfig):
     """Evaluate frozen features by nearest neighbours and a linear classifier."""
 
     data: str = setting(path="a folder with train/CLASS and val/CLASS, or one folder of classes")

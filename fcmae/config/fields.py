@@ -209,6 +209,16 @@ class DeviceConfig(Config):
 
 
 @dataclass(kw_only=True)
+class LabelsConfig(Config):
+    """A command that reads labels."""
+
+    labels: str | None = setting(None, path="a CSV file", group=DATA)
+    """CSV file of labels with a row for each image: path, relative to the file or absolute; perhaps
+    split, train or val; and label (a class), labels (classes separated by ;) or columns of numbers.
+    A file given as data means the same. null takes the folders in data."""
+
+
+@dataclass(kw_only=True)
 class LoaderConfig(DeviceConfig):
     """A command that reads images but does not train."""
 

@@ -24,7 +24,9 @@ EXTENSIONS = (
 """The images in a folder end in one of these. The content decides how a file is read."""
 
 _SUFFIXES = tuple(f".{extension}".encode() for extension in EXTENSIONS)
-_LONGEST = 65_535
+LONGEST = 65_535
+"""Largest number of bytes of a name."""
+
 _BLOCK = 65_536
 _Key = tuple[int, int]
 """Device and inode: the same for every path to a folder."""
@@ -54,6 +56,14 @@ class FileList:
     def __post_init__(self, starts: Indices | None) -> None:
         ends = np.cumsum(self.lengths, dtype=np.int64)
         self._starts = ends - self.lengths if starts is None else starts
+
+    @classmethod
+    def of(cls, root: str, names: Iterable[bytes]) -> "FileList":
+        """Return the list of files with these names, of at most `LONGEST` bytes, in this order."""
+        kept = list(names)
+        lengths = np.array([len(name) for name in kept], np.uint16)
+        blob = np.frombuffer(b"".join(kept), np.uint8)
+        return cls((root,), blob, lengths, np.zeros(len(kept), np.uint16))
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -237,6 +247,6 @@ def _listed(path: bytes, shown: str) -> Iterable[bytes]:
     content = Path(os.fsdecode(path)).read_bytes().removeprefix(b"\xef\xbb\xbf")
     lines = {line.rstrip(b"\r") for line in content.split(b"\n")}
     names = [line for line in lines if line.strip() and not line.lstrip().startswith(b"#")]
-    if b"\0" in content or any(len(name) > _LONGEST for name in names):
+    if b"\0" in content or any(len(name) > LONGEST for name in names):
         raise InputError(f"{shown} is not a folder, an image or a text file with one path per line")
     return sorted(names)

@@ -1,7 +1,7 @@
-"""Labelled folders: the images and their classes.
+"""Labelled images: what they are to training, and folders of classes.
 
-A class is the first folder below a split; deeper folders do not matter. Classes are sorted by name,
-which is the order of the classifier's outputs.
+In a folder, a class is the first folder below a split; deeper folders do not matter. Classes are
+sorted by name, which is the order of the classifier's outputs.
 """
 
 import logging
@@ -22,18 +22,19 @@ from sparse.errors import InputError, brief, did_you_mean
 TRAIN, VAL = "train", "val"
 _LAYOUT = "train/CLASS/… and val/CLASS/…"
 
-Labels = npt.NDArray[np.int64]
+Labels = npt.NDArray[Any]
+"""A label for each image, (N, …): a class, int64; which classes it has, bool; numbers, float64."""
 
 _log = logging.getLogger(__name__)
 
 
 class Split(NamedTuple):
-    """Images of one split: their source, the prefix of their names in messages, and the class of
-    each (N,), or None if there are no labels."""
+    """Images of one split: their source, the prefix of their names in messages, and the label of
+    each, `Labels` or another sequence, or None if there are no labels."""
 
     source: Source
     prefix: str = ""
-    labels: Labels | None = None
+    labels: Any = None
 
     def name(self, index: int) -> str:
         """Return an image's name for messages."""
@@ -45,7 +46,7 @@ class Split(NamedTuple):
 
 
 class LabelledData(NamedTuple):
-    """The images to train and to validate on, and the classes in order."""
+    """The images to train and to validate on, and the names of classes or targets in order."""
 
     train: Split
     val: Split
@@ -81,15 +82,20 @@ def find_labelled(data: str, val_fraction: float, exclude: str | None = None) ->
     if val_fraction:
         parts = split_by_hash(files, labels, val_fraction)
         learnt, measured = (Split(files.select(part), prefix, labels[part]) for part in parts)
-        val_names = tuple(names[label] for label in np.unique(labels[parts[1]]))
     else:
         val_files, val_names = find_classes(val, exclude)
         check_known(val, val_names, names, "train")
         learnt = Split(files, prefix, labels)
         measured = Split(val_files, f"{VAL}/", labels_of(val_files, names))
-    if unseen := sorted(set(names) - set(val_names)):
-        _log.warning("not in val, so never measured: %s", brief(map(repr, unseen)))
+    report_unmeasured(names, measured)
     return LabelledData(learnt, measured, names)
+
+
+def report_unmeasured(names: Sequence[str], val: Split) -> None:
+    """Warn of classes that no image of `val` has."""
+    measured = {names[label] for label in np.unique(val.labels)}
+    if unseen := sorted(set(names) - measured):
+        _log.warning("not in val, so never measured: %s", brief(map(repr, unseen)))
 
 
 def find_classes(folder: Path, exclude: str | None = None) -> tuple[FileList, tuple[str, ...]]:
@@ -175,11 +181,20 @@ def _class_names(folder: Path, exclude: str | None) -> tuple[str, ...]:
     run = Path(exclude).resolve() if exclude else None
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     names = sorted(entry.name for entry in entries if entry.is_dir() and entry.resolve() != run)
+    return check_names(names, folder)
+
+
+def check_names(names: Sequence[str], where: Path) -> tuple[str, ...]:
+    """Return the names of classes, of which each is printable and no two look the same.
+
+    Raises:
+        InputError: a name must be changed; says which, in `where`.
+    """
     seen: dict[str, str] = {}
     for name in names:
         if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
-            raise InputError(f"{folder} has the class {name!r}: rename it to printable UTF-8")
+            raise InputError(f"{where} has the class {name!r}: rename it to printable UTF-8")
         other = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other != name:
-            raise InputError(f"{folder} has similar classes {other!r} and {name!r}: rename one")
+            raise InputError(f"{where} has similar classes {other!r} and {name!r}: rename one")
     return tuple(names)

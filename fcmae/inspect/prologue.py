@@ -36,7 +36,7 @@ class Setting(Generic[Model]):
         model: the loaded model.
         images: how images are prepared for the model.
         device: where the model is.
-        out: the file to write, if any.
+        out: the file to write, if any and checked.
     """
 
     config: Any
@@ -93,14 +93,14 @@ def set_up(config: Any, source: str, load: Callable[..., Model], *suffixes: str)
         source: what to load.
         load: maps `source`, the device and perhaps the image size to a model with the attribute
             `images`.
-        suffixes: allowed endings of `config.out`.
+        suffixes: allowed endings of `config.out`, which is not checked without any.
 
     Raises:
         InputError: an argument is wrong; nothing was written.
     """
     show_logs()
     out, size = getattr(config, "out", None), getattr(config, "img_size", None)
-    path = None if out is None else check_out_file(out, *suffixes)
+    path = check_out_file(out, *suffixes) if out is not None and suffixes else None
     sides = [] if size is None else [height_width(size, multiple=1)]
     device = resolve_device(config.device)
     model: Any = load(source, device, *sides)

@@ -43,6 +43,10 @@ CURVES: list[tuple[str, str, str | None, list[str]]] = [
     ("val_loss", "validation loss", None, ["last"]),
     ("val_top1", "validation top-1 %", None, ["last", "best"]),
     ("ema_top1", "validation top-1 %, averaged weights", None, ["last", "best"]),
+    ("val_map", "validation mAP %", None, ["last", "best"]),
+    ("ema_map", "validation mAP %, averaged weights", None, ["last", "best"]),
+    ("val_r2", "validation R²", None, ["last", "best"]),
+    ("ema_r2", "validation R², averaged weights", None, ["last", "best"]),
     ("lr", "learning rate", None, []),
     ("grad_norm", "gradient norm", None, []),
     ("images_per_s", "images/s", None, ["median"]),
@@ -127,6 +131,11 @@ class RunData:
         shown = {event.step: event.encoded_image_string for event in events.Images(TAG)}
         return [(step, Image.open(io.BytesIO(content))) for step, content in sorted(shown.items())]
 
+    def figures(self) -> list[tuple[str, Image.Image]]:
+        """(name, figure) of the plots of validation images."""
+        files = sorted(self.paths.figures.glob("*.png"))
+        return [(file.stem, Image.open(file)) for file in files]
+
 
 def read_runs(folders: list[str]) -> list[RunData]:
     """Read run folders.
@@ -173,6 +182,7 @@ def render(runs: list[RunData]) -> str:
         curves=_curves(runs),
         diversity=_diversity(runs),
         reconstructions=_reconstructions(runs),
+        validation=_validation(runs),
         settings=_settings(runs),
         shown=SHOWN,
     )
@@ -219,12 +229,25 @@ def _reconstructions(runs: list[RunData]) -> list[Figure]:
     for run in runs:
         drawn = run.reconstructions()
         for step, image in dict(drawn[-1:] + drawn[:1]).items():
-            content = io.BytesIO()
-            image.convert("RGB").save(content, "JPEG", quality=88)
             what = f"original, masked, reconstructed and pasted images of {run.name}"
             title = f"{run.name}, after step {step}"
-            found.append(_figure(title, f"{what} after step {step}", content.getvalue()))
+            found.append(_figure(title, f"{what} after step {step}", _jpeg(image)))
     return found
+
+
+def _validation(runs: list[RunData]) -> list[Figure]:
+    """Scores and predictions of the best weights of each run, on validation images."""
+    return [
+        _figure(f"{run.name}, {name}", f"{name} of {run.name} on validation images", _jpeg(image))
+        for run in runs
+        for name, image in run.figures()
+    ]
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.convert("RGB").save(content, "JPEG", quality=88)
+    return content.getvalue()
 
 
 def _settings(runs: list[RunData]) -> list[tuple[str, list[str], bool]]:

@@ -42,7 +42,7 @@ class RunFolder:
         if step == 0:
             for file in (paths.metrics, paths.log, paths.bad_images, paths.nonfinite):
                 file.unlink(missing_ok=True)
-            for folder in (paths.tensorboard, paths.best):
+            for folder in (paths.tensorboard, paths.best, paths.figures):
                 shutil.rmtree(folder, ignore_errors=True)
         if config.resume not in ("auto", "never"):  # else only damaged ones can be later
             forget_after(paths.checkpoints, step)

@@ -18,6 +18,7 @@ class RunPaths:
         bad_images: each image that could not be read, and why.
         nonfinite: each batch whose loss or gradient was not finite, with its images.
         near_duplicates: images that nearly equal one of the validation set.
+        figures: plots of the validation images' scores and predictions, as .png.
     """
 
     def __init__(self, root: Path) -> None:
@@ -32,7 +33,12 @@ class RunPaths:
         self.bad_images = root / "bad_images.jsonl"
         self.nonfinite = root / "nonfinite.jsonl"
         self.near_duplicates = root / "near_duplicates.jsonl"
+        self.figures = root / "figures"
 
     def images(self, part: str) -> Path:
         """The list of the images of one part of the run: `all`, `train` or `val`."""
         return self.root / f"images-{part}.npz"
+
+    def labels(self, part: str) -> Path:
+        """The labels of these images, an array (N, …)."""
+        return self.root / f"labels-{part}.npy"

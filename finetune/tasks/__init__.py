@@ -2,5 +2,7 @@
 
 from finetune.tasks.base import LabelKind
 from finetune.tasks.classify import Classify
+from finetune.tasks.multilabel import Multilabel
+from finetune.tasks.regress import Regress
 
-TASKS: dict[str, type[LabelKind]] = {"classify": Classify}
+TASKS: dict[str, type[LabelKind]] = {kind.task: kind for kind in (Classify, Multilabel, Regress)}

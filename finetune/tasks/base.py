@@ -1,66 +1,327 @@
-"""The interface of a kind of label to fine-tuning."""
+"""The interface of a kind of label to fine-tuning, evaluation and prediction."""
 
-from collections.abc import Sequence
-from typing import Protocol
+import csv
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from fcmae.data.labelled import LabelledData
-from fcmae.train.checkpoint import SavedCheckpoint
+from fcmae.atomic import check_out_file, out_file
+from fcmae.data.file_list import FileList
+from fcmae.data.labelled import LabelledData, Labels, Split
+from fcmae.data.sample import Batch
+from fcmae.data.sources import Indices
+from fcmae.data.table import Table
+from fcmae.train.processes import World
 from finetune.config import FinetuneConfig
+from finetune.model import Start, build_model
+from sparse.errors import InputError
+
+Rows = list[tuple[str, ...]]
+"""Rows of a table as text; an empty one is a line."""
+
+Writer = Callable[[Sequence[str], Batch, Tensor], None]
+"""Writes the predictions of a batch: paths of its images, the batch and the model's outputs."""
 
 
-class Scores(Protocol):
-    """Scores of one model over the validation images of all processes."""
-
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Add a batch of this process."""
-
-    def compute(self) -> dict[str, float]:
-        """Return each score by its name, `loss` among them, over all processes."""
-
-
-class LabelKind(Protocol):
-    """How one kind of label is read, learned and scored.
-
-    Args:
-        config: what was asked for.
+class Measurement(ABC):
+    """Scores of one model on the labelled images of all processes.
 
     Attributes:
-        data: the labelled images and the names of the model's outputs, such as classes, set by
-            `find`.
+        state: what these images decide about later predictions, such as thresholds: JSON that is
+            stored beside the weights and given to `LabelKind`; set by `compute`.
     """
 
-    data: LabelledData
+    state: Mapping[str, Any]
 
-    def __init__(self, config: FinetuneConfig) -> None: ...
+    @abstractmethod
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add a batch of this process: the model's outputs, (B, …), and the targets, (B, …)."""
 
-    def find(self, start: SavedCheckpoint | None) -> LabelledData:
-        """Find the labelled images; a resumed run takes those of the stored lists.
+    @abstractmethod
+    def compute(self) -> dict[str, float]:
+        """Return each score for metrics.jsonl by its name, `loss` among them, over all processes.
+
+        Each process calls this once, before the methods below, which do not communicate.
+        """
+
+    @abstractmethod
+    def result(self) -> dict[str, Any]:
+        """Return the scores as JSON for `fcmae evaluate`, with `n`, the number of images."""
+
+    @abstractmethod
+    def table(self) -> tuple[tuple[str, ...], Rows, Rows]:
+        """Return headings, a row for each class or target, the worst first, and rows on all."""
+
+    @abstractmethod
+    def draw(self) -> Any:
+        """Return a figure of the scores, of matplotlib; None if there can't be one."""
+
+    def write_csv(self, file: Any) -> None:
+        """Write the figure's numbers as rows to a text file."""
+        headings, rows, _ = self.table()
+        csv.writer(file).writerows([headings, *rows])
+
+
+class LabelKind(ABC):
+    """How one kind of label is read, learned, scored, drawn and predicted.
+
+    The images of a run are read first (`read` or the methods on folders); a kind is then made with
+    the names found, and `prepare`d if it is to be trained.
+
+    Args:
+        names: of the model's outputs in order: classes or targets.
+        state: what else predictions need, as stored beside the weights; see `Measurement`.
+
+    Attributes:
+        task: the value of `--task`.
+        layout: where labels are, in words.
+    """
+
+    task: ClassVar[str]
+    layout: ClassVar[str]
+
+    def __init__(self, names: Sequence[str], state: Mapping[str, Any] | None = None) -> None:
+        self.names, self.state = tuple(names), dict(state or {})
+
+    # Reading labels
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, labels: Table | Path) -> bool:
+        """Return whether a CSV file or a folder holds labels of this kind."""
+
+    @classmethod
+    def read(
+        cls, table: Table, rows: Indices, names: tuple[str, ...] | None
+    ) -> tuple[Labels, tuple[str, ...]]:
+        """Read labels from a CSV file; see `fcmae.data.table.Reader`."""
+        raise InputError(f"task {cls.task} has no labels in CSV files: expected {cls.layout}")
+
+    @classmethod
+    def find_folder(cls, config: FinetuneConfig) -> LabelledData:
+        """Find the images to train and to validate on in the folder `config.data`.
 
         Raises:
             InputError: there are none, or their labels can't be learned.
         """
+        raise InputError(
+            f"data {config.data!r} has no labels for {cls.task}: expected {cls.layout}"
+        )
 
-    def check(self, part: int) -> None:
+    @classmethod
+    def find_split(cls, folder: Path, prefix: str, names: Sequence[str]) -> Split:
+        """Find the images of one folder to measure on.
+
+        Args:
+            folder: of the split.
+            prefix: of the images' names in messages.
+            names: those that the model knows.
+
+        Raises:
+            InputError: there are none, or they have labels that the model does not know.
+        """
+        raise InputError(
+            f"data {str(folder)!r} has no labels for {cls.task}: expected {cls.layout}"
+        )
+
+    @classmethod
+    def labels_of(cls, files: FileList, names: Sequence[str]) -> Labels:
+        """Return the labels of images in a folder whose list a run has stored without labels."""
+        raise InputError(f"the run has no stored labels for {cls.task}: start over")
+
+    def encode(self, labels: Labels) -> Labels:
+        """Return labels as targets of the loss."""
+        return labels
+
+    # Training
+
+    def prepare(self, config: FinetuneConfig, train: Labels, device: torch.device) -> None:
+        """Prepare for training, before `encode`.
+
+        Args:
+            config: what was asked for.
+            train: labels of the training images.
+            device: of the loss.
+
+        Raises:
+            InputError: the config does not suit this kind of label.
+        """
+        augment = config.augment
+        if augment.mixup or augment.cutmix:
+            raise InputError(
+                f"mixup and cutmix blend classes, and the task is {self.task}: leave both at 0"
+            )
+
+    def check(self, part: int, batch_size: int) -> None:
         """Check what depends on the number of images in a part of a step.
 
         Raises:
             InputError: the part does not suit the config.
         """
 
+    def build_model(
+        self, start: Start, in_chans: int, img_size: tuple[int, int], drop_path: float = 0.0
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """Build the model; see `finetune.model.build_model`."""
+        return build_model(start, len(self.names), in_chans, img_size, drop_path)
+
+    @abstractmethod
     def loss(self, forward: nn.Module, images_BCHW: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of normalised images; `forward` is the model, perhaps wrapped in DDP."""
+        """Mean loss of normalised images; `forward` is the model, perhaps wrapped in DDP.
 
-    def scores(self, device: torch.device) -> Scores:
-        """Return empty scores; the best weights are those of the highest `rank`."""
+        The mean over parts of the same size is the loss of all of them.
+        """
 
-    def rank(self, scores: dict[str, float]) -> tuple[float, ...]:
+    # Scores
+
+    @abstractmethod
+    def measurement(self, world: World, final: bool = False) -> Measurement:
+        """Return an empty measurement.
+
+        Args:
+            world: the processes that share the images.
+            final: whether the state is given, as in `fcmae evaluate`; else the images decide it.
+        """
+
+    @abstractmethod
+    def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
         """Return a key that orders scores, the best highest."""
 
-    def chance(self, scores: Sequence[dict[str, float]]) -> str | None:
+    @abstractmethod
+    def chance(self, scores: Sequence[Mapping[str, float]], val: Labels) -> str | None:
         """Return a text if the scores of all models are those of guessing, else None."""
 
-    def summary(self, scores: dict[str, float]) -> str:
+    @abstractmethod
+    def summary(self, scores: Mapping[str, float]) -> str:
         """Return the scores in words, for the log."""
+
+    # Predictions
+
+    def show(
+        self, image: Image.Image, output: Tensor, target: npt.NDArray[Any]
+    ) -> tuple[list[Image.Image], str, str]:
+        """Show a prediction beside the truth: images of the same size, and two texts.
+
+        Args:
+            image: RGB.
+            output: of the model for this image, without the batch's axis.
+            target: see `encode`.
+        """
+        return [image], self.describe_target(target), self.describe_output(output)
+
+    def describe_target(self, target: npt.NDArray[Any]) -> str:
+        """Return a target in words."""
+        return ""
+
+    def describe_output(self, output: Tensor) -> str:
+        """Return a prediction in words."""
+        return ""
+
+    def check_out(self, out: str) -> Path:
+        """Check where predictions will be written.
+
+        Raises:
+            InputError: they can't be written there.
+        """
+        return check_out_file(out, ".csv")
+
+    @contextmanager
+    def writing(self, out: Path, top: int) -> Iterator[Writer]:
+        """Write predictions: yield a function that takes batches. Here, a CSV file.
+
+        Args:
+            out: see `check_out`.
+            top: classes per image, where a prediction names the best.
+
+        Raises:
+            RunError: `out` could not be written.
+        """
+        # Names that are not UTF-8 are written as their bytes.
+        with (
+            out_file(out) as path,
+            path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+        ):
+            rows = csv.writer(file)
+            rows.writerow(["path", *self.columns(top)])
+
+            def write(paths: Sequence[str], batch: Batch, outputs: Tensor) -> None:
+                cells = self.cells(outputs.float().cpu(), top)
+                rows.writerows([path, *row] for path, row in zip(paths, cells, strict=True))
+
+            yield write
+
+    def columns(self, top: int) -> Sequence[str]:
+        """Return the columns of a CSV file of predictions after `path`: one for each output."""
+        return self.names
+
+    def cells(self, outputs: Tensor, top: int) -> list[list[str]]:
+        """Return the cells of these columns for outputs (B, N)."""
+        return []
+
+
+class Gathered(Measurement):
+    """A measurement that keeps all outputs (N, K) and targets (N, K) on the CPU.
+
+    Args:
+        world: the processes that share the images.
+
+    Attributes:
+        outputs, targets: of all processes, float32, set by `gather`.
+    """
+
+    outputs: Tensor
+    targets: Tensor
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        self._parts.append((outputs.float().cpu(), targets.float().cpu()))
+
+    def gather(self) -> None:
+        """Collect the batches of all processes."""
+        parts = [part for parts in self._world.gather(self._parts) for part in parts]
+        self.outputs, self.targets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+
+def or_none(value: float) -> float | None:
+    """Return a score for JSON: None if it is not a number."""
+    return value if math.isfinite(value) else None
+
+
+def mean_of(values: Any) -> float:
+    """Return the mean of those values that are numbers; NaN if there are none."""
+    finite = np.asarray(values, np.float64)
+    finite = finite[np.isfinite(finite)]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
+def bars(values: Mapping[str, float], label: str, most: int = 60) -> Any:
+    """Draw a horizontal bar for each name, the highest first; of many, those of both ends.
+
+    Args:
+        values: by name.
+        label: of their axis, which ends at 100.
+        most: largest number of bars.
+    """
+    from matplotlib.figure import Figure
+
+    ordered = sorted(values.items(), key=lambda item: item[1])
+    if len(ordered) > most:
+        ordered = [*ordered[: most // 2], *ordered[-most // 2 :]]
+    figure = Figure(figsize=(6, 1.2 + 0.25 * len(ordered)), layout="constrained")
+    axes = figure.add_subplot(xlabel=label, xlim=(0, 100))
+    axes.grid(alpha=0.3, axis="x")
+    axes.barh(range(len(ordered)), [value for _, value in ordered])
+    axes.set_yticks(range(len(ordered)), [name for name, _ in ordered])
+    return figure

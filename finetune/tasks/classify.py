@@ -1,144 +1,264 @@
 """One class per image: cross-entropy, top-1 and top-5."""
 
-import logging
+import csv
 import math
-import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
+from fcmae.data.file_list import FileList
 from fcmae.data.labelled import (
+    TRAIN,
     LabelledData,
+    Labels,
     Split,
     at_chance,
+    check_known,
+    find_classes,
     find_labelled,
     labels_of,
     majority_share,
 )
-from fcmae.train.checkpoint import SavedCheckpoint
-from fcmae.train.resume import stored_files
+from fcmae.data.sources import Indices
+from fcmae.data.table import LABEL, Table, read_classes
+from fcmae.train.processes import World
 from finetune.augment import seeded
 from finetune.config import FinetuneConfig
+from finetune.tasks.base import LabelKind, Measurement, Rows
 from sparse.errors import InputError
 
 TOP = 5
 
-_log = logging.getLogger(__name__)
+MOST_COUNTED = 1000
+"""With more classes than this, training does not count confusions, for lack of memory."""
+
+MASKS = {"masks", "instances"}
+"""Folders beside `images` that hold masks, not classes."""
+
+Counts = npt.NDArray[np.int64]
 
 
-class ClassScores:
-    """Top-1 and top-5 in percent and the mean cross-entropy; see `finetune.tasks.base.Scores`.
+class ClassMeasurement(Measurement):
+    """Top-1 and top-5 in percent, the mean cross-entropy, and confusions.
 
     With fewer than five classes, `top5` counts all of them.
 
     Args:
-        classes: their number.
-        device: of the outputs.
+        names: the classes.
+        world: see `LabelKind.measurement`.
+        counted: whether to count confusions, which all that follows `compute` needs.
     """
 
-    def __init__(self, classes: int, device: torch.device) -> None:
+    state: Mapping[str, Any] = {}
+
+    def __init__(self, names: Sequence[str], world: World, counted: bool) -> None:
+        self.names, classes, device = names, len(names), world.device
         top: dict[str, Any] = {"num_classes": classes, "average": "micro", "validate_args": False}
         self._accuracy = {
             f"top{k}": MulticlassAccuracy(top_k=min(k, classes), **top).to(device) for k in (1, TOP)
         }
         self._loss = MeanMetric(nan_strategy="disable").to(device)
+        self._counts = None
+        if counted:
+            self._counts = MulticlassConfusionMatrix(classes, validate_args=False).to(device)
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         outputs = outputs.float()
         for metric in self._accuracy.values():
             metric.update(outputs, targets)
+        if self._counts is not None:
+            self._counts.update(outputs, targets)
         self._loss.update(F.cross_entropy(outputs, targets, reduction="none"))
 
     def compute(self) -> dict[str, float]:
         with warnings.catch_warnings():  # a process may have had no image
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             found = {name: 100 * float(m.compute()) for name, m in self._accuracy.items()}
+            self._top5 = found[f"top{TOP}"]
+            if self._counts is not None:
+                self.confusion: Counts = self._counts.compute().cpu().numpy()
             return found | {"loss": float(self._loss.compute())}
 
+    def result(self) -> dict[str, Any]:
+        return summarise(self.confusion, self._top5, self.names)
 
-class Classify:
-    """See `finetune.tasks.base.LabelKind`."""
+    def table(self) -> tuple[tuple[str, ...], Rows, Rows]:
+        result = self.result()
+        classes, absent, n = result["per_class"], result["not_measured"], str(result["n"])
+        ordered = sorted(classes.items(), key=lambda item: item[1]["top1"])
+        rows: Rows = [(name, f"{entry['top1']:.1f}", str(entry["n"])) for name, entry in ordered]
+        rows += [(name, "not measured", "0") for name in absent]
+        over = f" over {len(classes)} of {len(self.names)} classes" if absent else ""
+        last: Rows = [
+            ("all: top-1", f"{result['top1']:.2f}", n),
+            (f"all: top-{result['top5_of']}", f"{result['top5']:.2f}", n),
+            (f"balanced{over}", f"{result['balanced']:.2f}"),
+        ]
+        return ("class", "top-1 %", "images"), rows, last
 
-    data: LabelledData
+    def write_csv(self, file: Any) -> None:
+        rows = csv.writer(file)
+        rows.writerow(["true \\ predicted", *self.names])
+        rows.writerows([name, *row] for name, row in zip(self.names, self.confusion, strict=True))
 
-    def __init__(self, config: FinetuneConfig) -> None:
-        self.config = config
-        self._mixup: Mixup | None = None
+    def draw(self) -> Any:
+        """Draw the share of each true class (row) that is predicted as each class, in percent."""
+        from matplotlib.figure import Figure
 
-    def find(self, start: SavedCheckpoint | None) -> LabelledData:
-        config, found = self.config, None
-        try:
-            found = find_labelled(config.data, config.val_fraction, exclude=config.out)
-        except InputError as error:
-            if start is None or not os.path.isdir(os.path.expanduser(config.data)):
-                raise
-            _log.warning("resuming with the images that the run began with: %s", error)
-        data = found if start is None else self._stored(start, found)
-        assert data is not None
-        self.data = data
-        train, val = len(data.train.source), len(data.val.source)
-        _log.info(f"found {train} training, {val} validation images of {len(data.names)} classes")
-        augment = config.augment
+        if self._counts is None:
+            return None
+        confusion, names = self.confusion, self.names
+        share = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+        side = min(4 + 0.35 * len(names), 24)
+        figure = Figure(figsize=(side + 1, side), layout="constrained")
+        axes = figure.add_subplot(xlabel="predicted", ylabel="true")
+        drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+        figure.colorbar(drawn, label="% of the true class")
+        if len(names) <= 60:
+            axes.set_xticks(range(len(names)), names, rotation=90)
+            axes.set_yticks(range(len(names)), names)
+        if len(names) <= 20:
+            for row, column in np.argwhere(confusion):
+                value = share[row, column]
+                color = "white" if value > 50 else "black"
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
+        return figure
+
+
+def summarise(confusion: Counts, top5: float, names: Sequence[str]) -> dict[str, Any]:
+    """Return percentages of a confusion matrix (true class, predicted class)."""
+    counts, total = confusion.sum(axis=1).tolist(), int(confusion.sum())
+    per_class = {
+        name: {"top1": 100 * hits / count, "n": count}
+        for name, hits, count in zip(names, confusion.diagonal().tolist(), counts, strict=True)
+        if count
+    }
+    return {
+        "top1": 100 * int(confusion.trace()) / total,
+        "top5": top5,
+        "top5_of": min(TOP, len(names)),
+        "balanced": sum(entry["top1"] for entry in per_class.values()) / len(per_class),
+        "n": total,
+        "per_class": per_class,
+        "not_measured": [name for name in names if name not in per_class],
+    }
+
+
+class Classify(LabelKind):
+    """A class for each image."""
+
+    task = "classify"
+    layout = "train/CLASS/… and val/CLASS/…, or a CSV file with a column label"
+
+    _mixup: Mixup | None = None
+    _weights: Tensor | None = None
+    _smoothing = 0.0
+
+    @classmethod
+    def recognises(cls, labels: Table | Path) -> bool:
+        if isinstance(labels, Table):
+            return LABEL in labels.columns
+        inside = labels / TRAIN if (labels / TRAIN).is_dir() else labels
+        folders = (
+            {path.name for path in inside.iterdir() if path.is_dir()} if inside.is_dir() else set()
+        )
+        return not ("images" in folders and folders & MASKS)
+
+    @classmethod
+    def read(
+        cls, table: Table, rows: Indices, names: tuple[str, ...] | None
+    ) -> tuple[Labels, tuple[str, ...]]:
+        return read_classes(table, rows, names)
+
+    @classmethod
+    def find_folder(cls, config: FinetuneConfig) -> LabelledData:
+        return find_labelled(config.data, config.val_fraction, exclude=config.out)
+
+    @classmethod
+    def find_split(cls, folder: Path, prefix: str, names: Sequence[str]) -> Split:
+        files, found = find_classes(folder)
+        check_known(folder, found, names, "the model")
+        return Split(files, prefix, labels_of(files, names))
+
+    @classmethod
+    def labels_of(cls, files: FileList, names: Sequence[str]) -> Labels:
+        return labels_of(files, names)
+
+    def prepare(self, config: FinetuneConfig, train: Labels, device: torch.device) -> None:
+        augment, self._smoothing = config.augment, config.augment.label_smoothing
         if augment.mixup or augment.cutmix:
             self._mixup = Mixup(
                 augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing,
-                num_classes=len(data.names),
+                num_classes=len(self.names),
             )  # fmt: skip
-        return data
+            self._smoothing = 0.0  # the blended labels are smoothed already
+        if config.class_weights == "balanced":
+            counts = np.bincount(train, minlength=len(self.names))
+            weights = len(train) / (len(self.names) * np.maximum(counts, 1))
+            self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
 
-    def check(self, part: int) -> None:
+    def check(self, part: int, batch_size: int) -> None:
         if self._mixup is not None and part % 2:
-            batch = self.config.batch_size
             raise InputError(
-                f"batch_size {batch} makes parts of {part} images, but mixup and cutmix pair them: "
-                f"use {batch + batch // part}"
+                f"batch_size {batch_size} makes parts of {part} images, but mixup and cutmix pair "
+                f"them: use {batch_size + batch_size // part}"
             )
 
     def loss(self, forward: nn.Module, images_BCHW: Tensor, targets: Tensor) -> Tensor:
-        smoothing = self.config.augment.label_smoothing
         if self._mixup is not None:
             # The loop seeds torch's stream at each step; numpy's, timm's source, follows it.
             with seeded(int(torch.randint(2**62, ()))):
                 images_BCHW, targets = self._mixup(images_BCHW, targets)
-            smoothing = 0.0  # they are smoothed already
-        return F.cross_entropy(forward(images_BCHW), targets, label_smoothing=smoothing)
+        # Not the mean that torch divides by the weights of this part: parts count equally.
+        return F.cross_entropy(
+            forward(images_BCHW), targets, self._weights, reduction="none",
+            label_smoothing=self._smoothing,
+        ).mean()  # fmt: skip
 
-    def scores(self, device: torch.device) -> ClassScores:
-        return ClassScores(len(self.data.names), device)
+    def measurement(self, world: World, final: bool = False) -> ClassMeasurement:
+        return ClassMeasurement(self.names, world, final or len(self.names) <= MOST_COUNTED)
 
-    def rank(self, scores: dict[str, float]) -> tuple[float, ...]:
+    def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
         """The higher top-1, then the lower loss, of which NaN is the worst."""
         loss = scores["loss"]
         return scores["top1"], -loss if math.isfinite(loss) else -math.inf
 
-    def chance(self, scores: Sequence[dict[str, float]]) -> str | None:
-        labels, top1 = self.data.val.labels, max(score["top1"] for score in scores)
-        assert labels is not None
-        if not at_chance(top1, labels):
+    def chance(self, scores: Sequence[Mapping[str, float]], val: Labels) -> str | None:
+        top1 = max(score["top1"] for score in scores)
+        if not at_chance(top1, val):
             return None
-        share = majority_share(labels)
+        share = majority_share(val)
         return f"top-1 is {top1:.1f} %, always answering the most frequent class {share:.1f} %"
 
-    def summary(self, scores: dict[str, float]) -> str:
+    def summary(self, scores: Mapping[str, float]) -> str:
         return f"top-1 {scores['top1']:.1f} %, top-5 {scores['top5']:.1f} %"
 
-    def _stored(self, start: SavedCheckpoint, found: LabelledData | None) -> LabelledData:
-        names = tuple(start.state["settings"]["label_names"])
+    def describe_target(self, target: npt.NDArray[Any]) -> str:
+        return self.names[int(target)]
 
-        def stored(part: str, there: Split | None) -> Split:
-            files = stored_files(None if there is None else there.source, start, part)
-            (root,) = files.roots
-            whole = root == os.path.abspath(os.path.expanduser(self.config.data))
-            prefix = "" if whole else f"{os.path.basename(root)}/"
-            return Split(files, prefix, labels_of(files, names))
+    def describe_output(self, output: Tensor) -> str:
+        score, place = output.float().softmax(0).max(0)
+        return f"{self.names[int(place)]} {float(score):.2f}"
 
-        return LabelledData(
-            stored("train", found and found.train), stored("val", found and found.val), names
-        )
+    def columns(self, top: int) -> Sequence[str]:
+        """`label` and `score` of the best class, then of the next best: `label2`, `score2`, …"""
+        places = ["", *map(str, range(2, min(top, len(self.names)) + 1))]
+        return [f"{kind}{place}" for place in places for kind in ("label", "score")]
+
+    def cells(self, outputs: Tensor, top: int) -> list[list[str]]:
+        best = outputs.softmax(1).topk(min(top, len(self.names)))
+        return [
+            [cell for score, place in zip(scores, places, strict=True)
+             for cell in (self.names[place], f"{score:.6f}")]
+            for scores, places in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]  # fmt: skip

@@ -1,0 +1,229 @@
+"""The labels of a run or of a command: which file or folder, which kind, which images."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fcmae.atomic import atomic_write
+from fcmae.config.files import read_yaml
+from fcmae.data.file_list import FileList
+from fcmae.data.labelled import TRAIN, VAL, LabelledData, Labels, Split
+from fcmae.data.table import Table, find_in_table, read_table
+from fcmae.train.checkpoint import STATE, SavedCheckpoint, list_checkpoints
+from fcmae.train.resume import stored_files
+from fcmae.train.run_paths import RunPaths
+from fcmae.weights.read import read_json
+from finetune.config import FinetuneConfig
+from finetune.tasks import TASKS
+from finetune.tasks.base import LabelKind
+from finetune.tuned import Tuned
+from sparse.errors import InputError
+
+_log = logging.getLogger(__name__)
+
+
+def labels_file(config: Any) -> str | None:
+    """Return the CSV file that a config names as its labels or its data, if any."""
+    csv = str(config.data).lower().endswith(".csv")
+    return config.labels or (config.data if csv else None)
+
+
+def open_labels(config: Any) -> Table | Path:
+    """Return the labels that a config names: the rows of a CSV file, or a folder.
+
+    Raises:
+        InputError: the file is no table of labels.
+    """
+    file = labels_file(config)
+    return Path(config.data).expanduser() if file is None else read_table(file)
+
+
+def check_task(task: str) -> None:
+    """Raise InputError for a task that is unknown."""
+    if task not in ("auto", *TASKS):
+        raise InputError(f"task {task!r} is unknown: use auto or {', '.join(TASKS)}")
+
+
+def resolve_task(task: str, labels: Table | Path) -> type[LabelKind]:
+    """Return the kind of label that a config asks for; `auto` is recognised by the layout.
+
+    Raises:
+        InputError: the layout is that of several kinds, or of none.
+    """
+    if task != "auto":
+        return TASKS[task]
+    fits = [kind for kind in TASKS.values() if kind.recognises(labels)]
+    shown = labels.file if isinstance(labels, Table) else labels
+    if len(fits) != 1:
+        choices = "; ".join(
+            f"--task {kind.task} ({kind.layout})" for kind in fits or TASKS.values()
+        )
+        many = "several kinds" if fits else "no kind"
+        raise InputError(f"{str(shown)!r} has the layout of {many} of label: choose {choices}")
+    _log.info("task %s, as %s has the layout of %s", fits[0].task, shown, fits[0].layout)
+    return fits[0]
+
+
+def find_labels(
+    kind: type[LabelKind], config: FinetuneConfig, labels: Table | Path
+) -> LabelledData:
+    """Find the images to train and to validate on.
+
+    Raises:
+        InputError: there are none, or their labels can't be learned.
+    """
+    if isinstance(labels, Path):
+        return kind.find_folder(config)
+    return find_in_table(labels, config.val_fraction, kind.read, config.max_bad)
+
+
+def save_labels(data: LabelledData, paths: RunPaths) -> None:
+    """Store the labels of a run beside its lists of images, as far as they are numbers."""
+    for part, split in ((TRAIN, data.train), (VAL, data.val)):
+        if isinstance(split.labels, np.ndarray):
+            with atomic_write(paths.labels(part)) as path, path.open("wb") as file:
+                np.save(file, split.labels)
+
+
+def stored_labels(
+    kind: type[LabelKind], config: FinetuneConfig, start: SavedCheckpoint
+) -> LabelledData:
+    """Return the images and labels that a resumed run began with.
+
+    Raises:
+        InputError: the lists are missing, damaged or of another run, or a folder of images is gone.
+    """
+    found, folder = None, Path(config.data).expanduser()
+    if labels_file(config) is None:
+        try:
+            found = kind.find_folder(config)  # to report added files
+        except InputError as error:
+            if not folder.is_dir():
+                raise
+            _log.warning("resuming with the images that the run began with: %s", error)
+    names = tuple(start.state["settings"]["label_names"])
+    paths = RunPaths(start.path.parent.parent)
+
+    def stored(part: str, there: Split | None) -> Split:
+        files = stored_files(None if there is None else there.source, start, part)
+        (root,) = files.roots
+        whole = labels_file(config) is not None or root == str(folder.absolute())
+        prefix = "" if whole else f"{Path(root).name}/"
+        return Split(files, prefix, _labels(paths, part, kind, files, names))
+
+    train, val = (stored(part, getattr(found, part, None)) for part in (TRAIN, VAL))
+    return LabelledData(train, val, names)
+
+
+class Measured(NamedTuple):
+    """Images to measure on, with labels as targets; the name of their split; and whether they are
+    those that a run kept back."""
+
+    split: Split
+    name: str
+    kept_back: bool
+
+
+def find_split(config: Any, tuned: Tuned) -> Measured:
+    """Find the images to measure on.
+
+    A run that divided its data by `val_fraction`, or what it exported, is measured on the images
+    that it kept back then, whatever was added or removed since. A run remembers its CSV file: it
+    need not be named again for the same data.
+
+    Raises:
+        InputError: no images, labels that the model does not know, or the run's list of the images
+            is missing.
+    """
+    kind, run = tuned.kind, RunPaths(tuned.folder.parent)
+    asked, file, folder = _asked(run), labels_file(config), Path(config.data).expanduser()
+    trained = None if asked is None else labels_file(asked)
+    if file is None and asked and trained and folder.resolve() == Path(asked.data).resolve():
+        file = trained
+        _log.info("labels are those of %s, as in training", file)
+    if file is None and not folder.is_dir():
+        raise InputError(f"data {config.data!r} is not a folder: use one with {config.split}/CLASS")
+    kept = None
+    if asked and asked.val_fraction and config.split == VAL:
+        if file is not None and trained is not None:
+            kept = _kept_back(run, kind, [(Path(file), "")], Path(trained))
+        elif file is None and trained is None and not (folder / VAL).is_dir():
+            kept = _kept_back(run, kind, [(folder / TRAIN, f"{TRAIN}/"), (folder, "")])
+    name = "."
+    if kept is not None:
+        split = kept
+    elif file is None:
+        inside, prefix = folder / config.split, f"{config.split}/"
+        if not inside.is_dir():
+            _log.info(
+                "%s has no folder %r: its folders are treated as classes", folder, config.split
+            )
+            inside, prefix = folder, ""
+        split = kind.find_split(inside, prefix, kind.names)
+    else:
+        table = read_table(file)
+        rows, name = table.rows(config.split), config.split
+        if table.splits is None:
+            _log.info("%s has no column 'split': all of its rows are measured", file)
+            name = "."
+        labels, _ = kind.read(table, rows, kind.names)
+        table.check_images(rows)
+        split = Split(table.source.select(rows), "", labels)
+    targets = kind.encode(split.labels)
+    return Measured(
+        split._replace(labels=targets), split.prefix.rstrip("/") or name, kept is not None
+    )
+
+
+def _asked(run: RunPaths) -> SimpleNamespace | None:
+    """The paths and the division that a run was asked for; None if there is no run."""
+    newest = next(iter(list_checkpoints(run.checkpoints)), run.root)
+    asked = read_json(newest / STATE).get("asked")  # with absolute paths
+    if asked is None:
+        asked = read_yaml(run.config) if run.config.is_file() else {}
+    data, labels = asked.get("data"), asked.get("labels")
+    data = data[0] if isinstance(data, list) else data
+    if data is None:
+        return None
+    return SimpleNamespace(data=data, labels=labels, val_fraction=asked.get("val_fraction"))
+
+
+def _kept_back(
+    run: RunPaths, kind: LabelKind, places: Sequence[tuple[Path, str]], trained: Path | None = None
+) -> Split | None:
+    """The images that a run kept back, if it was trained on one of these (place, prefix of names).
+
+    `trained` is what it was trained on, by default the folder of its images.
+    """
+    kept = FileList.load(run.images(VAL))
+    trained = trained or Path(kept.roots[0])
+    for place, prefix in places:
+        if place.exists() and place.resolve() == trained.resolve():
+            _log.info("measuring on the %d images that the run kept back", len(kept))
+            return Split(kept, prefix, _labels(run, VAL, type(kind), kept, kind.names))
+    _log.warning("all of %s is measured: the run kept back images of %s", places[-1][0], trained)
+    return None
+
+
+def _labels(
+    run: RunPaths, part: str, kind: type[LabelKind], files: FileList, names: tuple[str, ...]
+) -> Labels:
+    """The labels of images whose list a run has stored.
+
+    Raises:
+        InputError: they are damaged.
+    """
+    path = run.labels(part)
+    if not path.is_file():
+        return kind.labels_of(files, names)
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"labels {str(path)!r} are damaged ({error}): restore them") from error
+    if len(labels) != len(files):
+        raise InputError(f"labels {str(path)!r} are not of this run: restore them or start over")
+    return labels

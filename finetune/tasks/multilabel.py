@@ -1,0 +1,202 @@
+"""Several classes per image, or none: binary cross-entropy, mean average precision, F1."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.functional.classification import (
+    binary_precision_recall_curve,
+    multilabel_average_precision,
+    multilabel_f1_score,
+)
+
+from fcmae.data.labelled import Labels, check_known, check_names
+from fcmae.data.sources import Indices
+from fcmae.data.table import Table
+from fcmae.train.processes import World
+from finetune.config import FinetuneConfig
+from finetune.tasks.base import Gathered, LabelKind, Rows, bars, mean_of, or_none
+from sparse.errors import InputError
+
+LABELS = "labels"
+SEPARATOR = ";"
+
+UNSURE = 0.5
+"""Threshold of a class without an image that has it."""
+
+
+class LabelMeasurement(Gathered):
+    """Average precision and F1 in percent, of each class and their means, and mean cross-entropy.
+
+    Classes that no image has are not measured.
+
+    Args:
+        names: the classes.
+        world: see `LabelKind.measurement`.
+        thresholds: probabilities from which a class is predicted (K,); None chooses those of the
+            highest F1.
+    """
+
+    def __init__(
+        self, names: Sequence[str], world: World, thresholds: Sequence[float] | None
+    ) -> None:
+        super().__init__(world)
+        self.names, self._thresholds = names, thresholds
+
+    def compute(self) -> dict[str, float]:
+        self.gather()
+        chances, wanted, classes = (
+            self.outputs.sigmoid().nan_to_num(),
+            self.targets.long(),
+            len(self.names),
+        )
+        counts = wanted.sum(0)
+        thresholds = self._thresholds
+        if thresholds is None:
+            pairs = zip(chances.T, wanted.T, strict=True)
+            thresholds = [best_threshold(chance, has) for chance, has in pairs]
+        self.state = {"thresholds": list(thresholds)}
+        with warnings.catch_warnings():  # a class without an image
+            warnings.filterwarnings("ignore", message="Average precision score for one or more")
+            warnings.filterwarnings("ignore", message="No positive samples")
+            precisions = multilabel_average_precision(chances, wanted, classes, average="none")
+        guessed = (chances >= torch.tensor(thresholds)).long()
+        f1 = multilabel_f1_score(guessed, wanted, classes, average="none")
+        self._ap, self._f1 = (
+            100 * torch.where(counts > 0, scores, math.nan).double().numpy().reshape(-1)
+            for scores in (precisions, f1)
+        )
+        self._counts = counts.tolist()
+        loss = float(F.binary_cross_entropy_with_logits(self.outputs, self.targets))
+        return {"map": mean_of(self._ap), "f1": mean_of(self._f1), "loss": loss}
+
+    def result(self) -> dict[str, Any]:
+        rows = zip(
+            self.names, self._ap, self._f1, self.state["thresholds"], self._counts, strict=True
+        )
+        return {
+            "map": or_none(mean_of(self._ap)),
+            "f1": or_none(mean_of(self._f1)),
+            "n": len(self.outputs),
+            "per_class": {
+                name: {"ap": float(ap), "f1": float(f1), "threshold": threshold, "n": n}
+                for name, ap, f1, threshold, n in rows
+                if n
+            },
+            "not_measured": [
+                name for name, n in zip(self.names, self._counts, strict=True) if not n
+            ],
+        }
+
+    def table(self) -> tuple[tuple[str, ...], Rows, Rows]:
+        result = self.result()
+        ordered = sorted(result["per_class"].items(), key=lambda item: item[1]["ap"])
+        rows = [
+            (name, f"{e['ap']:.1f}", f"{e['f1']:.1f}", f"{e['threshold']:.3f}", str(e["n"]))
+            for name, e in ordered
+        ]
+        absent = [(name, "not measured", "", "", "0") for name in result["not_measured"]]
+        means = [f"{mean_of(scores):.2f}" for scores in (self._ap, self._f1)]
+        last: Rows = [("mean", *means, "", str(result["n"]))]
+        return ("class", "AP %", "F1 %", "threshold", "images"), [*rows, *absent], last
+
+    def draw(self) -> Any:
+        """Draw the average precision of each class."""
+        classes = self.result()["per_class"]
+        return bars({name: entry["ap"] for name, entry in classes.items()}, "average precision, %")
+
+
+def best_threshold(chances_N: Tensor, has_N: Tensor) -> float:
+    """Return the threshold on probabilities with the highest F1, midway between two of them."""
+    if not has_N.any():
+        return UNSURE
+    precision, recall, at = binary_precision_recall_curve(chances_N, has_N)
+    f1 = (2 * precision * recall / (precision + recall).clamp_min(1e-12))[:-1]
+    best = int(f1.argmax())
+    below = at[best - 1] if best else torch.zeros(())
+    return float((at[best] + below) / 2)
+
+
+class Multilabel(LabelKind):
+    """Any number of classes for each image. The state has `thresholds`."""
+
+    task = "multilabel"
+    layout = f"a CSV file with a column labels, separated by {SEPARATOR}"
+
+    _weights: Tensor | None = None
+
+    @classmethod
+    def recognises(cls, labels: Table | Path) -> bool:
+        return isinstance(labels, Table) and LABELS in labels.columns
+
+    @classmethod
+    def read(
+        cls, table: Table, rows: Indices, names: tuple[str, ...] | None
+    ) -> tuple[Labels, tuple[str, ...]]:
+        """Which classes each row has (N, K), bool; an empty cell means none."""
+        cells = table.column(LABELS)
+        given = [
+            {part.strip() for part in cells[row].split(SEPARATOR)} - {""} for row in rows.tolist()
+        ]
+        found = sorted(set().union(*given))
+        if names is not None:
+            check_known(table.file, found, names, "train")
+        elif not found:
+            raise InputError(f"{table.file} has no label in the column labels: give at least one")
+        names = names or check_names(found, table.file)
+        places = {name: place for place, name in enumerate(names)}
+        labels = np.zeros((len(rows), len(names)), np.bool_)
+        for row, classes in zip(labels, given, strict=True):
+            row[[places[name] for name in classes]] = True
+        return labels, names
+
+    def prepare(self, config: FinetuneConfig, train: Labels, device: torch.device) -> None:
+        super().prepare(config, train, device)
+        if config.class_weights == "balanced":
+            have = train.sum(0)
+            weights = torch.tensor((len(train) - have) / np.maximum(have, 1), dtype=torch.float32)
+            self._weights = weights.to(device)
+
+    def loss(self, forward: nn.Module, images_BCHW: Tensor, targets: Tensor) -> Tensor:
+        outputs = forward(images_BCHW)
+        return F.binary_cross_entropy_with_logits(
+            outputs.float(), targets.float(), pos_weight=self._weights
+        )
+
+    def measurement(self, world: World, final: bool = False) -> LabelMeasurement:
+        return LabelMeasurement(self.names, world, self.state["thresholds"] if final else None)
+
+    def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
+        """The higher mAP, then the lower loss."""
+        return tuple(v if math.isfinite(v) else -math.inf for v in (scores["map"], -scores["loss"]))
+
+    def chance(self, scores: Sequence[Mapping[str, float]], val: Labels) -> str | None:
+        """Guessing has the average precision of the share of images that have the class."""
+        shares = val.mean(0)[val.any(0)]
+        spread = math.sqrt(float((shares * (1 - shares)).mean()) / len(val)) if len(shares) else 0.0
+        found, share = max(score["map"] for score in scores), 100 * mean_of(shares)
+        if found > share + 100 * spread:
+            return None
+        return f"mAP is {found:.1f} %, that of guessing {share:.1f} %"
+
+    def summary(self, scores: Mapping[str, float]) -> str:
+        return f"mAP {scores['map']:.1f} %, F1 {scores['f1']:.1f} %"
+
+    def describe_target(self, target: npt.NDArray[Any]) -> str:
+        return ", ".join(self.names[place] for place in np.flatnonzero(target)) or "none"
+
+    def describe_output(self, output: Tensor) -> str:
+        chances = output.float().sigmoid().tolist()
+        rows = zip(self.names, chances, self.state["thresholds"], strict=True)
+        return ", ".join(f"{name} {c:.2f}" for name, c, least in rows if c >= least) or "none"
+
+    def cells(self, outputs: Tensor, top: int) -> list[list[str]]:
+        """The probability of each class."""
+        return [[f"{chance:.6f}" for chance in row] for row in outputs.sigmoid().tolist()]
