@@ -264,12 +264,12 @@ class Finetuning(Task):
             set_training(self.model)
         name = [*models][-1]
         scores = {name: measurement.compute() for name, measurement in measured.items()}
-        if self._keep_best(models[name], scores[name], measured[name].state, epoch, step):
-            kind = type(self.kind)(self.kind.names, measured[name].state)
+        state = measured[name].state
+        if self._keep_best(models[name], scores[name], state, epoch, step) and self.folder:
+            kind = type(self.kind)(self.kind.names, state)
             predictions = draw_predictions(kind, self._shown, self._how)
             figures = {"scores": measured[name].draw(), "predictions": predictions}
-            if self.folder is not None:
-                write_figures(figures, self.folder, step)
+            write_figures(figures, self.folder, step)
         self._warn_at_chance([*scores.values()], epoch)
         return {
             f"{name}_{key}": value for name, score in scores.items() for key, value in score.items()

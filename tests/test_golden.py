@@ -14,9 +14,11 @@ import pytest
 from fcmae.config.pretraining import AugmentConfig, DecoderConfig, PretrainConfig
 from fcmae.config.training import OptimConfig
 from fcmae.train.pretraining import pretrain
+from finetune.train import finetune
 from sparse.engines.minkowski import why_unavailable
 from tests.cli import metrics
-from tests.conftest import write_pictures
+from tests.conftest import write_classes, write_pictures
+from tests.test_finetune_kinds import KINDS, config, write_labels
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
@@ -43,11 +45,30 @@ def test_losses_equal_the_golden_ones(engine, init, tmp_path):
     assert trajectory(engine, init, tmp_path) == pytest.approx(golden, rel=2e-4)
 
 
+def kind_trajectory(kind: str, folder: Path) -> list[float]:
+    """Losses of fine-tuning on one kind of label, with weights for rare classes."""
+    labels = write_labels(write_classes(folder / "data"), folder / "labels.csv", kind)
+    weights = "none" if kind == "regress" else "balanced"
+    given = config(labels, folder / "run", epochs=4, class_weights=weights, checkpoint_steps=None)
+    assert finetune(given) == 0
+    return [loss for _, loss in metrics(folder / "run")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_of_each_kind_equal_the_golden_ones(kind, tmp_path):
+    golden = json.loads(GOLDEN.read_text())[kind]
+    assert len(golden) == 12
+    assert kind_trajectory(kind, tmp_path) == pytest.approx(golden, rel=2e-4)
+
+
 def write_golden() -> None:
     losses: dict[str, list[float]] = {}
     for init in ("fan_in", "paper"):
         with tempfile.TemporaryDirectory() as folder:
             losses[init] = trajectory("dense", init, Path(folder))
+    for kind in KINDS:
+        with tempfile.TemporaryDirectory() as folder:
+            losses[kind] = kind_trajectory(kind, Path(folder))
     GOLDEN.write_text(json.dumps(losses, indent=1) + "\n")
 
 

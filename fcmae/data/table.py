@@ -157,7 +157,9 @@ def read_table(file: str | Path) -> Table:
     return Table(path, FileList.of(root, map(os.fsencode, names)), columns, splits, lines)
 
 
-def find_in_table(table: Table, val_fraction: float, read: Reader, max_bad: float) -> LabelledData:
+def find_in_table(
+    table: Table, val_fraction: float, read: Reader, max_bad: float = 1.0
+) -> LabelledData:
     """Find the images to train and to validate on.
 
     Args:

@@ -174,8 +174,9 @@ class Multilabel(LabelKind):
         return LabelMeasurement(self.names, world, self.state["thresholds"] if final else None)
 
     def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
-        """The higher mAP, then the lower loss."""
-        return tuple(v if math.isfinite(v) else -math.inf for v in (scores["map"], -scores["loss"]))
+        """The higher mAP, then the lower loss; the worst is a model whose outputs are NaN."""
+        values = scores["map"], -scores["loss"]
+        return values if all(map(math.isfinite, values)) else (-math.inf, -math.inf)
 
     def chance(self, scores: Sequence[Mapping[str, float]], val: Labels) -> str | None:
         """Guessing has the average precision of the share of images that have the class."""

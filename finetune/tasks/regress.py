@@ -48,7 +48,7 @@ class NumberMeasurement(Gathered):
         losses, self._scores = [], {}
         for place, name in enumerate(self.kind.names):
             there = self.targets[:, place].isfinite()
-            found, true = self.outputs[there, place], self.targets[there, place]
+            found, true = (v[there, place].double() for v in (self.outputs, self.targets))
             unit = self.kind.state["std"][place]
             scores = dict.fromkeys(SCORES, math.nan)
             if len(true):
@@ -90,12 +90,12 @@ class NumberMeasurement(Gathered):
         for place, name in enumerate(names):
             axes = figure.add_subplot(down, across, place + 1, title=name)
             axes.set(xlabel="true", ylabel="predicted")
-            there = np.isfinite(true[:, place]) & np.isfinite(found[:, place])
-            axes.scatter(true[there, place], found[there, place], s=8, alpha=0.5)
-            if there.any():
-                axes.axline(
-                    (float(true[there, place].mean()),) * 2, slope=1, color="grey", linewidth=0.8
-                )
+            pairs = np.stack([true[:, place], found[:, place]])
+            pairs = pairs[:, np.isfinite(pairs).all(0)]
+            axes.scatter(*pairs, s=8, alpha=0.5)
+            if pairs.size:
+                ends = [pairs.min(), pairs.max()]
+                axes.plot(ends, ends, color="grey", linewidth=0.8)
         return figure
 
 
