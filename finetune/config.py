@@ -61,6 +61,14 @@ class FinetuneAugmentConfig(AugmentBase):
     cutmix: float = setting(0.0, at_least=0, below=inf)
     """Alpha of cutmix, which pastes a part of another image; 0 disables it, 1 is strong."""
 
+    scale_jitter: list[float] = setting([0.5, 2.0], above=0, below=inf)
+    """Range of the random factor by which images with masks are resized before they are cropped;
+    crop_scale and crop_ratio do not apply to them."""
+
+    short_side: int | None = setting(None, at_least=32)
+    """Resize images with masks to this shorter side in pixels, in training and evaluation, before
+    scale_jitter. null leaves their size. The papers use 512 for ADE20K."""
+
     random_erasing: float = setting(0.0, at_least=0, at_most=1)
     """Fraction of the samples in which a random box is erased, 0 to 1. The paper uses 0.25."""
 
@@ -115,6 +123,16 @@ class FinetuneConfig(LabelsConfig, TrainingConfig):
     regress_loss: Literal["huber", "squared"] = setting("huber", group=OPTIMISATION)
     """Loss of standardised numbers; huber is linear beyond one standard deviation, so it limits the
     effect of outliers."""
+
+    decoder_channels: Literal["auto"] | int = setting("auto", at_least=8, group=MODEL)
+    """Width of the decoder for masks. auto takes 4 times that of the first stage, at most 512; the
+    papers use 512."""
+
+    aux_weight: float = setting(0.4, at_least=0, below=inf, group=OPTIMISATION)
+    """Weight of the loss of the auxiliary head for masks; 0 builds none."""
+
+    dice_weight: float = setting(1.0, at_least=0, below=inf, group=OPTIMISATION)
+    """Weight of the Dice loss for masks, beside cross-entropy; the papers use 0."""
 
     freeze: Literal["none", "backbone"] = setting("none", group=MODEL)
     """backbone trains only the head; none trains everything."""

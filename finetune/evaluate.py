@@ -8,6 +8,7 @@ import torch
 
 from fcmae.atomic import out_file
 from fcmae.commands.evaluate import EvaluateConfig
+from fcmae.config.values import MAX_PIXELS
 from fcmae.data.file_list import refuse_to_replace
 from fcmae.inspect.prologue import print_result, print_table, set_up
 from fcmae.train.processes import World
@@ -53,9 +54,11 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
     split, name, kept_back = find_split(config, tuned)
     refuse_to_replace(setting.out, split.source)
     measurement = tuned.kind.measurement(World(device=setting.device), final=True)
-    for batch, images in setting.batches(split):
+    dataset = tuned.kind.eval_dataset(split, setting.images, MAX_PIXELS)
+    for batch, images in setting.batches(split, dataset=dataset):
         assert batch.targets is not None
-        measurement.update(tuned.model(images), batch.targets.to(setting.device))
+        outputs = tuned.kind.infer(tuned.model, images, setting.images)
+        measurement.update(outputs, batch.targets.to(setting.device))
     measurement.compute()
     result = measurement.result()
     result |= {

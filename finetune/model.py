@@ -209,6 +209,7 @@ def freeze_backbone(model: nn.Module) -> None:
 def set_training(model: nn.Module) -> None:
     """Switch to training mode; a frozen backbone stays in evaluation mode."""
     model.train()
-    for part in model.children():
+    for part in model.modules():
         trained = [parameter.requires_grad for parameter in part.parameters()]
-        part.train(any(trained) or not trained)
+        if trained and not any(trained):
+            part.eval()

@@ -4,13 +4,20 @@ import logging
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
+from fcmae.atomic import check_out_folder
 from fcmae.commands.predict import PredictConfig
+from fcmae.config.values import MAX_PIXELS
+from fcmae.data.decode import read_image
 from fcmae.data.file_list import FileList, refuse_to_replace
 from fcmae.data.sources import Source
 from fcmae.inspect.prologue import set_up
+from finetune.tasks.segment import save_png
 from finetune.tuned import load_tuned
+from sparse.errors import InputError
 
 _log = logging.getLogger(__name__)
 
@@ -34,15 +41,35 @@ def predict(config: PredictConfig) -> Path:
     model, kind, written = setting.model.model, setting.model.kind, 0
     out, split = kind.check_out(config.out), setting.find_images()
     refuse_to_replace(out, split.source)
-    with torch.no_grad(), kind.writing(out, config.top) as write:
-        for batch, images in setting.batches(split, named=len(split.source)):
+    if config.tile is not None and not kind.tiles:
+        raise InputError(f"tile {config.tile} is for masks, and the task is {kind.task}: omit it")
+    kind.tile = config.tile
+    overlays = None if config.overlay is None else check_out_folder(config.overlay)
+    dataset = kind.eval_dataset(split, setting.images, MAX_PIXELS)
+    with torch.no_grad(), kind.writing(out, split.source, config.top) as write:
+        for batch, images in setting.batches(split, named=len(split.source), dataset=dataset):
             paths = [_path(split.source, i, config.images) for i in batch.indices.tolist()]
-            write(paths, batch, model(images))
+            found = kind.predictions(model, batch, images, setting.images)
+            write(paths, batch, found)
+            if overlays is not None:
+                for index, prediction in zip(batch.indices.tolist(), found, strict=True):
+                    drawn = kind.overlay(picture(split.source, index), prediction)
+                    save_png(drawn, overlays, split.source.key(index))
             written += len(batch)
     skipped = len(split.source) - written
     more = f"; {skipped} could not be read" if skipped else ""
     _log.info("%s: %d images%s", out, written, more)
     return out
+
+
+def picture(source: Source, index: int) -> Image.Image:
+    """Return an image as 8-bit RGB, of its own size."""
+    opened = read_image(source.open(index), 3, MAX_PIXELS)
+    width, height = opened.size
+    pixels = opened.resized((0, 0, width, height), (height, width))
+    if pixels.dtype != np.uint8:
+        pixels = (255 * pixels).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(pixels.transpose(1, 2, 0))
 
 
 def _path(source: Source, index: int, images: str) -> str:

@@ -27,7 +27,7 @@ from fcmae.train.plan import AutoEpochs
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.script import train
 from fcmae.train.task import Images, Interrupted, Task
-from fcmae.weights.export import timm_config, write_timm_folder
+from fcmae.weights.export import timm_config
 from finetune.augment import TrainDataset, recolouring
 from finetune.blocks import speed_up
 from finetune.config import FinetuneConfig
@@ -42,12 +42,9 @@ from finetune.labels import (
 from finetune.model import (
     Start,
     find_model,
-    freeze_backbone,
     init_convnext,
-    scale_classifier,
     set_training,
 )
-from finetune.optim import layer_depths
 from finetune.pictures import SHOWN, Shown, draw_predictions, write_figures
 from finetune.tasks import TASKS
 from finetune.tasks.base import LabelKind, Measurement
@@ -163,9 +160,9 @@ class Finetuning(Task):
         )
         if config.weights == "none" and config.init == "fan_in":
             init_convnext(model)
-        scale_classifier(model, head_scale(config))
+        self.kind.scale_head(model, head_scale(config))
         if config.freeze == "backbone":
-            freeze_backbone(model)
+            self.kind.freeze(model)
         model = model.to(resolved.world.device)
         speed_up(model, config.compile)
         if resolved.part == 1 and any(isinstance(part, _BatchNorm) for part in model.modules()):
@@ -177,7 +174,11 @@ class Finetuning(Task):
 
     def layer_depths(self) -> Mapping[str, int] | None:
         optim = self.config.optim
-        return None if optim.layer_decay == 1 else layer_depths(self.model, optim.layer_group)
+        return (
+            None
+            if optim.layer_decay == 1
+            else self.kind.layer_depths(self.model, optim.layer_group)
+        )
 
     def begin(self) -> None:
         config, resolved, world = self.config, self.resolved, self.resolved.world
@@ -223,7 +224,7 @@ class Finetuning(Task):
         return super().settings() | model | kind
 
     def dataset(self) -> TrainDataset:
-        return TrainDataset(self.data.train, self._how, self.config)
+        return self.kind.train_dataset(self.data.train, self._how, self.config)
 
     def restore(self, checkpoint: SavedCheckpoint) -> None:
         if self.ema is not None:
@@ -308,9 +309,9 @@ class Finetuning(Task):
         chosen = {own[int(n)] for n in np.linspace(0, len(own) - 1, SHOWN)} if own else set()
         self._shown: list[Shown] = []
         bad: list[tuple[str, str]] = []
-        for batch, images in each_batch(
-            split, self._how, device, run.part, run.workers, run.world, self.config.max_pixels
-        ):
+        dataset = self.kind.eval_dataset(split, self._how, self.config.max_pixels)
+        size = dataset.batch_size(run.part)
+        for batch, images in each_batch(dataset, device, size, run.workers, run.world):
             if stop():
                 raise Interrupted
             bad += batch.bad
@@ -318,7 +319,7 @@ class Finetuning(Task):
                 targets = to_device(batch.targets, device)
                 for name, model in models.items():
                     with run.autocast():
-                        outputs = model(images)
+                        outputs = self.kind.infer(model, images, self._how)
                     measured[name].update(outputs, targets)
                 self._shown += [
                     (images[n].cpu(), outputs[n].float().cpu(), batch.targets[n])
@@ -369,7 +370,7 @@ class Finetuning(Task):
         else:
             assert self.best_score is not None
             kind = {TASK: self.kind.task, STATE: self.best_score.get(STATE, {})}
-            write_timm_folder(self.best, self._timm_config | kind, out)
+            self.kind.write(self.best, self._timm_config | kind, out)
 
 
 EMA_AHEAD = 2

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fcmae.data.statistics import Preprocessing, default_preprocessing
+from fcmae.train.run_paths import WHOLE_MODEL
 from fcmae.weights.load import find_weights, read_preprocessing
 from fcmae.weights.read import CONFIG_FILE, read_json, read_state
 from finetune.blocks import speed_up
@@ -43,6 +44,8 @@ def load_tuned(source: str, device: torch.device, img_size: tuple[int, int] | No
         InputError: missing, damaged, or unable to take images of this size.
     """
     file = find_weights(source)
+    whole = file.parent / WHOLE_MODEL / file.name
+    file = whole if whole.is_file() else file
     config = read_json(file.with_name(CONFIG_FILE))
     name: Any = config.get("architecture")
     args, state = config.get("model_args", {}), config.get(STATE, {})

@@ -194,7 +194,7 @@ GOOD = [0, 1, 2, 3, 5, 6, 7, 8]
 def features_of(
     backbone: Backbone, split: Split, batch_size: int, workers: int, world: World = ALONE
 ) -> Features:
-    batches = each_batch(split, backbone.images, CPU, batch_size, workers, world)
+    batches = each_batch(EvalDataset(split, backbone.images), CPU, batch_size, workers, world)
     return extract(backbone.encoder, batches, world)
 
 

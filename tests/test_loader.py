@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fcmae import rng
 from fcmae.config.pretraining import AugmentConfig, PretrainConfig
-from fcmae.data.evaluation import each_batch, held_out_masks
+from fcmae.data.evaluation import EvalDataset, each_batch, held_out_masks
 from fcmae.data.file_list import FileList, find_images
 from fcmae.data.labelled import Split
 from fcmae.data.loader import PretrainDataset, lost_workers, make_loader
@@ -208,7 +208,9 @@ def test_held_out_images_have_the_same_masks_whatever_the_other_images(files: Fi
         images = Preprocessing((64, 96), (0.5,) * 3, (0.5,) * 3)
         masks: dict[str, Tensor] = {}
         bad: list[str] = []
-        for batch, pixels in each_batch(Split(files), images, torch.device("cpu"), 8, 0):
+        for batch, pixels in each_batch(
+            EvalDataset(Split(files), images), torch.device("cpu"), 8, 0
+        ):
             assert pixels.shape == (len(batch), 3, 64, 96)
             drawn = held_out_masks(files, batch.indices, (64, 96), 0.6, 0)
             names = map(files.name, batch.indices.tolist())

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fcmae.config.fields import ImagesConfig, setting
+from sparse.sizes import PATCH
 
 
 @dataclass
@@ -15,6 +16,14 @@ class PredictConfig(ImagesConfig):
     out: str = setting()
     """CSV file to write: path, then label,score and the next most likely classes; or, where an
     image can have several, the probability of each class; or each number."""
+
+    overlay: str | None = None
+    """Folder to write the images to, as PNG, with their predictions drawn on them."""
+
+    tile: int | None = setting(None, multiple=PATCH)
+    """Side in pixels of the windows in which masks of large images are computed, to bound the
+    memory; they overlap by a third. null computes images up to twice the size of the crops in
+    training whole, and larger ones in windows of that size."""
 
     top: int = setting(5, at_least=1)
     """Classes per image, most likely first; fewer if the model has fewer. Only with one class

@@ -1,7 +1,8 @@
 """Crops and flips of an image: pure functions of (seed, epoch, index)."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,6 +41,37 @@ def random_geometry(
     across, down = rng.uniform(seed, rng.FLIP, epoch, index, np.arange(2)).tolist()
     box = crop_box(seed, epoch, index, size, augment)
     return Geometry(size, box, augment.hflip and across < 0.5, augment.vflip and down < 0.5)
+
+
+def jittered_geometry(
+    seed: int,
+    epoch: int,
+    index: int,
+    size: tuple[int, int],
+    img_size: tuple[int, int],
+    augment: AugmentBase,
+    scale: float,
+    jitter: Sequence[float],
+) -> Geometry:
+    """Draw a crop of (H, W) pixels from an image resized by a random factor, and its flips.
+
+    The factor is `scale` times a number between both of `jitter`, log-uniform, and large enough for
+    the resized image to hold the crop, so nothing is padded. Flips as in `random_geometry`.
+    """
+    width, height = size
+    draw, left, top = rng.uniform(seed, rng.CROP, epoch, index, np.arange(3)).tolist()
+    wanted = scale * jitter[0] * (jitter[1] / jitter[0]) ** draw
+    box_w, box_h = covered(size, img_size, wanted)
+    box = int(left * (width - box_w + 1)), int(top * (height - box_h + 1)), box_w, box_h
+    return replace(random_geometry(seed, epoch, index, size, augment), box=box)
+
+
+def covered(size: tuple[int, int], img_size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Return (width, height) of the part of an image that (H, W) pixels show at a scale, or at the
+    smallest one at which the image is as large as they are."""
+    (width, height), (h, w) = size, img_size
+    scale = max(scale, w / width, h / height)
+    return min(width, max(1, round(w / scale))), min(height, max(1, round(h / scale)))
 
 
 def crop_box(seed: int, epoch: int, index: int, size: tuple[int, int], augment: AugmentBase) -> Box:

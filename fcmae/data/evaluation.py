@@ -1,4 +1,4 @@
-"""Images to measure on: one centre crop of each."""
+"""Images to measure on: one centre crop of each, or the whole image."""
 
 import logging
 import math
@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 from fcmae import rng
 from fcmae.config.values import MAX_PIXELS
 from fcmae.console import tracked
-from fcmae.data.decode import BadImage
+from fcmae.data.augment import Geometry
+from fcmae.data.decode import BadImage, read_image
 from fcmae.data.labelled import Split
 from fcmae.data.loader import make_loader
 from fcmae.data.sample import Batch, Sample, normalise
@@ -48,10 +49,53 @@ class EvalDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Return the sample, without an image if it can't be read."""
         try:
-            image, geometry = center_crop(self.split.source, index, self.images, self.max_pixels)
+            return self.read(index)
         except BadImage as error:
             return Sample(None, index, bad=[(self.split.name(index), str(error))])
-        return Sample(image, index, target=self.split.target(index), geometry=geometry)
+
+    def batch_size(self, most: int) -> int:
+        """Return how many samples can be stacked, at most `most`."""
+        return most
+
+    def read(self, index: int) -> Sample:
+        """Read an image.
+
+        Raises:
+            BadImage: it, or its label, can't be read.
+        """
+        image, geometry = center_crop(self.split.source, index, self.images, self.max_pixels)
+        target = self.split.target(index, geometry, self.images.img_size)
+        return Sample(image, index, target=target, geometry=geometry)
+
+
+@dataclass
+class WholeDataset(EvalDataset):
+    """Whole images, by index, with labels of their own size. They differ in size, so a batch has
+    one.
+
+    Args:
+        split, images, max_pixels: see `EvalDataset`.
+        short_side: resize images to this shorter side, in pixels; None leaves them. Images smaller
+            than `images.img_size` are enlarged to cover it.
+        raw: leave the images as they are read: `each_batch` does not normalise them.
+    """
+
+    short_side: int | None = None
+    raw: bool = False
+
+    def batch_size(self, most: int) -> int:
+        return 1
+
+    def read(self, index: int) -> Sample:
+        split, images = self.split, self.images
+        opened = read_image(split.source.open(index), len(images.mean), self.max_pixels)
+        (width, height), (h, w) = opened.size, images.img_size
+        scale = 1 if self.short_side is None else self.short_side / min(width, height)
+        scale = max(scale, h / height, w / width)
+        geometry = Geometry(opened.size, (0, 0, width, height))
+        size = (round(height * scale), round(width * scale))
+        pixels = opened.resized(geometry.box, size, interpolation=images.interpolation)
+        return Sample(pixels, index, target=split.target(index, geometry), geometry=geometry)
 
 
 def report_skipped(bad: Sequence[tuple[str, str]], most: int = SHOWN) -> None:
@@ -77,38 +121,37 @@ def batches_of(n: int, batch_size: int, rank: int = 0, size: int = 1) -> list[li
 
 
 def each_batch(
-    split: Split,
-    images: Preprocessing,
+    dataset: EvalDataset,
     device: torch.device,
     batch_size: int,
     workers: int,
     world: World = ALONE,
-    max_pixels: int = MAX_PIXELS,
     shown: str | None = None,
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Yield batches with their images (B, C, H, W) normalised on the device, channels last.
 
-    Images that can't be read are skipped, and named in the batches' `bad`; a batch may be empty.
+    Those of a raw `WholeDataset` stay as they are. Images that can't be read are skipped, and named
+    in the batches' `bad`; a batch may be empty.
 
     Args:
-        split: the images to read; this process reads its share.
-        images: how images are prepared.
+        dataset: the images to read; this process reads its share.
         device: where the model is.
         batch_size: images at a time.
         workers: processes that read.
         world: the processes that share the work.
-        max_pixels: images with more pixels count as unreadable.
         shown: the name of a progress bar on terminals; None shows none.
     """
-    dataset = EvalDataset(split, images, max_pixels)
     batches = batches_of(len(dataset), batch_size, world.rank, world.size)
     loaded = make_loader(dataset, batches, workers, device.type == "cuda")
     for batch in tracked(loaded, len(batches), shown):
-        pixels = batch.images
-        if len(batch):
-            pixels = normalise(pixels, images.mean, images.std, device)
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        yield batch, pixels
+        raw = not len(batch) or getattr(dataset, "raw", False)
+        yield batch, batch.images if raw else prepared(batch.images, dataset.images, device)
+
+
+def prepared(images: Tensor, how: Preprocessing, device: torch.device) -> Tensor:
+    """Return images (B, C, H, W) normalised on the device, channels last."""
+    normal = normalise(images, how.mean, how.std, device)
+    return normal.contiguous(memory_format=torch.channels_last)
 
 
 def held_out_masks(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fcmae.data.augment import Geometry
 from fcmae.data.file_list import FileList, find_images
 from fcmae.data.sources import Source, key_hashes
 from sparse.errors import InputError, brief, did_you_mean
@@ -40,8 +41,15 @@ class Split(NamedTuple):
         """Return an image's name for messages."""
         return self.prefix + self.source.name(index)
 
-    def target(self, index: int) -> Any:
-        """Return an image's label, or None if there are no labels."""
+    def target(
+        self, index: int, geometry: Geometry, img_size: tuple[int, int] | None = None
+    ) -> Any:
+        """Return the label of a crop, or None if there are no labels.
+
+        Labels with a method `cut`, such as masks, follow the crop; others are those of the image.
+        """
+        if hasattr(self.labels, "cut"):
+            return self.labels.cut(index, geometry, img_size)
         return None if self.labels is None else self.labels[index]
 
 

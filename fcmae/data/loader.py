@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from fcmae import rng
 from fcmae.config.pretraining import PretrainConfig
 from fcmae.config.training import TrainingConfig
-from fcmae.data.augment import random_geometry
+from fcmae.data.augment import Geometry, random_geometry
 from fcmae.data.decode import BadImage, read_image
 from fcmae.data.labelled import Split
 from fcmae.data.order import Key
@@ -75,10 +75,14 @@ class CropDataset(Dataset[Sample]):
         """
         split, images, config = self.split, self.images, self.config
         opened = read_image(split.source.open(place), len(images.mean), config.max_pixels)
-        cut = random_geometry(config.seed, epoch, index, opened.size, config.augment)
+        cut = self.geometry(epoch, index, opened.size)
         size, fast = images.img_size, config.augment.fast_decode
         pixels = opened.resized(cut.box, size, cut.flip_h, cut.flip_v, fast, images.interpolation)
-        return Sample(pixels, place, target=split.target(place), geometry=cut)
+        return Sample(pixels, place, target=split.target(place, cut, size), geometry=cut)
+
+    def geometry(self, epoch: int, index: int, size: tuple[int, int]) -> Geometry:
+        """Draw the crop of an image of (width, height) pixels."""
+        return random_geometry(self.config.seed, epoch, index, size, self.config.augment)
 
 
 class PretrainDataset(CropDataset):

@@ -14,7 +14,7 @@ from torch import Tensor
 from fcmae.atomic import check_out_file
 from fcmae.config.values import height_width
 from fcmae.console import show_logs
-from fcmae.data.evaluation import SHOWN, each_batch, report_skipped
+from fcmae.data.evaluation import SHOWN, EvalDataset, each_batch, report_skipped
 from fcmae.data.file_list import find_images, refuse_to_replace
 from fcmae.data.labelled import Split
 from fcmae.data.loader import lost_workers
@@ -56,7 +56,11 @@ class Setting(Generic[Model]):
         return split
 
     def batches(
-        self, split: Split, shown: str | None = None, named: int = SHOWN
+        self,
+        split: Split,
+        shown: str | None = None,
+        named: int = SHOWN,
+        dataset: EvalDataset | None = None,
     ) -> Iterator[tuple[Batch, Tensor]]:
         """Yield the batches that have images, with these normalised on the device.
 
@@ -66,17 +70,17 @@ class Setting(Generic[Model]):
             split: the images.
             shown: the name of a progress bar on terminals; None shows none.
             named: largest number of unreadable images that are reported one by one.
+            dataset: of these images; None takes centre crops. Batches of `WholeDataset` have one.
 
         Raises:
             RunError: no image could be read, or a process that reads them died.
         """
         workers = resolve_workers(self.config.workers, self.device)
         bad: list[tuple[str, str]] = []
-        size = self.config.batch_size
+        dataset = dataset or EvalDataset(split, self.images)
+        size = dataset.batch_size(self.config.batch_size)
         with lost_workers():
-            for batch, images in each_batch(
-                split, self.images, self.device, size, workers, shown=shown
-            ):
+            for batch, images in each_batch(dataset, self.device, size, workers, shown=shown):
                 bad += batch.bad
                 if len(batch):
                     yield batch, images

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fcmae.atomic import out_file
 from fcmae.commands.reconstruct import ReconstructConfig
-from fcmae.data.evaluation import each_batch, held_out_masks, report_skipped
+from fcmae.data.evaluation import EvalDataset, each_batch, held_out_masks, report_skipped
 from fcmae.data.labelled import Split
 from fcmae.data.statistics import Preprocessing
 from fcmae.inspect.prologue import set_up
@@ -123,7 +123,8 @@ def reconstruct(config: ReconstructConfig) -> float:
     model, how, step = setting.model
     found = setting.find_images().source
     files, whole = found.select(range(min(config.count, len(found)))), replace(how, crop_pct=1.0)
-    ((batch, images),) = each_batch(Split(files), whole, setting.device, len(files), workers=0)
+    dataset = EvalDataset(Split(files), whole)
+    ((batch, images),) = each_batch(dataset, setting.device, len(files), workers=0)
     report_skipped(batch.bad)
     if not len(batch):
         raise InputError(f"images {config.images!r}: none of the first {config.count} can be read")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fcmae.config.pretraining import PretrainConfig
-from fcmae.data.evaluation import each_batch, held_out_masks
+from fcmae.data.evaluation import EvalDataset, each_batch, held_out_masks
 from fcmae.data.file_list import FileList
 from fcmae.data.labelled import LabelledData, Split
 from fcmae.data.sample import Batch
@@ -83,10 +83,8 @@ class ProbeWatcher:
         run, world, was_training = self.resolved, self.resolved.world, model.training
 
         def read(split: Split) -> Iterator[tuple[Batch, Tensor]]:
-            batches = each_batch(
-                split, run.images, world.device, run.part, run.workers, world, self.max_pixels
-            )
-            for batch in batches:
+            dataset = EvalDataset(split, run.images, self.max_pixels)
+            for batch in each_batch(dataset, world.device, run.part, run.workers, world):
                 if stop():
                     raise Interrupted
                 yield batch
@@ -131,9 +129,8 @@ def make_watchers(
     images = replace(resolved.images, crop_pct=1.0)
     device, size, ratio = resolved.world.device, images.img_size, config.mask_ratio
     batches, bad = [], []
-    for batch, pixels in each_batch(
-        Split(held), images, device, SHOWN, workers=0, max_pixels=config.max_pixels
-    ):
+    dataset = EvalDataset(Split(held), images, config.max_pixels)
+    for batch, pixels in each_batch(dataset, device, SHOWN, workers=0):
         bad += batch.bad
         if len(batch):
             masks = held_out_masks(held, batch.indices, size, ratio, config.seed)

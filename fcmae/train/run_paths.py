@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+WHOLE_MODEL = "task"
+"""Folder in an exported backbone that holds the whole model, where that is more than a head."""
+
 
 class RunPaths:
     """The paths in a run folder.

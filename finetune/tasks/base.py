@@ -11,25 +11,32 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from fcmae.atomic import check_out_file, out_file
+from fcmae.data.evaluation import EvalDataset
 from fcmae.data.file_list import FileList
 from fcmae.data.labelled import LabelledData, Labels, Split
 from fcmae.data.sample import Batch
-from fcmae.data.sources import Indices
+from fcmae.data.sources import Indices, Source
+from fcmae.data.statistics import Preprocessing
 from fcmae.data.table import Table
 from fcmae.train.processes import World
+from fcmae.weights.export import write_timm_folder
+from finetune.augment import TrainDataset
 from finetune.config import FinetuneConfig
-from finetune.model import Start, build_model
+from finetune.model import Start, build_model, freeze_backbone, scale_classifier
+from finetune.optim import layer_depths
 from sparse.errors import InputError
+
+Counts = npt.NDArray[np.int64]
 
 Rows = list[tuple[str, ...]]
 """Rows of a table as text; an empty one is a line."""
 
-Writer = Callable[[Sequence[str], Batch, Tensor], None]
-"""Writes the predictions of a batch: paths of its images, the batch and the model's outputs."""
+Writer = Callable[[Sequence[str], Batch, Any], None]
+"""Writes the predictions of a batch: paths of its images, the batch, and its `predictions`."""
 
 
 class Measurement(ABC):
@@ -84,10 +91,14 @@ class LabelKind(ABC):
     Attributes:
         task: the value of `--task`.
         layout: where labels are, in words.
+        tile: side in pixels of the windows that predictions are computed in; None sets none. Only
+            where `tiles` is true.
     """
 
     task: ClassVar[str]
     layout: ClassVar[str]
+    tiles: ClassVar[bool] = False
+    tile: int | None = None
 
     def __init__(self, names: Sequence[str], state: Mapping[str, Any] | None = None) -> None:
         self.names, self.state = tuple(names), dict(state or {})
@@ -174,6 +185,24 @@ class LabelKind(ABC):
         """Build the model; see `finetune.model.build_model`."""
         return build_model(start, len(self.names), in_chans, img_size, drop_path)
 
+    def scale_head(self, model: nn.Module, scale: float) -> None:
+        """Scale the initial weights of the head by `scale`."""
+        scale_classifier(model, scale)
+
+    def freeze(self, model: nn.Module) -> None:
+        """Train the head only."""
+        freeze_backbone(model)
+
+    def layer_depths(self, model: nn.Module, layer_group: str) -> dict[str, int]:
+        """Return how many layers before the head each parameter is; see `finetune.optim`."""
+        return layer_depths(model, layer_group)
+
+    def train_dataset(
+        self, split: Split, images: Preprocessing, config: FinetuneConfig
+    ) -> TrainDataset:
+        """Return the training samples."""
+        return TrainDataset(split, images, config)
+
     @abstractmethod
     def loss(self, forward: nn.Module, images_BCHW: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of normalised images; `forward` is the model, perhaps wrapped in DDP.
@@ -182,6 +211,22 @@ class LabelKind(ABC):
         """
 
     # Scores
+
+    def eval_dataset(self, split: Split, images: Preprocessing, max_pixels: int) -> EvalDataset:
+        """Return the samples to measure on or to predict."""
+        return EvalDataset(split, images, max_pixels)
+
+    def infer(
+        self, model: Callable[[Tensor], Tensor], images_BCHW: Tensor, how: Preprocessing
+    ) -> Tensor:
+        """Return the outputs (B, …) of a model for images of `eval_dataset`.
+
+        Args:
+            model: in evaluation mode.
+            images_BCHW: normalised.
+            how: how they were prepared.
+        """
+        return model(images_BCHW)
 
     @abstractmethod
     def measurement(self, world: World, final: bool = False) -> Measurement:
@@ -204,7 +249,36 @@ class LabelKind(ABC):
     def summary(self, scores: Mapping[str, float]) -> str:
         """Return the scores in words, for the log."""
 
-    # Predictions
+    # Output
+
+    def predictions(
+        self,
+        model: Callable[[Tensor], Tensor],
+        batch: Batch,
+        images_BCHW: Tensor,
+        how: Preprocessing,
+    ) -> Any:
+        """Return what `writing` and `overlay` take for a batch, an entry for each image.
+
+        Args:
+            model, images_BCHW, how: see `infer`.
+            batch: of `eval_dataset`.
+        """
+        return self.infer(model, images_BCHW, how)
+
+    def overlay(self, image: Image.Image, prediction: Any) -> Image.Image:
+        """Return an RGB image with its prediction drawn on it, here as a line of text."""
+        drawn, text = image.copy(), self.describe_output(prediction.float().cpu())
+        pen = ImageDraw.Draw(drawn)
+        size = max(10, image.width // 24)
+        pen.text(
+            (4, 4), text, "white", ImageFont.load_default(size), stroke_width=2, stroke_fill="black"
+        )
+        return drawn
+
+    def write(self, state: Mapping[str, Tensor], config: Mapping[str, Any], out: Path) -> None:
+        """Write a trained model as a folder; see `fcmae.weights.export.write_timm_folder`."""
+        write_timm_folder(state, config, out)
 
     def show(
         self, image: Image.Image, output: Tensor, target: npt.NDArray[Any]
@@ -235,11 +309,12 @@ class LabelKind(ABC):
         return check_out_file(out, ".csv")
 
     @contextmanager
-    def writing(self, out: Path, top: int) -> Iterator[Writer]:
+    def writing(self, out: Path, source: Source, top: int) -> Iterator[Writer]:
         """Write predictions: yield a function that takes batches. Here, a CSV file.
 
         Args:
             out: see `check_out`.
+            source: the images.
             top: classes per image, where a prediction names the best.
 
         Raises:
@@ -304,6 +379,27 @@ def mean_of(values: Any) -> float:
     finite = np.asarray(values, np.float64)
     finite = finite[np.isfinite(finite)]
     return float(finite.mean()) if len(finite) else math.nan
+
+
+def draw_confusion(confusion: Counts, names: Sequence[str]) -> Any:
+    """Draw the share of each true class (row) that is predicted as each class, in percent."""
+    from matplotlib.figure import Figure
+
+    share = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    side = min(4 + 0.35 * len(names), 24)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.add_subplot(xlabel="predicted", ylabel="true")
+    drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(drawn, label="% of the true class")
+    if len(names) <= 60:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    if len(names) <= 20:
+        for row, column in np.argwhere(confusion):
+            value = share[row, column]
+            color = "white" if value > 50 else "black"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
+    return figure
 
 
 def bars(values: Mapping[str, float], label: str, most: int = 60) -> Any:

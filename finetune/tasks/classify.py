@@ -34,7 +34,7 @@ from fcmae.data.table import LABEL, Table, read_classes
 from fcmae.train.processes import World
 from finetune.augment import seeded
 from finetune.config import FinetuneConfig
-from finetune.tasks.base import LabelKind, Measurement, Rows
+from finetune.tasks.base import Counts, LabelKind, Measurement, Rows, draw_confusion
 from sparse.errors import InputError
 
 TOP = 5
@@ -44,8 +44,6 @@ MOST_COUNTED = 1000
 
 MASKS = {"masks", "instances"}
 """Folders beside `images` that hold masks, not classes."""
-
-Counts = npt.NDArray[np.int64]
 
 
 class ClassMeasurement(Measurement):
@@ -112,27 +110,7 @@ class ClassMeasurement(Measurement):
         rows.writerows([name, *row] for name, row in zip(self.names, self.confusion, strict=True))
 
     def draw(self) -> Any:
-        """Draw the share of each true class (row) that is predicted as each class, in percent."""
-        from matplotlib.figure import Figure
-
-        if self._counts is None:
-            return None
-        confusion, names = self.confusion, self.names
-        share = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-        side = min(4 + 0.35 * len(names), 24)
-        figure = Figure(figsize=(side + 1, side), layout="constrained")
-        axes = figure.add_subplot(xlabel="predicted", ylabel="true")
-        drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
-        figure.colorbar(drawn, label="% of the true class")
-        if len(names) <= 60:
-            axes.set_xticks(range(len(names)), names, rotation=90)
-            axes.set_yticks(range(len(names)), names)
-        if len(names) <= 20:
-            for row, column in np.argwhere(confusion):
-                value = share[row, column]
-                color = "white" if value > 50 else "black"
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
-        return figure
+        return None if self._counts is None else draw_confusion(self.confusion, self.names)
 
 
 def summarise(confusion: Counts, top5: float, names: Sequence[str]) -> dict[str, Any]:

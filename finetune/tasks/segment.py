@@ -1,0 +1,397 @@
+"""A class for each pixel: cross-entropy and Dice, mean intersection over union."""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from fcmae.atomic import atomic_write, check_out_folder
+from fcmae.data.augment import Geometry, jittered_geometry
+from fcmae.data.evaluation import EvalDataset, WholeDataset, prepared
+from fcmae.data.file_list import FileList
+from fcmae.data.labelled import LabelledData, Labels, Split
+from fcmae.data.masks import (
+    IGNORE,
+    Mask,
+    MaskLabels,
+    find_layout,
+    find_masks,
+    find_pairs,
+    stem,
+    voc_colours,
+)
+from fcmae.data.sample import Batch
+from fcmae.data.sources import Source
+from fcmae.data.statistics import Preprocessing
+from fcmae.data.table import Table
+from fcmae.train.processes import World
+from fcmae.train.run_paths import WHOLE_MODEL
+from fcmae.weights.export import write_timm_folder
+from finetune.augment import TrainDataset
+from finetune.config import FinetuneConfig
+from finetune.model import Start
+from finetune.segmenter import (
+    BACKBONE,
+    backbone_state,
+    init_backbone,
+    segmenter_depths,
+    start_segmenter,
+)
+from finetune.tasks.base import LabelKind, Measurement, Rows, Writer, draw_confusion, mean_of
+from finetune.tiling import blended
+from sparse.errors import InputError
+
+OVERLAP = 1 / 3
+"""Part of a window's side that its neighbour shares, as in the papers' tests: 341 of 512 pixels are
+the step."""
+
+WHOLE = 2
+"""Images with sides up to this many times those of the crops in training are computed whole."""
+
+COUNTED = 256
+"""Largest number of masks whose pixels are counted for class weights."""
+
+
+class MaskMeasurement(Measurement):
+    """Intersection over union and accuracy of pixels in percent, and mean cross-entropy.
+
+    Pixels of class `IGNORE` do not count. `miou` is the mean over classes that are in a mask or a
+    prediction.
+
+    Args:
+        names: the classes.
+        world: see `LabelKind.measurement`.
+        state: see `LabelKind`.
+    """
+
+    def __init__(self, names: Sequence[str], world: World, state: Mapping[str, Any]) -> None:
+        self.names, self.state, self._images = names, state, 0
+        counts = MulticlassConfusionMatrix(len(names), ignore_index=IGNORE, validate_args=False)
+        self._counts = counts.to(world.device)
+        self._loss = MeanMetric(nan_strategy="disable").to(world.device)
+        self._world = world
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add a batch: outputs are enlarged to the targets' size (bilinear)."""
+        outputs, targets = resized(outputs.float(), targets.shape[1:]), targets.long()
+        self._counts.update(outputs.argmax(1), targets)
+        loss = F.cross_entropy(outputs, targets, ignore_index=IGNORE, reduction="sum")
+        self._loss.update(loss / targets.numel(), len(targets))
+        self._images += len(targets)
+
+    def compute(self) -> dict[str, float]:
+        self.confusion = self._counts.compute().cpu().numpy()
+        self.images = sum(self._world.gather(self._images))
+        hits, true = self.confusion.diagonal(), self.confusion.sum(axis=1)
+        union = true + self.confusion.sum(axis=0) - hits
+        with np.errstate(invalid="ignore", divide="ignore"):
+            self._iou, self._recall = 100 * hits / union, 100 * hits / true
+        self._true = true
+        total = int(true.sum())
+        self._accuracy = 100 * int(hits.sum()) / total if total else math.nan
+        loss = float(self._loss.compute())
+        return {"miou": mean_of(self._iou), "accuracy": self._accuracy, "loss": loss}
+
+    def result(self) -> dict[str, Any]:
+        rows = zip(self.names, self._iou, self._recall, self._true.tolist(), strict=True)
+        measured = [row for row in rows if not math.isnan(row[1])]
+        per_class = {
+            name: {"iou": float(iou), "accuracy": None if not n else float(recall), "pixels": n}
+            for name, iou, recall, n in measured
+        }
+        return {
+            "miou": mean_of(self._iou),
+            "accuracy": self._accuracy,
+            "n": self.images,
+            "per_class": per_class,
+            "not_measured": [name for name in self.names if name not in per_class],
+        }
+
+    def table(self) -> tuple[tuple[str, ...], Rows, Rows]:
+        result = self.result()
+        ordered = sorted(result["per_class"].items(), key=lambda item: item[1]["iou"])
+        rows: Rows = [
+            (name, f"{e['iou']:.1f}", "" if e["accuracy"] is None else f"{e['accuracy']:.1f}",
+             f"{100 * e['pixels'] / max(1, int(self._true.sum())):.2f}")
+            for name, e in ordered
+        ]  # fmt: skip
+        rows += [(name, "not measured", "", "0") for name in result["not_measured"]]
+        last: Rows = [
+            ("mean IoU", f"{result['miou']:.2f}"),
+            ("all pixels", "", f"{result['accuracy']:.2f}"),
+        ]
+        return ("class", "IoU %", "accuracy %", "% of the pixels"), rows, last
+
+    def draw(self) -> Any:
+        """Draw the share of each class's pixels that is predicted as each class, in percent."""
+        return draw_confusion(self.confusion, self.names)
+
+
+def resized(outputs: Tensor, size: Sequence[int]) -> Tensor:
+    """Return maps (B, K, …) of another size (H, W), bilinear."""
+    if outputs.shape[2:] == tuple(size):
+        return outputs
+    return F.interpolate(outputs, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class MaskDataset(TrainDataset):
+    """Crops with their masks, at a random scale: see `jittered_geometry`."""
+
+    def geometry(self, epoch: int, index: int, size: tuple[int, int]) -> Geometry:
+        augment, img_size = self.config.augment, self.images.img_size
+        scale = 1.0 if augment.short_side is None else augment.short_side / min(size)
+        return jittered_geometry(
+            self.config.seed, epoch, index, size, img_size, augment, scale, augment.scale_jitter
+        )
+
+
+class Segment(LabelKind):
+    """A class for each pixel. The state has `short_side`; see `WholeDataset`."""
+
+    task = "segment"
+    layout = "train/images and train/masks, or train/instances; or ADE20K's folders"
+    tiles = True
+
+    config: FinetuneConfig
+    _weights: Tensor | None = None
+
+    @classmethod
+    def recognises(cls, labels: Table | Path) -> bool:
+        return isinstance(labels, Path) and find_layout(labels) is not None
+
+    @classmethod
+    def find_folder(cls, config: FinetuneConfig) -> LabelledData:
+        return find_masks(config.data, config.val_fraction, config.out)
+
+    @classmethod
+    def find_split(cls, folder: Path, prefix: str, names: Sequence[str]) -> Split:
+        for root, split in ((folder.parent, folder.name), (folder, "")):
+            layout = find_layout(root)
+            if layout is not None and layout.there(root, split):
+                return find_pairs(root, layout, split, names)
+        return super().find_split(folder, prefix, names)
+
+    @classmethod
+    def labels_of(cls, files: FileList, names: Sequence[str]) -> Any:
+        """Masks beside the images of a stored list, whose root is a folder of images."""
+        (images,) = map(Path, files.roots)
+        for root in (images.parent.parent, images.parent):
+            layout = find_layout(root)
+            if layout is None:
+                continue
+            for split in (*layout.splits, ""):
+                place, masks = layout.folders(root, split)
+                if place.resolve() == images.resolve() and masks.is_dir():
+                    return MaskLabels(files, masks, layout, len(names))
+        raise InputError(f"the masks of {images} are gone: put them back")
+
+    def encode(self, labels: Any) -> Any:
+        return labels
+
+    def prepare(self, config: FinetuneConfig, train: Any, device: torch.device) -> None:
+        super().prepare(config, train, device)
+        self.config, self.state = config, {"short_side": config.augment.short_side}
+        if config.class_weights == "balanced":
+            counts = train.counts(COUNTED)
+            present = counts > 0
+            weights = np.where(present, counts.sum() / np.maximum(counts, 1), 0.0)
+            weights = weights / (weights * counts).sum() * counts.sum()
+            self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
+
+    def build_model(
+        self, start: Start, in_chans: int, img_size: tuple[int, int], drop_path: float = 0.0
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        width = None
+        if start.whole and start.state is not None:
+            with_aux = any(name.startswith("aux.") for name in start.state)
+            width = start.state["net.segmentation_head.0.weight"].shape[1]
+        else:
+            with_aux = self.config.aux_weight > 0
+            if self.config.decoder_channels != "auto":
+                width = self.config.decoder_channels
+        model = start_segmenter(start, in_chans, len(self.names), width, with_aux, drop_path)
+        if start.state is None and self.config.init == "fan_in":
+            init_backbone(model, start.name)
+        return model, dict(start.args)
+
+    def write(self, state: Mapping[str, Tensor], config: Mapping[str, Any], out: Path) -> None:
+        """Write the backbone as timm's folder, and the whole model in `task` inside it."""
+        write_timm_folder(state, config, out / WHOLE_MODEL)
+        dropped = ("label_names", "task", "task_state")
+        backbone = {key: value for key, value in config.items() if key not in dropped}
+        backbone["num_classes"] = backbone["pretrained_cfg"]["num_classes"] = 0
+        name, args = config["architecture"], config.get("model_args", {})
+        channels = len(config["pretrained_cfg"]["mean"])
+        write_timm_folder(backbone_state(state, name, channels, args), backbone, out)
+
+    def scale_head(self, model: nn.Module, scale: float) -> None:
+        """Keep the decoder's own initial weights."""
+
+    def freeze(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(BACKBONE))
+
+    def layer_depths(self, model: Any, layer_group: str) -> dict[str, int]:
+        return segmenter_depths(model, layer_group)
+
+    def train_dataset(
+        self, split: Split, images: Preprocessing, config: FinetuneConfig
+    ) -> TrainDataset:
+        return MaskDataset(split, images, config)
+
+    def eval_dataset(self, split: Split, images: Preprocessing, max_pixels: int) -> EvalDataset:
+        short_side = self.state.get("short_side")
+        return WholeDataset(split, images, max_pixels, short_side, raw=self.tile is not None)
+
+    def loss(self, forward: nn.Module, images_BCHW: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of both heads and Dice loss.
+
+        Cross-entropy is divided by the number of all pixels, ignored ones included, as in the
+        papers' code: so parts of the same size count the same.
+        """
+        from segmentation_models_pytorch.losses import DiceLoss
+
+        scores, aux = forward(images_BCHW)
+        scores, wanted, config = scores.float(), targets.long(), self.config
+        total = self._cross_entropy(scores, wanted)
+        if aux is not None:
+            total = total + config.aux_weight * self._cross_entropy(aux.float(), wanted)
+        if config.dice_weight:
+            dice = DiceLoss("multiclass", ignore_index=IGNORE)
+            total = total + config.dice_weight * dice(scores, wanted)
+        return total
+
+    def _cross_entropy(self, scores: Tensor, wanted: Tensor) -> Tensor:
+        summed = F.cross_entropy(
+            scores, wanted, self._weights, ignore_index=IGNORE, reduction="sum"
+        )
+        return summed / wanted.numel()
+
+    def infer(self, model: Callable[[Tensor], Tensor], images_BCHW: Tensor, how: Any) -> Tensor:
+        """Scores (B, K, H, W); of large images log-probabilities, blended from windows."""
+        sides = zip(images_BCHW.shape[2:], how.img_size, strict=True)
+        if all(side <= WHOLE * most for side, most in sides):
+            return model(images_BCHW)
+        strips = self._strips(model, images_BCHW, how.img_size)
+        return torch.cat([*strips], dim=1)[None].log()
+
+    def _strips(
+        self, model: Callable[[Tensor], Tensor], images_1CHW: Tensor, window: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        """Yield the probabilities of an image in strips (K, rows, W)."""
+
+        def scores(top: int, left: int, h: int, w: int) -> Tensor:
+            return model(images_1CHW[:, :, top : top + h, left : left + w])[0].float().softmax(0)
+
+        height, width = images_1CHW.shape[2:]
+        return blended(scores, (height, width), window, OVERLAP)
+
+    def measurement(self, world: World, final: bool = False) -> MaskMeasurement:
+        return MaskMeasurement(self.names, world, self.state)
+
+    def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
+        """The higher mean IoU, then the lower loss."""
+        found = (scores["miou"], -scores["loss"])
+        return tuple(v if math.isfinite(v) else -math.inf for v in found)
+
+    def chance(self, scores: Sequence[Mapping[str, float]], val: Labels) -> str | None:
+        """One class everywhere has its share of the pixels as IoU, and 0 for the others."""
+        if max(score["miou"] for score in scores) > 100 / len(self.names):
+            return None
+        best = max(score["miou"] for score in scores)
+        return f"mean IoU is {best:.1f} %, no better than one class for all pixels"
+
+    def summary(self, scores: Mapping[str, float]) -> str:
+        return f"mean IoU {scores['miou']:.1f} %, accuracy {scores['accuracy']:.1f} %"
+
+    # Predictions
+
+    def show(
+        self, image: Image.Image, output: Tensor, target: npt.NDArray[Any]
+    ) -> tuple[list[Image.Image], str, str]:
+        guess = output.argmax(0).numpy().astype(np.uint8)
+        truth = np.array(
+            Image.fromarray(target.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
+        )
+        wanted = (truth != IGNORE) & (truth > 0)
+        both = ((guess == truth) & wanted).sum()
+        union = (((guess > 0) & (truth != IGNORE)) | wanted).sum()
+        text = f"IoU {100 * both / union:.0f} %" if union else "empty"
+        return [self.overlaid(image, truth), self.overlaid(image, guess)], "left", f"right, {text}"
+
+    def overlaid(self, image: Image.Image, classes: npt.NDArray[np.uint8]) -> Image.Image:
+        """Return an RGB image with the classes (H, W) in colours over it.
+
+        The first class is left as it is if it is a background.
+        """
+        colours = voc_colours(IGNORE + 1)[classes]
+        plain = classes == IGNORE
+        if self.names[0].lower() in ("background", "0", "other", "unlabeled"):
+            plain |= classes == 0
+        pixels = np.asarray(image.convert("RGB"))
+        mixed = np.where(plain[..., None], pixels, (pixels.astype(np.uint16) + colours) // 2)
+        return Image.fromarray(mixed.astype(np.uint8))
+
+    def predictions(
+        self,
+        model: Callable[[Tensor], Tensor],
+        batch: Batch,
+        images_BCHW: Tensor,
+        how: Preprocessing,
+    ) -> list[Mask]:
+        """Masks of the images' original size.
+
+        With `tile`, the image stays 8-bit and a window is normalised as it is computed, so memory
+        beyond the image and its mask is that of one row of windows.
+        """
+        (geometry,) = batch.geometry
+        assert geometry is not None
+        width, height = geometry.size
+        if self.tile is None:
+            scores = resized(self.infer(model, images_BCHW, how).float(), (height, width))
+            return [scores[0].argmax(0).byte().cpu().numpy()]
+        device = next(model.parameters()).device  # type: ignore[attr-defined]
+        strips = self._strips(
+            lambda part: model(prepared(part, how, device)), images_BCHW, (self.tile, self.tile)
+        )
+        mask = torch.cat([strip.argmax(0).byte().cpu() for strip in strips]).numpy()
+        return [np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))]
+
+    def overlay(self, image: Image.Image, prediction: Mask) -> Image.Image:
+        return self.overlaid(image, prediction)
+
+    def check_out(self, out: str) -> Path:
+        return check_out_folder(out)
+
+    @contextmanager
+    def writing(self, out: Path, source: Source, top: int) -> Iterator[Writer]:
+        """Write a PNG of class indices for each image."""
+        keys = [source.key(index) for index in range(len(source))]
+        if len({stem(key) for key in keys}) < len(keys):
+            raise InputError("several images differ only in their ending: predict them separately")
+        out.mkdir(parents=True, exist_ok=True)
+
+        def write(paths: Sequence[str], batch: Batch, masks: Sequence[Mask]) -> None:
+            for index, mask in zip(batch.indices.tolist(), masks, strict=True):
+                save_png(Image.fromarray(mask), out, keys[index])
+
+        yield write
+
+
+def save_png(image: Image.Image, folder: Path, key: bytes) -> None:
+    """Write an image as a PNG under an input's relative name."""
+    path = folder / (os.fsdecode(stem(key)).lstrip("/") + ".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG")
