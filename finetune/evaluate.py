@@ -1,5 +1,6 @@
 """`fcmae evaluate`: the scores of a fine-tuned model on labelled images, overall and per class."""
 
+import csv
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,15 @@ from finetune.tuned import load_tuned
 
 MOST_ROWS = 100
 """With more classes than this, a table shows only this many, the worst."""
+
+HEADINGS = {
+    "top1": "top-1 %", "top5": "top-5 %", "top5_of": "top 5 of", "balanced": "balanced %",
+    "ap": "AP %", "map": "mAP %", "f1": "F1 %", "mae": "MAE", "rmse": "RMSE", "r2": "R²",
+    "miou": "mean IoU %",
+    "iou": "IoU %",
+    "accuracy": "accuracy %",
+    "n": "images",
+}  # fmt: skip
 
 _log = logging.getLogger(__name__)
 
@@ -83,16 +93,27 @@ def write_scores(measurement: Measurement, out: Path) -> None:
     with out_file(out) as path:
         if out.suffix.lower() == ".csv":
             with path.open("w", encoding="utf-8", newline="") as file:
-                measurement.write_csv(file)
+                csv.writer(file).writerows(measurement.rows())
         else:
             measurement.draw().savefig(path, format="png", dpi=150)
     _log.info("scores: %s", out)
 
 
 def _print_table(result: dict[str, Any], measurement: Measurement) -> None:
-    headings, rows, last = measurement.table()
+    each, total = measurement.each(), measurement.total()
     title = "the images that it kept back" if result["kept_back"] else result["split"]
+    rows = [(name, *map(_cell, scores.values())) for name, scores in each.items()]
     if len(rows) > MOST_ROWS:
-        title += f"; the worst {MOST_ROWS} of {len(rows)}, --json has all"
-    rows = [*rows[:MOST_ROWS], *([()] if last else []), *last]
-    print_table(headings, rows, f"{result['weights']} on {title}")
+        key = next(iter(each[rows[0][0]]))
+        worst = sorted(rows, key=lambda row: each[row[0]][key] or 0.0)
+        rows = worst[:MOST_ROWS]
+        title += f"; the lowest {MOST_ROWS} of {len(each)}, --json has all"
+    if absent := len(result.get("not_measured", [])):
+        title += f"; {absent} of {len(each)} classes not measured"
+    last = [(f"all: {HEADINGS.get(key, key)}", _cell(value)) for key, value in total.items()]
+    heads = [HEADINGS.get(key, key) for key in next(iter(each.values()))]
+    print_table(("", *heads), [*rows, (), *last], f"{result['weights']} on {title}")
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

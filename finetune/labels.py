@@ -1,7 +1,7 @@
 """The labels of a run or of a command: which file or folder, which kind, which images."""
 
 import logging
-from collections.abc import Sequence
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -111,7 +111,7 @@ def stored_labels(
     def stored(part: str, there: Split | None) -> Split:
         files = stored_files(None if there is None else there.source, start, part)
         (root,) = files.roots
-        whole = labels_file(config) is not None or root == str(folder.absolute())
+        whole = labels_file(config) is not None or root == os.path.abspath(folder)
         prefix = "" if whole else f"{Path(root).name}/"
         return Split(files, prefix, _labels(paths, part, kind, files, names))
 
@@ -141,72 +141,57 @@ def find_split(config: Any, tuned: Tuned) -> Measured:
     """
     kind, run = tuned.kind, RunPaths(tuned.folder.parent)
     asked, file, folder = _asked(run), labels_file(config), Path(config.data).expanduser()
-    trained = None if asked is None else labels_file(asked)
-    if file is None and asked and trained and folder.resolve() == Path(asked.data).resolve():
-        file = trained
+    if file is None and asked.labels and _same(folder, asked.data):
+        file = asked.labels
         _log.info("labels are those of %s, as in training", file)
+    place, name = Path(file or folder).expanduser(), "."
     if file is None and not folder.is_dir():
         raise InputError(f"data {config.data!r} is not a folder: use one with {config.split}/CLASS")
-    kept = None
-    if asked and asked.val_fraction and config.split == VAL:
-        if file is not None and trained is not None:
-            kept = _kept_back(run, kind, [(Path(file), "")], Path(trained))
-        elif file is None and trained is None and not (folder / VAL).is_dir():
-            kept = _kept_back(run, kind, [(folder / TRAIN, f"{TRAIN}/"), (folder, "")])
-    name = "."
-    if kept is not None:
-        split = kept
+    divided = asked.val_fraction and config.split == VAL and (file or not (folder / VAL).is_dir())
+    kept_back = bool(divided) and _same(place, labels_file(asked) or asked.data)
+    if divided and not kept_back:
+        _log.warning("all of %s is measured: the run kept back images of other data", place)
+    if kept_back:
+        files = FileList.load(run.images(VAL))
+        _log.info("measuring on the %d images that the run kept back", len(files))
+        prefix = f"{TRAIN}/" if file is None and (folder / TRAIN).is_dir() else ""
+        split = Split(files, prefix, _labels(run, VAL, type(kind), files, kind.names))
     elif file is None:
         inside, prefix = folder / config.split, f"{config.split}/"
         if not inside.is_dir():
-            _log.info(
-                "%s has no folder %r: its folders are treated as classes", folder, config.split
-            )
+            _log.info("%s has no folder %r: its folders are classes", folder, config.split)
             inside, prefix = folder, ""
         split = kind.find_split(inside, prefix, kind.names)
     else:
-        table = read_table(file)
-        rows, name = table.rows(config.split), config.split
+        table = read_table(place)
+        rows = table.rows(config.split)
         if table.splits is None:
-            _log.info("%s has no column 'split': all of its rows are measured", file)
-            name = "."
-        labels, _ = kind.read(table, rows, kind.names)
+            _log.info("%s has no column 'split': all of its rows are measured", place)
+        else:
+            name = config.split
         table.check_images(rows)
+        labels, _ = kind.read(table, rows, kind.names)
         split = Split(table.source.select(rows), "", labels)
     targets = kind.encode(split.labels)
-    return Measured(
-        split._replace(labels=targets), split.prefix.rstrip("/") or name, kept is not None
-    )
+    return Measured(split._replace(labels=targets), split.prefix.rstrip("/") or name, kept_back)
 
 
-def _asked(run: RunPaths) -> SimpleNamespace | None:
-    """The paths and the division that a run was asked for; None if there is no run."""
+def _asked(run: RunPaths) -> SimpleNamespace:
+    """The data of a run, its CSV file and its division; empty if there is no run."""
     newest = next(iter(list_checkpoints(run.checkpoints)), run.root)
     asked = read_json(newest / STATE).get("asked")  # with absolute paths
     if asked is None:
         asked = read_yaml(run.config) if run.config.is_file() else {}
-    data, labels = asked.get("data"), asked.get("labels")
-    data = data[0] if isinstance(data, list) else data
-    if data is None:
-        return None
-    return SimpleNamespace(data=data, labels=labels, val_fraction=asked.get("val_fraction"))
+    data = asked.get("data", "")
+    return SimpleNamespace(
+        data=data[0] if isinstance(data, list) else data,
+        labels=asked.get("labels"),
+        val_fraction=asked.get("val_fraction", 0),
+    )
 
 
-def _kept_back(
-    run: RunPaths, kind: LabelKind, places: Sequence[tuple[Path, str]], trained: Path | None = None
-) -> Split | None:
-    """The images that a run kept back, if it was trained on one of these (place, prefix of names).
-
-    `trained` is what it was trained on, by default the folder of its images.
-    """
-    kept = FileList.load(run.images(VAL))
-    trained = trained or Path(kept.roots[0])
-    for place, prefix in places:
-        if place.exists() and place.resolve() == trained.resolve():
-            _log.info("measuring on the %d images that the run kept back", len(kept))
-            return Split(kept, prefix, _labels(run, VAL, type(kind), kept, kind.names))
-    _log.warning("all of %s is measured: the run kept back images of %s", places[-1][0], trained)
-    return None
+def _same(one: str | Path, other: str | Path) -> bool:
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def _labels(

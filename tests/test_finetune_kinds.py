@@ -38,12 +38,12 @@ def write_labels(data: Path, out: Path, kind: str, split: bool = True) -> Path:
     for place, path in enumerate(sorted(data.rglob("*.png"))):
         name = path.relative_to(data)
         label, n = int(path.parent.name[-1]), int(path.stem)
-        cells = {
+        cells: dict[str, list[Any]] = {
             "classify": [f"c{label}"],
             "multilabel": [f"c{label};even" if n % 2 == 0 else f"c{label}"],
             "regress": [100 + label, "" if place % 3 == 0 else label / 2],
-        }[kind]
-        rows.append([path, *cells, *([name.parts[0]] if split else [])])
+        }
+        rows.append([path, *cells[kind], *([name.parts[0]] if split else [])])
     with out.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([["path", *COLUMNS[kind], *(["split"] if split else [])], *rows])

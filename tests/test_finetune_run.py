@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,11 +30,12 @@ from fcmae.data.labelled import Split, find_classes, labels_of
 from fcmae.data.sample import collate
 from fcmae.data.statistics import Preprocessing
 from fcmae.train.checkpoint import list_checkpoints
+from fcmae.train.processes import ALONE
 from finetune.config import FinetuneAugmentConfig, FinetuneConfig, FinetuneOptimConfig
 from finetune.evaluate import evaluate
 from finetune.model import find_model
 from finetune.predict import predict
-from finetune.tasks.classify import Classify, ClassMeasurement, summarise
+from finetune.tasks.classify import Classify, ClassMeasurement
 from finetune.train import EMA_AHEAD, Finetuning, finetune, make_ema, resolve_val_epochs
 from sparse.errors import InputError
 from tests.conftest import write_classes, write_pictures
@@ -390,15 +392,20 @@ def test_only_the_worst_of_many_classes_are_shown(
     worst = min(found, key=lambda name: found[name]["top1"])
     said = capsys.readouterr().out
     assert [name for name in found if f" {name} " in said] == [worst]
-    assert f"the worst 1 of {len(found)}, --json has all" in " ".join(said.split())
+    assert f"the lowest 1 of {len(found)}, --json has all" in " ".join(said.split())
 
 
 def test_evaluate_summary_of_missing_classes() -> None:
-    result = summarise(np.array([[3, 1, 0], [0, 0, 0], [2, 0, 2]]), 87.5, ("a", "b", "c"))
+    measurement = Classify(("a", "b", "c")).measurement(ALONE, final=True)
+    guesses = torch.tensor([0, 0, 0, 1, 0, 0, 2, 2])
+    measurement.update(F.one_hot(guesses).float(), torch.tensor([0, 0, 0, 0, 2, 2, 2, 2]))
+    measurement.compute()
+    result = measurement.result()
     assert result["top1"] == pytest.approx(62.5)
-    assert (result["top5"], result["top5_of"]) == (87.5, 3)
+    assert (result["top5"], result["top5_of"]) == (100, 3)
     assert result["balanced"] == pytest.approx((75 + 50) / 2)
     assert result["per_class"] == {"a": {"top1": 75.0, "n": 4}, "c": {"top1": 50.0, "n": 4}}
+    assert result["not_measured"] == ["b"]
 
 
 def test_classes_are_matched_by_name(run: Path, classes: Path, tmp_path: Path) -> None:
@@ -466,8 +473,7 @@ def test_classes_that_are_not_measured_are_reported(
     assert [*result["per_class"]] == ["class 0", "class 2"]
     said = " ".join(capsys.readouterr().out.split())
     assert "on the images that it kept back" in said
-    assert "not measured" in said
-    assert "balanced over 2 of 3 classes" in said
+    assert "1 of 3 classes not measured" in said
 
 
 def test_weights_of_another_image_size_are_reported(

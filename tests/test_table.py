@@ -127,7 +127,7 @@ def test_other_mistakes(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has its own split val: leave val_fraction at 0"):
         find_in_table(read_table(write(tmp_path, text)), 0.5, read_classes)
     (tmp_path / "odd.csv").write_bytes(b"path,labels,split\n1.png,,train\n2.png,,val\n")
-    with pytest.raises(InputError, match="has no label in the column labels"):
+    with pytest.raises(InputError, match="has 1 rows without any label in 'labels'"):
         find_in_table(read_table(tmp_path / "odd.csv"), 0.0, Multilabel.read)
 
 

@@ -1,7 +1,6 @@
 """The interface of a kind of label to fine-tuning, evaluation and prediction."""
 
 import csv
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,9 +31,6 @@ from sparse.errors import InputError
 
 Counts = npt.NDArray[np.int64]
 
-Rows = list[tuple[str, ...]]
-"""Rows of a table as text; an empty one is a line."""
-
 Writer = Callable[[Sequence[str], Batch, Any], None]
 """Writes the predictions of a batch: paths of its images, the batch, and its `predictions`."""
 
@@ -61,21 +57,30 @@ class Measurement(ABC):
         """
 
     @abstractmethod
-    def result(self) -> dict[str, Any]:
-        """Return the scores as JSON for `fcmae evaluate`, with `n`, the number of images."""
+    def each(self) -> dict[str, dict[str, Any]]:
+        """Return the scores of each class or target by its name and theirs, the most important one
+        first, and `n`, the number of its images. A score that does not exist is None."""
 
     @abstractmethod
-    def table(self) -> tuple[tuple[str, ...], Rows, Rows]:
-        """Return headings, a row for each class or target, the worst first, and rows on all."""
+    def total(self) -> dict[str, Any]:
+        """Return the scores of all, and `n`, the number of images."""
+
+    def result(self) -> dict[str, Any]:
+        """Return the scores as JSON for `fcmae evaluate`."""
+        each = self.each()
+        measured = {name: scores for name, scores in each.items() if scores["n"]}
+        absent = [name for name in each if name not in measured]
+        return {**self.total(), "per_class": measured, "not_measured": absent}
 
     @abstractmethod
     def draw(self) -> Any:
         """Return a figure of the scores, of matplotlib; None if there can't be one."""
 
-    def write_csv(self, file: Any) -> None:
-        """Write the figure's numbers as rows to a text file."""
-        headings, rows, _ = self.table()
-        csv.writer(file).writerows([headings, *rows])
+    def rows(self) -> list[list[Any]]:
+        """Return the numbers of the figure as rows of a table, with headings."""
+        each = self.each()
+        heads = next(iter(each.values()))
+        return [["name", *heads], *([name, *scores.values()] for name, scores in each.items())]
 
 
 class LabelKind(ABC):
@@ -369,16 +374,16 @@ class Gathered(Measurement):
         self.outputs, self.targets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
 
-def or_none(value: float) -> float | None:
-    """Return a score for JSON: None if it is not a number."""
-    return value if math.isfinite(value) else None
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Return the mean of those values that exist; None if there are none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
-def mean_of(values: Any) -> float:
-    """Return the mean of those values that are numbers; NaN if there are none."""
-    finite = np.asarray(values, np.float64)
-    finite = finite[np.isfinite(finite)]
-    return float(finite.mean()) if len(finite) else math.nan
+def confusion_rows(confusion: Counts, names: Sequence[str]) -> list[list[Any]]:
+    """Return a confusion matrix (true class, predicted class) as rows of a table, with headings."""
+    pairs = zip(names, confusion.tolist(), strict=True)
+    return [["true \\ predicted", *names], *([name, *row] for name, row in pairs)]
 
 
 def draw_confusion(confusion: Counts, names: Sequence[str]) -> Any:

@@ -1,6 +1,5 @@
 """One class per image: cross-entropy, top-1 and top-5."""
 
-import csv
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,14 @@ from fcmae.data.table import LABEL, Table, read_classes
 from fcmae.train.processes import World
 from finetune.augment import seeded
 from finetune.config import FinetuneConfig
-from finetune.tasks.base import Counts, LabelKind, Measurement, Rows, draw_confusion
+from finetune.tasks.base import (
+    Counts,
+    LabelKind,
+    Measurement,
+    confusion_rows,
+    draw_confusion,
+    mean_of,
+)
 from sparse.errors import InputError
 
 TOP = 5
@@ -87,49 +93,28 @@ class ClassMeasurement(Measurement):
                 self.confusion: Counts = self._counts.compute().cpu().numpy()
             return found | {"loss": float(self._loss.compute())}
 
-    def result(self) -> dict[str, Any]:
-        return summarise(self.confusion, self._top5, self.names)
+    def each(self) -> dict[str, dict[str, Any]]:
+        counts, hits = self.confusion.sum(axis=1).tolist(), self.confusion.diagonal().tolist()
+        return {
+            name: {"top1": 100 * hit / n if n else None, "n": n}
+            for name, hit, n in zip(self.names, hits, counts, strict=True)
+        }
 
-    def table(self) -> tuple[tuple[str, ...], Rows, Rows]:
-        result = self.result()
-        classes, absent, n = result["per_class"], result["not_measured"], str(result["n"])
-        ordered = sorted(classes.items(), key=lambda item: item[1]["top1"])
-        rows: Rows = [(name, f"{entry['top1']:.1f}", str(entry["n"])) for name, entry in ordered]
-        rows += [(name, "not measured", "0") for name in absent]
-        over = f" over {len(classes)} of {len(self.names)} classes" if absent else ""
-        last: Rows = [
-            ("all: top-1", f"{result['top1']:.2f}", n),
-            (f"all: top-{result['top5_of']}", f"{result['top5']:.2f}", n),
-            (f"balanced{over}", f"{result['balanced']:.2f}"),
-        ]
-        return ("class", "top-1 %", "images"), rows, last
+    def total(self) -> dict[str, Any]:
+        n, each = int(self.confusion.sum()), self.each().values()
+        return {
+            "top1": 100 * int(self.confusion.trace()) / n,
+            "top5": self._top5,
+            "top5_of": min(TOP, len(self.names)),
+            "balanced": mean_of([scores["top1"] for scores in each if scores["n"]]),
+            "n": n,
+        }
 
-    def write_csv(self, file: Any) -> None:
-        rows = csv.writer(file)
-        rows.writerow(["true \\ predicted", *self.names])
-        rows.writerows([name, *row] for name, row in zip(self.names, self.confusion, strict=True))
+    def rows(self) -> list[list[Any]]:
+        return confusion_rows(self.confusion, self.names)
 
     def draw(self) -> Any:
         return None if self._counts is None else draw_confusion(self.confusion, self.names)
-
-
-def summarise(confusion: Counts, top5: float, names: Sequence[str]) -> dict[str, Any]:
-    """Return percentages of a confusion matrix (true class, predicted class)."""
-    counts, total = confusion.sum(axis=1).tolist(), int(confusion.sum())
-    per_class = {
-        name: {"top1": 100 * hits / count, "n": count}
-        for name, hits, count in zip(names, confusion.diagonal().tolist(), counts, strict=True)
-        if count
-    }
-    return {
-        "top1": 100 * int(confusion.trace()) / total,
-        "top5": top5,
-        "top5_of": min(TOP, len(names)),
-        "balanced": sum(entry["top1"] for entry in per_class.values()) / len(per_class),
-        "n": total,
-        "per_class": per_class,
-        "not_measured": [name for name in names if name not in per_class],
-    }
 
 
 class Classify(LabelKind):

@@ -22,7 +22,7 @@ from fcmae.data.sources import Indices
 from fcmae.data.table import Table
 from fcmae.train.processes import World
 from finetune.config import FinetuneConfig
-from finetune.tasks.base import Gathered, LabelKind, Rows, bars, mean_of, or_none
+from finetune.tasks.base import Gathered, LabelKind, bars, mean_of
 from sparse.errors import InputError
 
 LABELS = "labels"
@@ -57,7 +57,6 @@ class LabelMeasurement(Gathered):
             self.targets.long(),
             len(self.names),
         )
-        counts = wanted.sum(0)
         thresholds = self._thresholds
         if thresholds is None:
             pairs = zip(chances.T, wanted.T, strict=True)
@@ -69,48 +68,29 @@ class LabelMeasurement(Gathered):
             precisions = multilabel_average_precision(chances, wanted, classes, average="none")
         guessed = (chances >= torch.tensor(thresholds)).long()
         f1 = multilabel_f1_score(guessed, wanted, classes, average="none")
-        self._ap, self._f1 = (
-            100 * torch.where(counts > 0, scores, math.nan).double().numpy().reshape(-1)
-            for scores in (precisions, f1)
-        )
-        self._counts = counts.tolist()
-        loss = float(F.binary_cross_entropy_with_logits(self.outputs, self.targets))
-        return {"map": mean_of(self._ap), "f1": mean_of(self._f1), "loss": loss}
-
-    def result(self) -> dict[str, Any]:
-        rows = zip(
-            self.names, self._ap, self._f1, self.state["thresholds"], self._counts, strict=True
-        )
-        return {
-            "map": or_none(mean_of(self._ap)),
-            "f1": or_none(mean_of(self._f1)),
-            "n": len(self.outputs),
-            "per_class": {
-                name: {"ap": float(ap), "f1": float(f1), "threshold": threshold, "n": n}
-                for name, ap, f1, threshold, n in rows
-                if n
-            },
-            "not_measured": [
-                name for name, n in zip(self.names, self._counts, strict=True) if not n
-            ],
+        columns = (t.reshape(-1).tolist() for t in (100 * precisions, 100 * f1, wanted.sum(0)))
+        self._each = {
+            name: {"ap": ap, "f1": f1, "threshold": least, "n": n}
+            if n
+            else {"ap": None, "f1": None, "threshold": least, "n": 0}
+            for name, ap, f1, n, least in zip(self.names, *columns, thresholds, strict=True)
         }
+        total = self.total()
+        loss = float(F.binary_cross_entropy_with_logits(self.outputs, self.targets))
+        scores = {key: total[key] for key in ("map", "f1") if total[key] is not None}
+        return {**scores, "loss": loss}
 
-    def table(self) -> tuple[tuple[str, ...], Rows, Rows]:
-        result = self.result()
-        ordered = sorted(result["per_class"].items(), key=lambda item: item[1]["ap"])
-        rows = [
-            (name, f"{e['ap']:.1f}", f"{e['f1']:.1f}", f"{e['threshold']:.3f}", str(e["n"]))
-            for name, e in ordered
-        ]
-        absent = [(name, "not measured", "", "", "0") for name in result["not_measured"]]
-        means = [f"{mean_of(scores):.2f}" for scores in (self._ap, self._f1)]
-        last: Rows = [("mean", *means, "", str(result["n"]))]
-        return ("class", "AP %", "F1 %", "threshold", "images"), [*rows, *absent], last
+    def each(self) -> dict[str, dict[str, Any]]:
+        return self._each
+
+    def total(self) -> dict[str, Any]:
+        ap, f1 = (mean_of([scores[key] for scores in self._each.values()]) for key in ("ap", "f1"))
+        return {"map": ap, "f1": f1, "n": len(self.outputs)}
 
     def draw(self) -> Any:
         """Draw the average precision of each class."""
-        classes = self.result()["per_class"]
-        return bars({name: entry["ap"] for name, entry in classes.items()}, "average precision, %")
+        found = {name: scores["ap"] for name, scores in self._each.items() if scores["n"]}
+        return bars(found, "average precision, %")
 
 
 def best_threshold(chances_N: Tensor, has_N: Tensor) -> float:
@@ -146,10 +126,10 @@ class Multilabel(LabelKind):
             {part.strip() for part in cells[row].split(SEPARATOR)} - {""} for row in rows.tolist()
         ]
         found = sorted(set().union(*given))
+        if not found:
+            raise InputError(f"{table.file} has {len(rows)} rows without any label in {LABELS!r}")
         if names is not None:
             check_known(table.file, found, names, "train")
-        elif not found:
-            raise InputError(f"{table.file} has no label in the column labels: give at least one")
         names = names or check_names(found, table.file)
         places = {name: place for place, name in enumerate(names)}
         labels = np.zeros((len(rows), len(names)), np.bool_)
@@ -175,20 +155,20 @@ class Multilabel(LabelKind):
 
     def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
         """The higher mAP, then the lower loss; the worst is a model whose outputs are NaN."""
-        values = scores["map"], -scores["loss"]
+        values = scores.get("map", math.nan), -scores["loss"]
         return values if all(map(math.isfinite, values)) else (-math.inf, -math.inf)
 
     def chance(self, scores: Sequence[Mapping[str, float]], val: Labels) -> str | None:
         """Guessing has the average precision of the share of images that have the class."""
-        shares = val.mean(0)[val.any(0)]
-        spread = math.sqrt(float((shares * (1 - shares)).mean()) / len(val)) if len(shares) else 0.0
-        found, share = max(score["map"] for score in scores), 100 * mean_of(shares)
-        if found > share + 100 * spread:
+        shares = 100 * val.mean(0)[val.any(0)]
+        share, spread = shares.mean(), math.sqrt((shares * (100 - shares)).mean() / len(val))
+        found = max(score.get("map", math.inf) for score in scores)
+        if found > share + spread:
             return None
         return f"mAP is {found:.1f} %, that of guessing {share:.1f} %"
 
     def summary(self, scores: Mapping[str, float]) -> str:
-        return f"mAP {scores['map']:.1f} %, F1 {scores['f1']:.1f} %"
+        return ", ".join(f"{key} {scores[key]:.1f} %" for key in ("map", "f1") if key in scores)
 
     def describe_target(self, target: npt.NDArray[Any]) -> str:
         return ", ".join(self.names[place] for place in np.flatnonzero(target)) or "none"

@@ -18,7 +18,7 @@ from fcmae.data.sources import Indices
 from fcmae.data.table import Table
 from fcmae.train.processes import World
 from finetune.config import FinetuneConfig
-from finetune.tasks.base import Gathered, LabelKind, Rows, mean_of, or_none
+from finetune.tasks.base import Gathered, LabelKind, mean_of
 from sparse.errors import InputError, brief
 
 OTHERS = ("label", "labels")
@@ -45,38 +45,40 @@ class NumberMeasurement(Gathered):
 
     def compute(self) -> dict[str, float]:
         self.gather()
-        losses, self._scores = [], {}
+        losses, self._each = [], {}
         for place, name in enumerate(self.kind.names):
             there = self.targets[:, place].isfinite()
             found, true = (v[there, place].double() for v in (self.outputs, self.targets))
-            unit = self.kind.state["std"][place]
-            scores = dict.fromkeys(SCORES, math.nan)
-            if len(true):
+            unit, n = self.kind.state["std"][place], len(true)
+            scores: dict[str, float | None] = dict.fromkeys(SCORES)
+            if n:
                 losses.append(float(self.kind.errors(found, true).mean()))
                 scores["mae"] = unit * float(mean_absolute_error(found, true))
                 scores["rmse"] = unit * float(mean_squared_error(found, true, squared=False))
             if len(true.unique()) > 1:
                 scores["r2"] = float(r2_score(found, true))
-            self._scores[name] = {**scores, "n": len(true)}
-        logged = {f"mae/{name}": scores["mae"] for name, scores in self._scores.items()}
-        logged["r2"] = mean_of([scores["r2"] for scores in self._scores.values()])
-        known = {name: value for name, value in logged.items() if math.isfinite(value)}
-        return known | {"loss": sum(losses) / len(losses) if losses else math.nan}
+            self._each[name] = {
+                key: None if value is None or not math.isfinite(value) else value
+                for key, value in {**scores, "n": n}.items()
+            }
+        logged = {f"mae/{name}": scores["mae"] for name, scores in self._each.items()}
+        logged["r2"] = mean_of([scores["r2"] for scores in self._each.values()])
+        known = {name: value for name, value in logged.items() if value is not None}
+        return {**known, "loss": sum(losses) / len(losses) if losses else math.nan}
+
+    def each(self) -> dict[str, dict[str, Any]]:
+        return self._each
+
+    def total(self) -> dict[str, Any]:
+        return {"n": len(self.outputs)}
 
     def result(self) -> dict[str, Any]:
+        """Return each score, and `values`, the known numbers, by the target's name."""
         by_score = {
-            score: {name: or_none(scores[score]) for name, scores in self._scores.items()}
-            for score in SCORES
+            score: {name: scores[score] for name, scores in self._each.items()}
+            for score in (*SCORES, "n")
         }
-        values = {name: scores["n"] for name, scores in self._scores.items()}
-        return {**by_score, "values": values, "n": len(self.outputs)}
-
-    def table(self) -> tuple[tuple[str, ...], Rows, Rows]:
-        rows = [
-            (name, *(f"{scores[score]:.4g}" for score in SCORES), str(scores["n"]))
-            for name, scores in self._scores.items()
-        ]
-        return ("target", "MAE", "RMSE", "R²", "images"), rows, []
+        return {**by_score, "values": by_score["n"], **self.total()}
 
     def draw(self) -> Any:
         """Plot the prediction of each target against its true value."""
@@ -92,7 +94,7 @@ class NumberMeasurement(Gathered):
             axes.set(xlabel="true", ylabel="predicted")
             pairs = np.stack([true[:, place], found[:, place]])
             pairs = pairs[:, np.isfinite(pairs).all(0)]
-            axes.scatter(*pairs, s=8, alpha=0.5)
+            axes.scatter(pairs[0], pairs[1], s=8, alpha=0.5)
             if pairs.size:
                 ends = [pairs.min(), pairs.max()]
                 axes.plot(ends, ends, color="grey", linewidth=0.8)

@@ -48,7 +48,14 @@ from finetune.segmenter import (
     segmenter_depths,
     start_segmenter,
 )
-from finetune.tasks.base import LabelKind, Measurement, Rows, Writer, draw_confusion, mean_of
+from finetune.tasks.base import (
+    LabelKind,
+    Measurement,
+    Writer,
+    confusion_rows,
+    draw_confusion,
+    mean_of,
+)
 from finetune.tiling import blended
 from sparse.errors import InputError
 
@@ -61,6 +68,9 @@ WHOLE = 2
 
 COUNTED = 256
 """Largest number of masks whose pixels are counted for class weights."""
+
+
+SCORES = ("miou", "accuracy")
 
 
 class MaskMeasurement(Measurement):
@@ -76,16 +86,20 @@ class MaskMeasurement(Measurement):
     """
 
     def __init__(self, names: Sequence[str], world: World, state: Mapping[str, Any]) -> None:
-        self.names, self.state, self._images = names, state, 0
+        self.names, self.state, self._world, self._images = names, state, world, 0
+        self._present = torch.zeros(len(names), dtype=torch.int64)
         counts = MulticlassConfusionMatrix(len(names), ignore_index=IGNORE, validate_args=False)
         self._counts = counts.to(world.device)
         self._loss = MeanMetric(nan_strategy="disable").to(world.device)
-        self._world = world
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch: outputs are enlarged to the targets' size (bilinear)."""
         outputs, targets = resized(outputs.float(), targets.shape[1:]), targets.long()
-        self._counts.update(outputs.argmax(1), targets)
+        guesses = outputs.argmax(1)
+        self._counts.update(guesses, targets)
+        for guess, target in zip(guesses, targets, strict=True):
+            found = torch.cat([guess[target != IGNORE], target[target != IGNORE]]).unique()
+            self._present[found.cpu()] += 1
         loss = F.cross_entropy(outputs, targets, ignore_index=IGNORE, reduction="sum")
         self._loss.update(loss / targets.numel(), len(targets))
         self._images += len(targets)
@@ -93,45 +107,41 @@ class MaskMeasurement(Measurement):
     def compute(self) -> dict[str, float]:
         self.confusion = self._counts.compute().cpu().numpy()
         self.images = sum(self._world.gather(self._images))
+        self.present = sum(self._world.gather(self._present.numpy()))
+        total = self.total()
+        scores = {name: math.nan if total[name] is None else total[name] for name in SCORES}
+        return {**scores, "loss": float(self._loss.compute())}
+
+    def each(self) -> dict[str, dict[str, Any]]:
+        """Scores of each class, and `n`, the images with it in their mask or prediction."""
         hits, true = self.confusion.diagonal(), self.confusion.sum(axis=1)
         union = true + self.confusion.sum(axis=0) - hits
-        with np.errstate(invalid="ignore", divide="ignore"):
-            self._iou, self._recall = 100 * hits / union, 100 * hits / true
-        self._true = true
-        total = int(true.sum())
-        self._accuracy = 100 * int(hits.sum()) / total if total else math.nan
-        loss = float(self._loss.compute())
-        return {"miou": mean_of(self._iou), "accuracy": self._accuracy, "loss": loss}
-
-    def result(self) -> dict[str, Any]:
-        rows = zip(self.names, self._iou, self._recall, self._true.tolist(), strict=True)
-        measured = [row for row in rows if not math.isnan(row[1])]
-        per_class = {
-            name: {"iou": float(iou), "accuracy": None if not n else float(recall), "pixels": n}
-            for name, iou, recall, n in measured
-        }
         return {
-            "miou": mean_of(self._iou),
-            "accuracy": self._accuracy,
-            "n": self.images,
-            "per_class": per_class,
-            "not_measured": [name for name in self.names if name not in per_class],
+            name: {
+                "iou": 100 * hit / either if either else None,
+                "accuracy": 100 * hit / own if own else None,
+                "n": n,
+            }
+            for name, hit, own, either, n in zip(
+                self.names,
+                hits.tolist(),
+                true.tolist(),
+                union.tolist(),
+                self.present.tolist(),
+                strict=True,
+            )
         }
 
-    def table(self) -> tuple[tuple[str, ...], Rows, Rows]:
-        result = self.result()
-        ordered = sorted(result["per_class"].items(), key=lambda item: item[1]["iou"])
-        rows: Rows = [
-            (name, f"{e['iou']:.1f}", "" if e["accuracy"] is None else f"{e['accuracy']:.1f}",
-             f"{100 * e['pixels'] / max(1, int(self._true.sum())):.2f}")
-            for name, e in ordered
-        ]  # fmt: skip
-        rows += [(name, "not measured", "", "0") for name in result["not_measured"]]
-        last: Rows = [
-            ("mean IoU", f"{result['miou']:.2f}"),
-            ("all pixels", "", f"{result['accuracy']:.2f}"),
-        ]
-        return ("class", "IoU %", "accuracy %", "% of the pixels"), rows, last
+    def total(self) -> dict[str, Any]:
+        pixels = int(self.confusion.sum())
+        return {
+            "miou": mean_of([scores["iou"] for scores in self.each().values()]),
+            "accuracy": 100 * int(self.confusion.trace()) / pixels if pixels else None,
+            "n": self.images,
+        }
+
+    def rows(self) -> list[list[Any]]:
+        return confusion_rows(self.confusion, self.names)
 
     def draw(self) -> Any:
         """Draw the share of each class's pixels that is predicted as each class, in percent."""
