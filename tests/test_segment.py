@@ -413,7 +413,8 @@ def test_a_run_learns_discs_and_everything_follows_from_it(
     for index in range(4):
         mask = np.array(Image.open(masks / f"{index}.png"))
         assert mask.shape == (72, 80)
-        assert Image.open(drawn / f"{index}.png").size == (80, 72)
+        with Image.open(drawn / f"{index}.png") as image:
+            assert image.size == (80, 72)
         hits.append((mask == disc((80, 72), index)[1]).mean())
     assert np.mean(hits) * 100 == pytest.approx(result["accuracy"], abs=0.01)
 
