@@ -125,7 +125,7 @@ class FinetuneConfig(LabelsConfig, TrainingConfig):
     effect of outliers."""
 
     decoder_channels: Literal["auto"] | int = setting("auto", at_least=8, group=MODEL)
-    """Width of the decoder for masks. auto takes 4 times that of the first stage, at most 512; the
+    """Width of the decoder for masks. auto takes twice that of the first stage, at most 512; the
     papers use 512."""
 
     aux_weight: float = setting(0.4, at_least=0, below=inf, group=OPTIMISATION)

@@ -48,7 +48,7 @@ class Segmenter(nn.Module):
         args: its arguments that differ from timm's defaults.
         in_chans: channels of the images.
         classes: their number.
-        width: channels of the decoder; None takes four times the first stage's, at most 512.
+        width: channels of the decoder; None takes twice the first stage's, at most 512.
         with_aux: whether to have the FCN head.
 
     Attributes:
@@ -79,7 +79,7 @@ class Segmenter(nn.Module):
                 whole = timm.create_model(name, num_classes=0, in_chans=in_chans, **args)
                 features: Any = timm.create_model(name, features_only=True, **args)
                 channels = features.feature_info.channels()
-            width = width or min(4 * channels[-4], 512)
+            width = width or min(2 * channels[-4], 512)
             self.net = smp.UPerNet(
                 f"tu-{name}", encoder_weights=None, decoder_channels=width, in_channels=in_chans,
                 classes=classes, **args,
