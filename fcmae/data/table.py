@@ -3,9 +3,9 @@
 import csv
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -93,22 +93,9 @@ class Table:
         _log.warning("%s", what)
 
 
-class Reader(Protocol):
-    """Reads the labels of some rows."""
-
-    def __call__(
-        self, table: Table, rows: Indices, names: tuple[str, ...] | None, /
-    ) -> tuple[Labels, tuple[str, ...]]:
-        """Return the labels (N, …) of `rows` and the names of classes or targets.
-
-        Args:
-            table: the file.
-            rows: positions.
-            names: those that the labels must have; None takes those that the rows have.
-
-        Raises:
-            InputError: a cell is not a label.
-        """
+Reader = Callable[[Table, Indices, tuple[str, ...] | None], tuple[Labels, tuple[str, ...]]]
+"""Returns the labels (N, …) of some rows of a table and the names of classes or targets. These are
+the given ones; for None, those that the rows have. Raises InputError if a cell is not a label."""
 
 
 def read_table(file: str | Path) -> Table:
