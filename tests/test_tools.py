@@ -164,7 +164,7 @@ def test_the_forecast_counts_what_a_backward_pass_needs():
     model = FCMAE.from_size("atto", engine="patch")
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    saved: dict[int, int] = {}
+    saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()

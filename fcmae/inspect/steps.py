@@ -26,6 +26,7 @@ from fcmae.model.fcmae import FCMAE
 from fcmae.model.mask import grid_of, keep_count, random_masks
 from fcmae.train.optimizer import parameter_groups
 from sparse import SparseConvNeXtV2
+from sparse.engines.base import Layout
 from sparse.sizes import PATCH, resolve_size
 
 TIMM = "timm, unmasked"
@@ -50,28 +51,39 @@ def example(config: BenchConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     return images, random_masks(batch, grid_of(img_size), config.mask_ratio, generator)
 
 
-def make_step(name: str, model: str, device: torch.device) -> Callable[[Tensor, Tensor], None]:
+def make_step(
+    name: str, model: str, device: torch.device, compiled: bool = False
+) -> Callable[..., None]:
     """Forward and backward pass of a model, on images (B, 3, H, W) and a mask (B, H/32, W/32).
 
+    The step also takes the mask's layout, if it is made ahead.
+
     Args:
-        name: of an engine, optionally followed by `BF16` for autocast or by `WHOLE` for a step of
-            pretraining with decoder, loss, gradient norm and AdamW. Or `TIMM`, timm's dense model
-            of this size, which takes no mask and to which `dense` is compared.
+        name: of an engine, or `TIMM`, timm's dense model of this size, which takes no mask and to
+            which `dense` is compared. `BF16` may follow, for autocast, and `WHOLE` after an engine,
+            for a step of pretraining with decoder, loss, gradient norm and AdamW.
         model: size of the ConvNeXt V2.
         device: where it runs.
+        compiled: compile the encoder, or timm's model.
     """
-    whole, engine = name.endswith(WHOLE), name.removesuffix(WHOLE).removesuffix(BF16)
+    whole, half = name.endswith(WHOLE), BF16 in name
+    engine = name.removesuffix(WHOLE).removesuffix(BF16)
     net: Any
-    if name == TIMM:
+    if engine == TIMM:
         net = timm.create_model(f"convnextv2_{resolve_size(model).name}", num_classes=0)
     else:
         net = (FCMAE if whole else SparseConvNeXtV2).from_size(model, engine=engine)
     net = net.to(device)
+    run = net.forward_features if engine == TIMM else net
+    if compiled and engine == TIMM:
+        run = torch.compile(run)
+    elif compiled:
+        (net.encoder if whole else net).compile_encode()
     optimizer = torch.optim.AdamW(parameter_groups(net, 0.05), fused=True) if whole else None
 
-    def step(images: Tensor, mask: Tensor) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=name.endswith(BF16)):
-            out = net.forward_features(images) if name == TIMM else net(images, mask)
+    def step(images: Tensor, mask: Tensor, layout: Layout | None = None) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            out = run(images) if engine == TIMM else run(images, mask, layout=layout)
         (out.loss if whole else out.float().square().mean()).backward()
         if optimizer is not None:
             nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
