@@ -101,7 +101,7 @@ def make_batch(count: int, side: int, device: torch.device) -> Batch:
     samples = [Sample(pixels[i], i, random_mask(0, 0, i, grid, 0.6)) for i in range(count)]
     lay_out = get_engine("patch", device.type).lay_out
     assert lay_out is not None
-    batch = collate(samples, lambda masks: lay_out(masks, device.type))
+    batch = collate(samples, lay_out)
     return batch.pin_memory() if device.type == "cuda" else batch
 
 
