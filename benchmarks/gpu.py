@@ -375,14 +375,10 @@ def feeding(part: Part, folder: Path) -> dict[str, Any]:
     source = find_images(str(folder / "images"))
     dataset = PretrainDataset(Split(source), images, config)
     lay_out = get_engine("patch", part.device.type).lay_out
-    assert lay_out is not None
 
     def read(workers: int) -> Iterable[Batch]:
         sampler = StepSampler(len(source), config.batch_size, 0, 0, 10 * max(workers, 1))
-        return make_loader(
-            dataset, sampler, workers, part.device.type == "cuda",
-            lambda masks: lay_out(masks, part.device.type),
-        )  # fmt: skip
+        return make_loader(dataset, sampler, workers, part.device.type == "cuda", lay_out)
 
     step = stepper(make_loop(part, folder / "feeding", 10**6, batch_size=config.batch_size))
     most, usual = len(os.sched_getaffinity(0)), int(resolve_workers("auto", part.device))

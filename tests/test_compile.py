@@ -42,7 +42,7 @@ def train_eager_and_compiled(rank: int, address: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     torch.compile = partial(torch.compile, backend="aot_eager")
-    losses = []
+    losses: list[list[float]] = []
     for compiled in (False, True):
         encoder = random_encoder("patch", 3, model="atto", depths=[1, 1, 1, 1])
         torch.manual_seed(0)
@@ -56,7 +56,7 @@ def train_eager_and_compiled(rank: int, address: str) -> None:
             generator = torch.Generator().manual_seed(2 * step + rank)
             images = 2 + torch.randn(2, 3, 96, 64, generator=generator)
             masks = random_masks(2, (3, 2), 0.5, generator)
-            layout = lay_out_patches(masks, "cpu")
+            layout = lay_out_patches(masks)
             loss = forward(images, masks, layout=layout).loss
             loss.backward()
             optimizer.step()
