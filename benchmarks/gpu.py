@@ -181,7 +181,7 @@ def check_marked() -> dict[str, str]:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", ".",
          "-p", "no:cacheprovider", "-m", "gpu and not slow", "tests/test_gpu.py"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     said = (done.stdout + done.stderr).strip()
     if missing := re.search(r"No module named '?(\w+)", said):
