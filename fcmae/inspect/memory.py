@@ -16,7 +16,7 @@ from fcmae.inspect.steps import example
 from fcmae.model.fcmae import FCMAE
 
 SAFE = 0.8
-"""Share of a device's memory that a forecast may fill: measured peaks are up to 1.13 times it."""
+"""Share of a device's memory that a forecast may fill: measured peaks are up to 1.17 times it."""
 
 
 @dataclass(frozen=True)
