@@ -2,24 +2,27 @@
 
     python -m benchmarks.gpu [--toy] [--out gpu.json]
 
-It needs torch, numpy, timm, safetensors and Pillow only, and no run takes longer than 8 minutes. It
+It needs torch, numpy, timm, safetensors and Pillow only, and is made to take at most 8 minutes. It
 checks that the engines agree, that a step never waits for the GPU, that compiled code equals eager
-code and that a killed run resumes; it measures images/s, TFLOP/s, the share of the card's bfloat16
-peak and the memory of atto, tiny and base at the largest power of two of images that fits, where a
-step's time goes, and what the loader delivers beside it. `--toy` runs every part in miniature, on a
-CPU too. Results go to one JSON file and one table.
+code and that a killed run resumes, and runs the tests marked `gpu` where pytest and what they need
+are installed. It measures images/s, TFLOP/s, the share of the card's bfloat16 peak and the memory
+of atto, tiny and base at the largest power of two of images that fits, where a step's time goes,
+the share of the time in which the GPU is busy, and how fast the loader feeds the model. `--toy`
+runs every part in miniature, on a CPU too. Results go to one JSON file and one table.
 """
 
 import argparse
 import json
+import math
 import os
+import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
+from fcmae.commands.bench import BenchConfig
 from fcmae.config.pretraining import PretrainConfig
 from fcmae.data.file_list import find_images
 from fcmae.data.labelled import Split
@@ -38,13 +41,26 @@ from fcmae.data.loader import PretrainDataset, make_loader
 from fcmae.data.order import StepSampler
 from fcmae.data.sample import Batch, Sample, collate, normalise
 from fcmae.data.statistics import Preprocessing
+from fcmae.inspect.parity import parity, tolerance
+from fcmae.inspect.steps import (
+    BF16,
+    PASSES,
+    TIMM,
+    gpu_peak,
+    macs,
+    make_step,
+    time_in_turns,
+    visible_share,
+)
 from fcmae.model.fcmae import FCMAE
 from fcmae.model.mask import grid_of, random_mask
 from fcmae.train.checkpoint import SavedCheckpoint, newest_checkpoint
+from fcmae.train.clock import Clock
 from fcmae.train.loop import Loop
+from fcmae.train.machine import resolve_workers
 from fcmae.train.optimizer import make_optimizer
 from fcmae.train.plan import AutoEpochs, Plan
-from fcmae.train.processes import World
+from fcmae.train.processes import World, exact_float32
 from fcmae.train.run_folder import RunFolder, read_lines
 from fcmae.train.run_paths import RunPaths
 from fcmae.train.signals import Signals
@@ -56,8 +72,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PEAK_SIDE = 8192
 """Side of the square matrices whose product in bfloat16 counts as the card's peak."""
 
-PASSES = 3
-"""A backward pass multiplies twice as much as the forward pass."""
+ROOT = Path(__file__).parent.parent
 
 
 class Part(argparse.Namespace):
@@ -86,7 +101,7 @@ def make_batch(count: int, side: int, device: torch.device) -> Batch:
     samples = [Sample(pixels[i], i, random_mask(0, 0, i, grid, 0.6)) for i in range(count)]
     lay_out = get_engine("patch", device.type).lay_out
     assert lay_out is not None
-    batch = collate(samples, lambda masks: lay_out(masks, device.type))
+    batch = collate(samples, lay_out)
     return batch.pin_memory() if device.type == "cuda" else batch
 
 
@@ -122,14 +137,15 @@ class Synthetic(Task):
         return {}
 
 
-def make_loop(part: Part, out: Path, steps: int, **options: Any) -> Loop:
-    """The training loop around a small FCMAE on the device, in bfloat16 on a GPU."""
+def make_loop(part: Part, out: Path, steps: int, model: str = "atto", **options: Any) -> Loop:
+    """The training loop around an FCMAE on the device, in bfloat16 on a GPU."""
     config = PretrainConfig(
-        data="-", out=str(out), trackers=[], checkpoint_minutes=0.0, batch_size=4, **options
-    )
+        data="-", out=str(out), trackers=[], checkpoint_minutes=0.0,
+        **{"batch_size": 4, "log_steps": 10**9, **options},
+    )  # fmt: skip
     task = Synthetic(config)
     torch.manual_seed(0)
-    task.model = FCMAE.from_size("atto", engine="patch").to(part.device)
+    task.model = FCMAE.from_size(model, engine="patch").to(part.device)
     task.optimizer = make_optimizer(task.model, config.optim)
     task.images = Images(find_images(str(out.parent / "images")), {})
     precision = "bf16" if part.device.type == "cuda" else "fp32"
@@ -140,6 +156,12 @@ def make_loop(part: Part, out: Path, steps: int, **options: Any) -> Loop:
     return Loop(task)
 
 
+def stepper(loop: Loop) -> Callable[[Batch], object]:
+    """A step of the loop on one batch."""
+    clock = Clock()
+    return lambda batch: loop._train_step(iter([batch]), lambda *_: None, clock)
+
+
 def endless(batch: Batch) -> Iterator[Batch]:
     while True:
         yield batch
@@ -148,32 +170,29 @@ def endless(batch: Batch) -> Iterator[Batch]:
 def check_engines(part: Part) -> dict[str, float]:
     """Largest relative difference between patch on the device and dense on the CPU, in float32."""
     batch = make_batch(2, part.side, part.device)
-    images = normalise(batch.images, MEAN, STD, "cpu")
-    results = []
-    state: Any = None
-    for engine, device in (("dense", torch.device("cpu")), ("patch", part.device)):
-        torch.manual_seed(0)
-        encoder = SparseConvNeXtV2.from_size("atto", engine=engine)
-        with torch.no_grad():
-            for parameter in encoder.parameters():
-                parameter.normal_(0, 0.1)
-        state = state or encoder.state_dict()
-        encoder.load_state_dict(state)
-        out = encoder.to(device)(images.to(device), batch.masks)
-        out.square().mean().backward()
-        grads = {name: p.grad.cpu() for name, p in encoder.named_parameters() if p.grad is not None}
-        results.append({"output": out.detach().cpu(), **grads})
-    worst = max(
-        float((results[1][name] - value).abs().max() / value.abs().max().clamp_min(1e-6))
-        for name, value in results[0].items()
-    )
-    assert worst < 1e-4, f"patch differs from dense by {worst:.1e}"
+    assert batch.masks is not None
+    worst = parity("patch", normalise(batch.images, MEAN, STD, part.device), batch.masks)
+    assert worst < tolerance(part.device), f"patch differs from dense by {worst:.1e}"
     return {"largest_difference": worst}
+
+
+def check_marked() -> dict[str, str]:
+    """The tests marked `gpu`, without the project's settings, which need plugins."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", ".",
+         "-p", "no:cacheprovider", "-m", "gpu and not slow", "tests/test_gpu.py"],
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    said = (done.stdout + done.stderr).strip()
+    if missing := re.search(r"No module named '?(\w+)", said):
+        return {"not run": f"{missing[1]} is not installed"}
+    assert done.returncode == 0, said.splitlines()[-1]
+    return {"pytest": said.splitlines()[-1]}
 
 
 def check_no_waiting(part: Part, folder: Path) -> dict[str, int]:
     """Steps through the loop in which nothing makes the host wait, except what is logged."""
-    loop = make_loop(part, folder / "waiting", part.steps, log_steps=10**9)
+    loop = make_loop(part, folder / "waiting", part.steps)
     batches = endless(make_batch(4, part.side, part.device))
     train_step, count = loop._train_step, 0
 
@@ -248,40 +267,18 @@ def check_resume(part: Part, folder: Path) -> dict[str, float]:
 
 
 def seconds_of(part: Part, step: Callable[[], object]) -> float:
-    """Median seconds of a step, after two that warm up."""
-    times = []
-    for number in range(part.repeats + 2):
-        part.wait()
-        began = time.perf_counter()
-        step()
-        part.wait()
-        if number > 1:
-            times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return time_in_turns({"": step}, part.repeats, part.device)[""]
 
 
-def make_step(part: Part, model: str, kind: str, compiled: bool, count: int) -> Callable[[], None]:
-    """Forward and backward pass of an encoder in bfloat16; `kind` is patch, dense or timm."""
+def encoder_step(
+    part: Part, model: str, kind: str, compiled: bool, count: int
+) -> Callable[[], None]:
+    """Forward and backward pass of an encoder in bfloat16; `kind` is patch, dense or `TIMM`."""
     batch = make_batch(count, part.side, part.device)
     images = normalise(batch.images, MEAN, STD, part.device)
-    net: Any
-    if kind == "timm":
-        net = timm.create_model(f"convnextv2_{model}", num_classes=0).to(part.device)
-        run = torch.compile(net.forward_features) if compiled else net.forward_features
-    else:
-        net = SparseConvNeXtV2.from_size(model, engine=kind).to(part.device)
-        if compiled:
-            net.compile_encode()
-        layout = batch.sites if kind == "patch" else None
-        run = lambda x: net(x, batch.masks, layout)  # noqa: E731
-
-    def step() -> None:
-        with torch.autocast(part.device.type, torch.bfloat16):
-            out = run(images)
-        out.float().square().mean().backward()
-        net.zero_grad(set_to_none=True)
-
-    return step
+    step = make_step(kind + BF16, model, part.device, compiled)
+    layout = batch.sites if kind == "patch" else None
+    return lambda: step(images, batch.masks, layout)
 
 
 def largest_batch(part: Part, model: str, kind: str) -> int:
@@ -289,7 +286,7 @@ def largest_batch(part: Part, model: str, kind: str) -> int:
     count, best = 4, 4
     while count <= part.largest:
         try:
-            make_step(part, model, kind, False, count)()
+            encoder_step(part, model, kind, False, count)()
             part.wait()
         except torch.OutOfMemoryError:
             break
@@ -308,86 +305,99 @@ def peak_flops(part: Part) -> float:
 
 
 def measure(part: Part, until: float) -> list[dict[str, Any]]:
-    """A row for each model, kind and mode: images/s, TFLOP/s, share of the peak and memory."""
-    peak, rows = peak_flops(part), []
-    for model in part.models:
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            timm.create_model(f"convnextv2_{model}", num_classes=0)(
-                torch.empty(1, 3, part.side, part.side)
-            )
-        flops = PASSES * counter.get_total_flops()
-        count = min(largest_batch(part, model, kind) for kind in ("patch", "dense", "timm"))
-        for kind in ("patch", "dense", "timm"):
-            for compiled in (False, True):
-                if time.perf_counter() > until or (compiled and part.toy):
-                    continue
-                step = make_step(part, model, kind, compiled, count)
-                step()
-                memory = None
-                if part.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-                    step()
-                    memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+    """A row for each mode, model and kind: images/s, TFLOP/s, share of the peak and memory."""
+    peak, kinds, rows = peak_flops(part), ("patch", "dense", TIMM), list[dict[str, Any]]()
+    config = BenchConfig(img_size=part.side)
+    counts = {m: min(largest_batch(part, m, kind) for kind in kinds) for m in part.models}
+    for compiled in (False,) if part.toy else (False, True):
+        for model, count in counts.items():
+            flops = 2 * PASSES * macs(model, (part.side, part.side))
+            for kind in kinds:
+                if time.perf_counter() > until:
+                    return rows
+                step = encoder_step(part, model, kind, compiled, count)
                 rate = count / seconds_of(part, step)
-                visible = batch_visible(part) if kind == "patch" else 1.0
-                done = rate * flops * visible
+                done = rate * flops * (visible_share(config) if kind == "patch" else 1.0)
+                on_gpu = part.device.type == "cuda"
                 rows.append({
                     "model": model, "kind": kind, "compiled": compiled, "batch": count,
                     "images_per_s": rate, "tflops": done / 1e12, "peak_share": done / peak,
-                    "peak_mb": memory,
+                    "peak_mb": gpu_peak(step, part.device) if on_gpu else None,
                 })  # fmt: skip
     return rows
 
 
-def batch_visible(part: Part) -> float:
-    h, w = grid_of((part.side, part.side))
-    return float(1 - random_mask(0, 0, 0, (h, w), 0.6).mean())
-
-
-def kernels(part: Part) -> list[dict[str, Any]]:
-    """The ten kernels that take most of a pretraining step's time."""
+def kernels(part: Part, folder: Path) -> dict[str, Any]:
+    """The ten kernels that take most of a pretraining step, and how busy they keep the device."""
     batch = make_batch(part.largest if part.toy else 64, part.side, part.device)
-    model = FCMAE.from_size(part.models[-1], engine="patch").to(part.device)
-
-    def step() -> None:
-        images = normalise(batch.images, MEAN, STD, part.device)
-        with torch.autocast(part.device.type, torch.bfloat16):
-            loss = model(images, batch.masks, layout=batch.sites).loss
-        loss.backward()
-
-    step()
+    step = stepper(make_loop(part, folder / "kernels", 10**6, part.models[-1]))
+    for _ in range(2):
+        step(batch)
+    part.wait()
     on_gpu = part.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as record:
-        step()
+        began = time.perf_counter()
+        for _ in range(2 if part.toy else 10):
+            step(batch)
         part.wait()
+        seconds = time.perf_counter() - began
     name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     events = sorted(record.key_averages(), key=lambda event: -getattr(event, name))
-    total = sum(getattr(event, name) for event in events)
-    return [{"kernel": event.key, "share": getattr(event, name) / total} for event in events[:10]]
+    total = sum(getattr(event, name) for event in events)  # in microseconds
+    return {
+        "busy_share": total / 1e6 / seconds,
+        "top": [{"kernel": e.key, "share": getattr(e, name) / total} for e in events[:10]],
+    }
 
 
-def loader_rate(part: Part, folder: Path) -> dict[str, float]:
-    """Images/s that the loader delivers with each number of workers, sites included."""
+def images_per_s(
+    part: Part, batches: Iterable[Batch], use: Callable[[Batch], object], skip: int
+) -> float:
+    """Images per second that are used, after some batches that are not timed."""
+    began, count = 0.0, 0
+    for number, batch in enumerate(batches):
+        if number == skip:
+            part.wait()
+            began, count = time.perf_counter(), 0
+        use(batch)
+        count += len(batch)
+    part.wait()
+    return count / (time.perf_counter() - began)
+
+
+def feeding(part: Part, folder: Path) -> dict[str, Any]:
+    """Images/s of the loader alone by workers, of atto's whole step alone, and of both together.
+
+    `cores_to_feed` is how many cores reading images keep up with the model.
+    """
     config = PretrainConfig(data="-", out="-", img_size=part.side, batch_size=min(part.images, 64))
     images = Preprocessing((part.side, part.side), MEAN, STD)
     source = find_images(str(folder / "images"))
     dataset = PretrainDataset(Split(source), images, config)
     lay_out = get_engine("patch", part.device.type).lay_out
-    assert lay_out is not None
-    rates = {}
-    most = len(os.sched_getaffinity(0))
-    for workers in sorted({1, most // 2, most} - {0}):
-        sampler = StepSampler(len(source), config.batch_size, 0, 0, 2 if part.toy else 16)
-        loader = make_loader(
-            dataset, sampler, workers, part.device.type == "cuda",
-            lambda masks: lay_out(masks, part.device.type),
-        )  # fmt: skip
-        began, count = time.perf_counter(), 0
-        for batch in loader:
-            count += len(batch)
-        rates[str(workers)] = count / (time.perf_counter() - began)
-    return rates
+
+    def read(workers: int) -> Iterable[Batch]:
+        sampler = StepSampler(len(source), config.batch_size, 0, 0, 10 * max(workers, 1))
+        return make_loader(dataset, sampler, workers, part.device.type == "cuda", lay_out)
+
+    step = stepper(make_loop(part, folder / "feeding", 10**6, batch_size=config.batch_size))
+    most, usual = len(os.sched_getaffinity(0)), int(resolve_workers("auto", part.device))
+    # Each worker reads two batches ahead; these, and its start, are not timed.
+    loader = {
+        workers: images_per_s(part, read(workers), lambda _: None, 3 * workers)
+        for workers in sorted({1, usual, most})
+    }
+    ready = next(iter(read(0)))
+    model = images_per_s(part, islice(endless(ready), 4 if part.toy else 60), step, 2)
+    together = images_per_s(part, read(usual), step, 3 * usual)
+    return {
+        "loader": loader,
+        "model": model,
+        "together": together,
+        "workers": usual,
+        "together_of_slower": together / min(model, loader[usual]),
+        "cores_to_feed": math.ceil(model * most / loader[most]),
+    }
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -408,12 +418,15 @@ def main() -> int:
     parser.add_argument("--kill_at", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     part, began = Part(options.toy), time.perf_counter()
+    exact_float32()
     if options.train is not None:
         train(part, options.train, options.kill_at)
         return 0
     if part.device.type != "cuda" and not options.toy:
         print("no CUDA device: --toy runs every part on the CPU", file=sys.stderr)
         return 2
+    # Rows that are begun may take a minute to compile.
+    until = began + 45 * options.minutes
     on_gpu = part.device.type == "cuda"
     result: dict[str, Any] = {
         "machine": {
@@ -433,6 +446,7 @@ def main() -> int:
             "a step does not wait": lambda: check_no_waiting(part, folder),
             "compiled equals eager": lambda: check_compiled(part),
             "a killed run resumes": lambda: check_resume(part, folder),
+            "tests marked gpu": check_marked,
         }
         for title, check in checks.items():
             try:
@@ -441,20 +455,21 @@ def main() -> int:
                 line = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 result["checks"][title] = {"ok": False, "error": line}
             print(title, json.dumps(result["checks"][title]), flush=True)
-        result["loader"] = loader_rate(part, folder)
-        print("loader, images/s by workers:", json.dumps(result["loader"]), flush=True)
-        result["kernels"] = kernels(part)
-        result["speed"] = measure(part, began + 60 * options.minutes)
+        result["feeding"] = feeding(part, folder)
+        print("feeding, images/s:", json.dumps(result["feeding"]), flush=True)
+        result["kernels"] = kernels(part, folder)
+        result["speed"] = measure(part, until)
     heads = ("batch", "images/s", "TFLOP/s", "peak", "MB")
-    print(f"{'model':6}{'kind':7}{'mode':9}", *(f"{head:>9}" for head in heads))
+    print(f"{'model':6}{'kind':16}{'mode':9}", *(f"{head:>9}" for head in heads))
     for row in result["speed"]:
         memory = "–" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
         print(
-            f"{row['model']:6}{row['kind']:7}{'compiled' if row['compiled'] else 'eager':9}",
+            f"{row['model']:6}{row['kind']:16}{'compiled' if row['compiled'] else 'eager':9}",
             f"{row['batch']:9} {row['images_per_s']:9.1f} {row['tflops']:9.2f}",
             f"{row['peak_share']:9.0%} {memory:>9}",
         )
-    for row in result["kernels"]:
+    print(f"the device is busy for {result['kernels']['busy_share']:.0%} of a whole step; of this:")
+    for row in result["kernels"]["top"]:
         print(f"{row['share']:5.0%} {row['kernel'][:90]}")
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{options.out}: written after {(time.perf_counter() - began) / 60:.1f} minutes")

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fcmae.commands.bench import BenchConfig
-from fcmae.inspect.benchmark import example, make_step, peak_memory, time_in_turns, visible_share
+from fcmae.inspect.steps import example, make_step, peak_memory, time_in_turns, visible_share
 from sparse import available_engines
 
 SIDES = (96, 160, 224, 320, 448)

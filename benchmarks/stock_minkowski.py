@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fcmae.commands.bench import BenchConfig
-from fcmae.inspect.benchmark import example, make_step, time_in_turns
+from fcmae.inspect.steps import example, make_step, time_in_turns
 from sparse.engines.minkowski import load_minkowski, why_unavailable
 from sparse.sizes import SIZES
 

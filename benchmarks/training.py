@@ -24,7 +24,7 @@ from fcmae.data.loader import PretrainDataset, make_loader
 from fcmae.data.order import StepSampler
 from fcmae.data.sample import normalise
 from fcmae.data.statistics import Preprocessing, imagenet_mean_std
-from fcmae.inspect.benchmark import WHOLE, make_step
+from fcmae.inspect.steps import WHOLE, make_step
 from fcmae.train.machine import resolve_workers
 
 SIDE = 224

@@ -32,7 +32,7 @@ COMMANDS = {
     "diversity": "measure whether the channels of a block have collapsed",
     "report": "write an HTML page about one or more runs: curves, figures, settings",
     "samples": "write a small labelled data set for a first try",
-    "doctor": "show versions and engines, check that the engines agree, and time each",
+    "doctor": "show versions, check that the engines agree, time each, and forecast memory",
     "bench": "benchmark the engines: images/s, peak memory, ratios",
 }
 """Summary of each command in --help. Its module in fcmae/commands/ holds the rest."""

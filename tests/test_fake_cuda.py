@@ -51,7 +51,7 @@ def batch_of(side: int = 96, count: int = 3) -> Batch:
     ]
     lay_out = get_engine("patch", "cuda").lay_out
     assert lay_out is not None
-    return collate(samples, lambda masks: lay_out(masks, "cuda"))
+    return collate(samples, lay_out)
 
 
 @contextmanager

@@ -5,8 +5,10 @@ import torch
 
 from fcmae import FCMAE
 from fcmae.commands.bench import BenchConfig
-from fcmae.inspect.benchmark import example, gpu_peak, make_step
+from fcmae.inspect.memory import forecast
+from fcmae.inspect.steps import BF16, WHOLE, example, gpu_peak, make_step
 from fcmae.train.pretraining import pretrain
+from fcmae.train.processes import exact_float32
 from tests.cli import metrics
 from tests.test_engines import MASKS, make_mask, random_encoder
 from tests.test_pretrain_input import config
@@ -16,6 +18,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 GPU = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> None:
+    exact_float32()
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -30,7 +37,7 @@ def test_patch_on_the_gpu_equals_dense_on_the_cpu(kind):
         results["out"] = out.detach().cpu()
         results |= {name: p.grad.cpu() for name, p in encoder.named_parameters()}
     for name, tensor in expected.items():
-        # TF32 is off by default; sums run in another order.
+        # Sums run in another order.
         error = (found[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-6)
         assert error < 1e-4, name
 
@@ -57,6 +64,17 @@ def test_patch_takes_less_memory_than_dense():
         step(images, mask)
         peaks[engine] = gpu_peak(lambda step=step: step(images, mask), GPU)
     assert peaks["patch"] < 0.6 * peaks["dense"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_forecast_is_within_a_fifth_of_the_peak(precision):
+    images, mask = example(BenchConfig(batch_size=32), GPU)
+    name = f"patch{BF16 if precision == 'bf16' else ''}{WHOLE}"
+    step = make_step(name, "tiny", GPU)
+    step(images, mask)
+    needs = forecast("tiny", 224, GPU, precision)
+    measured = 2**20 * gpu_peak(lambda: step(images, mask), GPU)
+    assert 0.8 < needs.total(32) / (measured + 3 * needs.weights + images.nbytes) < 1.2
 
 
 @pytest.mark.slow

@@ -237,11 +237,11 @@ def test_the_segmenter_is_upernet_of_the_library() -> None:
 
 def test_the_backbone_is_timms_and_comes_back_out() -> None:
     torch.manual_seed(1)
-    whole = timm.create_model("convnextv2_atto", num_classes=0, **SMALL).eval()
+    whole: Any = timm.create_model("convnextv2_atto", num_classes=0, **SMALL).eval()
     with torch.no_grad():
         whole.head.norm.weight.fill_(1)
     start = Start("convnextv2_atto", SMALL, whole.state_dict())
-    model = start_segmenter(start, 3, 3, 16, True, 0.0).eval()
+    model: Any = start_segmenter(start, 3, 3, 16, True, 0.0).eval()
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         features = model.net.encoder.model(images)
@@ -336,12 +336,12 @@ def test_the_loss_is_cross_entropy_over_all_pixels_and_dice(discs: Path) -> None
         return -at[targets != IGNORE].sum() / targets.numel()
 
     wanted = by_hand(scores) + 0.4 * by_hand(aux)
-    assert torch.allclose(kind.loss(forward, scores, targets), wanted)  # type: ignore[arg-type]
+    assert torch.allclose(kind.loss(forward, scores, targets), wanted)
     kind.config.dice_weight = 1.0
     chance = scores.softmax(1).permute(1, 0, 2, 3)[:, targets != IGNORE]
     hot = torch.nn.functional.one_hot(targets[targets != IGNORE].long(), 2).T
     dice = 1 - (2 * (chance * hot).sum(1) / (chance.sum(1) + hot.sum(1))).mean()
-    assert torch.allclose(kind.loss(forward, scores, targets), wanted + dice, atol=1e-6)  # type: ignore[arg-type]
+    assert torch.allclose(kind.loss(forward, scores, targets), wanted + dice, atol=1e-6)
 
 
 # Large images

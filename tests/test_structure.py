@@ -69,6 +69,14 @@ def test_encoder_model_and_loop_import_little(module: str) -> None:
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def test_the_script_for_a_gpu_machine_imports_little() -> None:
+    """It has timm, which brings torchvision, but neither a command line nor pretty output."""
+    absent = ("jsonargparse", "yaml", "rich", "tensorboard", "torchmetrics", "jinja2", "matplotlib")
+    script = f"import sys; sys.modules.update(dict.fromkeys({absent})); import benchmarks.gpu"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_only_the_installed_packages_are_imported(path: Path) -> None:
     names = {name.split(".")[0] for name in imported(ast.walk(parse(path)))}

@@ -1,6 +1,7 @@
-"""doctor, bench, reconstruct, and a model for every shipped config."""
+"""doctor and its forecasts, bench, reconstruct, and a model for every shipped config."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,12 @@ from fcmae.commands.reconstruct import ReconstructConfig
 from fcmae.config.parsing import parse
 from fcmae.config.pretraining import DecoderConfig, PretrainConfig
 from fcmae.data.statistics import Preprocessing
-from fcmae.inspect.benchmark import bench, macs, visible_share
-from fcmae.inspect.diagnosis import doctor, parity
+from fcmae.inspect.benchmark import bench
+from fcmae.inspect.diagnosis import doctor
+from fcmae.inspect.memory import Live, forecast
+from fcmae.inspect.parity import parity
 from fcmae.inspect.reconstructing import COLUMNS, grid, reconstruct, reconstruct_batch
+from fcmae.inspect.steps import WHOLE, example, macs, peak_memory, visible_share
 from fcmae.train.pretraining import pretrain
 from finetune.config import FinetuneConfig
 from sparse import available_engines
@@ -130,18 +134,89 @@ def test_any_number_of_channels_is_shown(channels):
     assert grid([torch.rand(1, channels, 64, 96)] * 4).shape == (18 + 64, 4 * 100 - 4, 3)
 
 
-def test_doctor_finds_that_the_engines_agree(capsys):
-    assert doctor(DoctorConfig()) == 0
+def test_doctor_finds_that_the_engines_agree_and_what_fits(capsys):
+    assert doctor(DoctorConfig(models=["atto"], img_size=96)) == 0
     shown = capsys.readouterr().out
     assert "DISAGREES" not in shown
     assert all(engine in shown for engine in available_engines())
+    needs = forecast("atto", 96, torch.device("cpu"), "fp32")
+    found = re.findall(r"in all, batch (8|32|128)\D+(\d+)", shown)
+    assert found == [(f"{b}", f"{needs.total(b) / 1e6:.0f}") for b in (8, 32, 128)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": ["ato"]}, "did you mean"),
+        ({"img_size": 32}, "single patch"),
+        ({"device": "cuda:7"}, "not one of"),
+    ],
+)
+def test_doctor_refuses(change, message, capsys):
+    with pytest.raises(InputError, match=message):
+        doctor(DoctorConfig(**change))
+    assert capsys.readouterr().out == ""
+
+
+def test_the_forecast_counts_what_a_backward_pass_needs():
+    """Against the tensors that autograd really saves, and for parameters, against an optimizer."""
+    needs = forecast("atto", 96, torch.device("cpu"), "fp32")
+    model = FCMAE.from_size("atto", engine="patch")
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images, mask = example(BenchConfig(batch_size=4, img_size=96), torch.device("cpu"))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(images, mask).loss
+    activations = needs.total(4) - needs.total(0) + needs.fixed
+    assert sum(saved.values()) + images.nbytes < activations < 1.4 * sum(saved.values())
+    loss.backward()
+    optimizer.step()
+    averages = [
+        state[f"exp_avg{kind}"] for state in optimizer.state.values() for kind in ("", "_sq")
+    ]
+    grads = [p.grad for p in model.parameters()]
+    kept = sum(tensor.nbytes for tensor in [*model.parameters(), *grads, *averages])
+    assert needs.total(0) - needs.fixed == kept
+
+
+def test_live_counts_storages_once_and_until_they_are_freed():
+    with Live([]) as live:
+        first = torch.ones(100)
+        view = first.view(10, 10)[2:]
+        del first
+        second = torch.ones(50)
+        del view
+        third = torch.ones(120)
+    assert live.peak == 4 * (50 + 120)
+    assert len(second) + len(third) == 170
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "batches"), [("atto", (8, 32)), ("tiny", (8, 24))])
+def test_the_forecast_is_within_a_fifth_of_what_was_measured(model, batches):
+    needs = forecast(model, 224, torch.device("cpu"), "fp32")
+    for batch in batches:
+        peak = peak_memory(f"patch{WHOLE}", model, BenchConfig(batch_size=batch))
+        if peak is None:
+            pytest.skip("only Linux tells")
+        images = 4 * batch * 3 * 224**2
+        measured = 2**20 * peak + 3 * needs.weights + images  # what was there before the step
+        assert 0.8 < needs.total(batch) / measured < 1.2
 
 
 def test_doctor_notices_an_engine_that_disagrees(monkeypatch):
     from sparse.ops.windows import Windows
 
-    right = Windows.weight_gradient
-    monkeypatch.setattr(Windows, "weight_gradient", lambda *a: 1.001 * right(*a))
+    right = Windows.correlation
+    monkeypatch.setattr(Windows, "correlation", lambda *a: 1.001 * right(*a))
     images, mask = torch.randn(2, 3, 64, 64), torch.tensor([[[True, False], [False, True]]] * 2)
     assert parity("patch", images, mask) > 5e-4
 

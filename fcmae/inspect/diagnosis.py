@@ -1,4 +1,4 @@
-"""`fcmae doctor`: does this installation work, and which engine should it use?"""
+"""`fcmae doctor`: does this installation work, which engine should it use, and what fits?"""
 
 import importlib.metadata
 import platform
@@ -6,27 +6,41 @@ from functools import partial
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from fcmae.commands.bench import BenchConfig
 from fcmae.commands.doctor import DoctorConfig
-from fcmae.inspect.benchmark import example, make_step, time_in_turns
+from fcmae.config.values import height_width
+from fcmae.inspect.memory import SAFE, forecast, memory_of
+from fcmae.inspect.parity import parity, tolerance
 from fcmae.inspect.prologue import print_table
-from sparse import SparseConvNeXtV2
+from fcmae.inspect.steps import example, make_step, time_in_turns
+from fcmae.model.mask import check_mask_ratio, grid_of
+from fcmae.train.machine import resolve_precision
+from fcmae.train.processes import exact_float32, resolve_device
 from sparse.engines import ENGINES, available_engines, get_engine
+from sparse.sizes import resolve_size
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "jsonargparse",
             "tensorboard", "MinkowskiEngine")  # fmt: skip
-TOLERANCE = 1e-5
 EXAMPLE = BenchConfig(batch_size=8, img_size=96)
+BATCHES = (8, 32, 128)
+"""Batch sizes of the forecast."""
 
 
 def doctor(config: DoctorConfig) -> int:
-    """Print versions, devices, engines with a parity check against `dense`, and their speed.
+    """Print versions, devices, engines with a parity check and their speed, and what fits.
 
     Returns:
-        0 if every engine that can run agrees with `dense` to 1e-5, else 1.
+        0 if every engine that can run on the device agrees with `dense` on the CPU, else 1.
+
+    Raises:
+        InputError: the device is missing, a size is unknown, or an image has too few patches.
     """
+    device = resolve_device(config.device)
+    for model in config.models:
+        resolve_size(model)
+    check_mask_ratio(EXAMPLE.mask_ratio, grid_of(height_width(config.img_size)))
+    exact_float32()
     console = Console(highlight=False)
     console.print(f"python {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
@@ -36,40 +50,49 @@ def doctor(config: DoctorConfig) -> int:
             console.print(f"{package} is not installed")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     console.print(f"{torch.get_num_threads()} threads; CUDA devices: {', '.join(gpus) or 'none'}")
-    cpu = torch.device("cpu")
-    images, mask = example(EXAMPLE, cpu)
-    engines = available_engines()
-    steps = {name: partial(make_step(name, "atto", cpu), images, mask) for name in engines}
-    rows: list[tuple[str, ...]] = []
-    for name, seconds in time_in_turns(steps, 5, cpu).items():
-        difference = parity(name, images, mask)
-        verdict = "yes" if difference <= TOLERANCE else "DISAGREES"
-        rows.append((name, verdict, f"{difference:.1e}", f"{len(images) / seconds:.1f}"))
-    agree = all(row[1] == "yes" for row in rows)
-    rows += [(name, f"no: {ENGINES[name].missing()}") for name in ENGINES if name not in steps]
-    title = "engines: atto, 96×96, 60 % hidden, against dense"
-    print_table(("engine", "runs", "largest difference", "images/s"), rows, title)
+    agree = _check_engines(device)
     auto = [get_engine("auto", kind).name for kind in ("cpu", "cuda")]
     console.print(f"engine auto is {auto[0]} on the CPU here, {auto[1]} on a GPU")
+    _forecast_memory(config, device)
     return int(not agree)
 
 
-def parity(engine: str, images: Tensor, mask: Tensor) -> float:
-    """Largest difference from `dense` over the output and all gradients, relative per tensor."""
-    torch.manual_seed(0)
-    reference = SparseConvNeXtV2.from_size("atto", engine="dense")
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.normal_(0, 0.1)
-    other = SparseConvNeXtV2.from_size("atto", engine=engine)
-    other.load_state_dict(reference.state_dict())
-    pairs = zip(_outputs(reference, images, mask), _outputs(other, images, mask), strict=True)
-    return max(float((b - a).abs().max() / a.abs().max()) for a, b in pairs)
+def _check_engines(device: torch.device) -> bool:
+    """Print whether each engine agrees and how fast it is; return whether all agree."""
+    images, mask = example(EXAMPLE, device)
+    engines = available_engines(device.type)
+    steps = {name: partial(make_step(name, "atto", device), images, mask) for name in engines}
+    rows: list[tuple[str, ...]] = []
+    for name, seconds in time_in_turns(steps, 5, device).items():
+        difference = parity(name, images, mask)
+        verdict = "yes" if difference <= tolerance(device) else "DISAGREES"
+        rows.append((name, verdict, f"{difference:.1e}", f"{len(images) / seconds:.1f}"))
+    agree = all(row[1] == "yes" for row in rows)
+    for name in ENGINES:
+        if name not in steps:
+            obstacle = ENGINES[name].obstacle(device.type, torch.float32, compiled=False)
+            rows.append((name, f"no: {obstacle}"))
+    title = f"engines on {device}: atto, 96×96, 60 % hidden, against dense on the CPU"
+    print_table(("engine", "runs", "largest difference", "images/s"), rows, title)
+    return agree
 
 
-def _outputs(encoder: SparseConvNeXtV2, images: Tensor, mask: Tensor) -> list[Tensor]:
-    """The output and its gradients."""
-    images = images.clone().requires_grad_()
-    out = encoder(images, mask)
-    gradients = torch.autograd.grad(out.square().mean(), [images, *encoder.parameters()])
-    return [out.detach(), *gradients]
+def _forecast_memory(config: DoctorConfig, device: torch.device) -> None:
+    """Print what a step of pretraining needs, by size and batch."""
+    precision, memory = resolve_precision("auto", device), memory_of(device)
+    needs = [forecast(model, config.img_size, device, precision) for model in config.models]
+    parts = {
+        "weights": [each.weights for each in needs],
+        "gradients": [each.weights for each in needs],
+        "AdamW's averages": [2 * each.weights for each in needs],
+        "activations of an image": [each.per_image for each in needs],
+        **{f"in all, batch {batch}": [each.total(batch) for each in needs] for batch in BATCHES},
+    }
+    rows = [(name, *(f"{size / 1e6:.0f}" for size in sizes)) for name, sizes in parts.items()]
+    if memory:
+        whose = "the GPU" if device.type == "cuda" else "RAM"
+        fits = (f"{each.largest_batch(memory)}" for each in needs)
+        rows.append((f"largest batch in {SAFE:.0%} of {memory / 1e9:.1f} GB of {whose}", *fits))
+    h, w = height_width(config.img_size)
+    title = f"memory in MB: a step of patch on {device}, {h}×{w}, 60 % hidden, {precision}"
+    print_table(("", *config.models), rows, title)

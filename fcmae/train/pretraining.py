@@ -129,8 +129,7 @@ class Pretraining(Task):
         return PretrainDataset(Split(self.images.train), self.resolved.images, self.config)
 
     def lay_out(self) -> Callable[[Tensor], Layout] | None:
-        lay_out, device = self._engine.lay_out, self.resolved.world.device.type
-        return None if lay_out is None else lambda masks: lay_out(masks, device)
+        return self._engine.lay_out
 
     def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
         how, device = self.resolved.images, self.resolved.world.device

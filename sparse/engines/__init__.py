@@ -23,8 +23,8 @@ class Engine:
         sites: lays out the four stages (strides 4, 8, 16, 32) for a batch of masks. Its arguments
             are a mask (B, H, W), bool on the CPU, one entry per 32×32 patch, True = hidden, and the
             device of images and parameters.
-        lay_out: lays out the sites of a mask (B, H, W) on the CPU, ahead of the step, for a type of
-            device; `sites` takes the result in place of the mask. None if the engine can't.
+        lay_out: lays out the sites of a mask (B, H, W) on the CPU, ahead of the step; `sites` takes
+            the result in place of the mask. None if the engine can't.
         devices: device types that it supports; None for any.
         dtypes: dtypes of weights that it supports; None for any floating point.
         compiles: whether `torch.compile` can compile a step with it to one graph.
@@ -35,7 +35,7 @@ class Engine:
 
     name: str
     sites: Callable[[Any, torch.device], Sequence[Sites]]
-    lay_out: Callable[[Tensor, str], Layout] | None = None
+    lay_out: Callable[[Tensor], Layout] | None = None
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     compiles: bool = True

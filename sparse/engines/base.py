@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse.devices import to_device
-from sparse.ops.windows import Shape, Windows, cut_windows, windowed_depthwise
+from sparse.ops.windows import Windows, window_table, windowed_depthwise
 from sparse.rows import ImageRows
 
 
@@ -56,21 +56,24 @@ class Stage:
         shape: (B, H, W) of the stage's map.
         side: sites along a patch's side.
         per_image: rows of each image, where all have the same number, else 0.
-        window, count: size and number of the windows of the depthwise convolution.
-        lengths: of each table by its name: those of `cut_windows`; `index`, the position of each
-            row on the flattened map; and `image`, the image of each row, where the numbers differ.
+        lengths: of each table by its name: `index`, the position of each row on the flattened map;
+            `windows`, of `window_table`; and `image`, the image of each row, where the numbers
+            differ.
     """
 
-    shape: Shape
+    shape: tuple[int, int, int]
     side: int
     per_image: int
-    window: tuple[int, int]
-    count: int
     lengths: dict[str, int]
 
     @classmethod
     def of(
-        cls, index_N: Tensor, shape: Shape, side: int, patches_B: Tensor, on_cpu: bool
+        cls,
+        index_N: Tensor,
+        shape: tuple[int, int, int],
+        side: int,
+        patches_B: Tensor,
+        near: Tensor,
     ) -> tuple["Stage", dict[str, Tensor]]:
         """Lay out a stage, and return its tables too: int32, on the CPU.
 
@@ -78,14 +81,14 @@ class Stage:
             index_N: int64 position of each row on the flattened map, patch after patch.
             shape, side: see `Stage`.
             patches_B: visible patches of each image.
-            on_cpu: whether a CPU computes, which takes more tables.
+            near: of `sparse.ops.windows.neighbours`.
         """
-        windows = cut_windows(index_N, shape, side, on_cpu)
-        tables, per_image = {"index": index_N.int(), **windows.tables}, int(patches_B[0]) * side**2
+        tables = {"index": index_N.int(), "windows": window_table(index_N, shape, side, near)}
+        per_image = int(patches_B[0]) * side**2
         if (patches_B != patches_B[0]).any():
             tables["image"], per_image = torch.repeat_interleave(patches_B * side**2).int(), 0
         lengths = {name: len(table) for name, table in tables.items()}
-        return cls(shape, side, per_image, windows.size, windows.count, lengths), tables
+        return cls(shape, side, per_image, lengths), tables
 
 
 @dataclass
@@ -123,7 +126,7 @@ class PackedSites:
 
     def __init__(self, stage: Stage, tables: Mapping[str, Tensor]) -> None:
         self.shape, self.side, self.index_N = stage.shape, stage.side, tables["index"]
-        self.windows = Windows(stage.window, stage.count, tables)
+        self.windows = Windows.of(stage.shape, stage.side, tables["windows"], self.index_N)
         device, image = self.index_N.device, tables.get("image")
         self.images = ImageRows(self.shape[0], stage.per_image, device, image)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparse.engines.base import PackedSites, Sites, Stage
 from sparse.engines.patch import patch_sites
-from sparse.ops.windows import Shape
+from sparse.ops.windows import neighbours
 from sparse.sizes import SIDES
 
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
@@ -78,6 +78,7 @@ class MinkowskiSites(PackedSites):
         shape: (B, H, W) of the stage's map.
         side: sites along a patch's side.
         patches_B: visible patches of each image.
+        near: of `sparse.ops.windows.neighbours`.
 
     Attributes:
         following: the next stage, if any.
@@ -85,7 +86,15 @@ class MinkowskiSites(PackedSites):
 
     following: "MinkowskiSites"
 
-    def __init__(self, manager: Any, key: Any, shape: Shape, side: int, patches_B: Tensor) -> None:
+    def __init__(
+        self,
+        manager: Any,
+        key: Any,
+        shape: tuple[int, int, int],
+        side: int,
+        patches_B: Tensor,
+        near: Tensor,
+    ) -> None:
         self.manager, self.key = manager, key
         stride = SIDES[0] // side
         image, y, x = (manager.get_coordinates(key).long() // torch.tensor([1, stride, stride])).T
@@ -95,7 +104,7 @@ class MinkowskiSites(PackedSites):
         self.inverse_N = torch.empty_like(self.order_N)
         self.inverse_N[self.order_N] = torch.arange(len(self.order_N))
         index_N = ((image * h + y) * w + x)[self.order_N]
-        super().__init__(*Stage.of(index_N, shape, side, patches_B, on_cpu=True))
+        super().__init__(*Stage.of(index_N, shape, side, patches_B, near))
 
     def downsample(self, x_NC: Tensor, weight_OI22: Tensor, bias_O: Tensor) -> Tensor:
         # In a kernel of MinkowskiEngine the first spatial coordinate, here y, runs fastest.
@@ -132,11 +141,12 @@ def minkowski_sites(mask_BHW: Tensor, device: torch.device) -> Sequence[Sites]:
         manager, keys = _coordinate_maps(visible)
     finally:
         torch.set_num_threads(threads)
-    (batch, rows, cols), per_image = visible.shape, visible.flatten(1).sum(1)
+    (batch, rows, cols), patches_B = visible.shape, visible.flatten(1).sum(1)
+    near = neighbours(visible)
     stages = []
     for key, side in zip(keys, SIDES, strict=True):
         shape = (batch, rows * side, cols * side)
-        stages.append(MinkowskiSites(manager, key, shape, side, per_image))
+        stages.append(MinkowskiSites(manager, key, shape, side, patches_B, near))
     for finer, coarser in pairwise(stages):
         finer.following = coarser
     return stages

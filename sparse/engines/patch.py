@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse.engines.base import Layout, PackedSites, Stage
+from sparse.ops.windows import neighbours
 from sparse.sizes import SIDES
 
 
@@ -19,12 +20,12 @@ class PatchSites(PackedSites):
         return F.linear(joined, weight_OI22.permute(0, 2, 3, 1).flatten(1), bias_O)
 
 
-def lay_out_patches(mask_BHW: Tensor, device: str) -> Layout:
-    """Lay out the sites of a mask on the CPU, for a type of device; see `sparse.engines.Engine`."""
+def lay_out_patches(mask_BHW: Tensor) -> Layout:
+    """Lay out the sites of a mask on the CPU; see `sparse.engines.Engine`."""
     batch, rows, cols = mask_BHW.shape
     visible = ~mask_BHW
     image, row, col = visible.nonzero().unbind(1)
-    patches_B = visible.flatten(1).sum(1)
+    patches_B, near = visible.flatten(1).sum(1), neighbours(visible)
     stages: list[Stage] = []
     tables: list[Tensor] = []
     for side in SIDES:
@@ -32,7 +33,7 @@ def lay_out_patches(mask_BHW: Tensor, device: str) -> Layout:
         corner_P = (image * h + row * side) * w + col * side
         step = torch.arange(side)
         index_N = (corner_P[:, None, None] + step[:, None] * w + step).flatten()
-        stage, own = Stage.of(index_N, (batch, h, w), side, patches_B, device == "cpu")
+        stage, own = Stage.of(index_N, (batch, h, w), side, patches_B, near)
         stages.append(stage)
         tables += own.values()
     return Layout(stages, torch.cat(tables))
@@ -40,5 +41,5 @@ def lay_out_patches(mask_BHW: Tensor, device: str) -> Layout:
 
 def patch_sites(mask: Tensor | Layout, device: torch.device) -> list[PatchSites]:
     """Sites of a mask (B, H, W) or of its layout. See `sparse.engines.Engine`."""
-    layout = mask if isinstance(mask, Layout) else lay_out_patches(mask, device.type)
+    layout = mask if isinstance(mask, Layout) else lay_out_patches(mask)
     return [PatchSites(*part) for part in layout.on(device)]

@@ -1,11 +1,11 @@
-"""Depthwise convolution of packed rows, in windows cut from the map with a halo.
+"""Depthwise convolution of packed rows, over windows cut from the map.
 
-In the first two stages a window is a visible patch, so nothing hidden is computed. In later stages
-a patch has few sites, and a window is an image or a large part of one. One `index_select` gathers
-the sites of all windows, through a table built once per batch of masks.
+In the first two stages a window is a visible patch with a halo of sites around it, so nothing
+hidden is computed. In the last two, where a patch has four sites or one, a halo would be larger
+than the patch, and a window is the whole map of an image. One `index_select` gathers the sites of
+all windows, through a table built once per batch of masks.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,85 +18,121 @@ from sparse.ops.depthwise import correlate
 HALO = 3
 """Sites around a window that a 7×7 kernel reaches."""
 
-SMALLEST_PATCH = 4
+SMALLEST_WINDOW = 4
 """A patch with at least this many sites per side is a window of its own."""
 
-LARGEST = 16
-"""Longest side of other windows, in sites."""
+
+def neighbours(visible_BHW: Tensor) -> Tensor:
+    """Rank of each visible patch and its eight neighbours among all P visible patches → (P, 3, 3).
+
+    P stands for a neighbour that is hidden or outside the image. int32.
+    """
+    (b, h, w), count = visible_BHW.shape, int(visible_BHW.sum())
+    ranks = torch.full((b, h + 2, w + 2), count, dtype=torch.int32)
+    ranks[:, 1:-1, 1:-1][visible_BHW] = torch.arange(count, dtype=torch.int32)
+    return ranks.unfold(1, 3, 1).unfold(2, 3, 1)[visible_BHW]
 
 
-Shape = tuple[int, int, int]
-"""(B, H, W) of a stage's map."""
+def window_table(index_N: Tensor, shape: tuple[int, int, int], side: int, near: Tensor) -> Tensor:
+    """Row number of each site of all windows, N where there is no visible site → int32, flat.
+
+    Args:
+        index_N: int64 position of each row on the flattened (B, H, W) map, patch after patch.
+        shape: (B, H, W) of the map.
+        side: sites along a patch's side.
+        near: of `neighbours`.
+    """
+    rows = len(index_N)
+    if side >= SMALLEST_WINDOW:
+        place = torch.arange(side - HALO, 2 * side + HALO, dtype=torch.int32)  # on 3×3 patches
+        patch, site = place // side, place % side
+        first = near[:, patch[:, None], patch] * side**2
+        return (first + (site[:, None] * side + site)).clamp_(max=rows).flatten()
+    b, h, w = shape
+    table = torch.full((b * h * w,), rows, dtype=torch.int32)
+    table[index_N] = torch.arange(rows, dtype=torch.int32)
+    return table
 
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of one stage for a batch of masks: G of h×w sites, with a halo of 3 a side.
+    """The windows of one stage for a batch of masks: G of h×w sites.
 
     Attributes:
-        size: (h, w).
-        count: G.
-        tables: index tables (see `cut_windows`), on the device of the rows.
+        size: (h, w), without the halo.
+        halo: sites around a window that are gathered with it; the convolution adds zeros for the
+            rest of the kernel's reach.
+        table: of `window_table`, on the device of the rows.
+        index_N: the place of each row among the sites of all windows, where these are not patches.
     """
 
     size: tuple[int, int]
-    count: int
-    tables: Mapping[str, Tensor]
+    halo: int
+    table: Tensor
+    index_N: Tensor | None
 
-    def with_halo(self, rows_NC: Tensor) -> Tensor:
-        """Rows → windows (G, C, h+6, w+6), channels last in memory, zeros where no row is."""
+    @classmethod
+    def of(
+        cls, shape: tuple[int, int, int], side: int, table: Tensor, index_N: Tensor
+    ) -> "Windows":
+        """Build from the arguments and the result of `window_table`."""
+        if side >= SMALLEST_WINDOW:
+            return cls((side, side), HALO, table, None)
+        return cls(shape[1:], 0, table, index_N)
+
+    def convolve(self, x_NC: Tensor, weight_C1KK: Tensor, bias_C: Tensor | None = None) -> Tensor:
+        """K×K depthwise convolution → (N, C)."""
+        channels = len(weight_C1KK)
+        y_GCHW = F.conv2d(
+            self._cut(x_NC), weight_C1KK, bias_C, padding=HALO - self.halo, groups=channels
+        )
+        sites = y_GCHW.permute(0, 2, 3, 1).reshape(-1, channels)
+        return sites if self.index_N is None else sites.index_select(0, self.index_N)
+
+    def weight_gradient(self, x_NC: Tensor, grad_NC: Tensor, weight_C1KK: Tensor) -> Tensor:
+        """Gradient of the kernel of `convolve` (C, 1, K, K)."""
+        if x_NC.device.type == "cpu":
+            return self.correlation(x_NC, grad_NC).to(weight_C1KK.dtype)
+        grad_GCHW, pad, groups = self._inner(self._cut(grad_NC)), HALO - self.halo, x_NC.shape[1]
+        _, dweight, _ = torch.ops.aten.convolution_backward(
+            grad_GCHW, self._cut(x_NC), weight_C1KK, None,
+            [1, 1], [pad, pad], [1, 1], False, [0, 0], groups, [False, True, False],
+        )  # fmt: skip
+        return dweight
+
+    def correlation(self, x_NC: Tensor, grad_NC: Tensor) -> Tensor:
+        """The same on a CPU: see `correlate`."""
+        pad, (h, w) = HALO - self.halo, self.size
+        inputs_GHW = F.pad(self._view(self.table), (pad,) * 4, value=len(x_NC))
+        outputs_GHW = inputs_GHW[:, HALO : HALO + h, HALO : HALO + w]
+        x_NC, grad_NC = _with_zero(x_NC), _with_zero(grad_NC)
+
+        def cut(some: slice) -> tuple[Tensor, Tensor]:
+            return _gather(x_NC, inputs_GHW[some]), _gather(grad_NC, outputs_GHW[some])
+
+        window_bytes = inputs_GHW[0].numel() * x_NC[0].nbytes
+        return correlate(cut, len(inputs_GHW), window_bytes)
+
+    def _cut(self, rows_NC: Tensor) -> Tensor:
+        """Rows → windows with their halo (G, C, …), channels last; zeros where no row is."""
+        cut = _with_zero(rows_NC).index_select(0, self.table)
+        return self._view(cut).permute(0, 3, 1, 2)
+
+    def _view(self, sites: Tensor) -> Tensor:
+        """View the sites of all windows as (G, h, w) and what follows."""
+        h, w = (length + 2 * self.halo for length in self.size)
+        return sites.view(len(sites) // (h * w), h, w, *sites.shape[1:])
+
+    def _inner(self, windows: Tensor) -> Tensor:
+        """Without the halo."""
         h, w = self.size
-        cut = _with_zero(rows_NC).index_select(0, self.tables["halo"])
-        return cut.view(self.count, h + 2 * HALO, w + 2 * HALO, -1).permute(0, 3, 1, 2)
-
-    def to_rows(self, windows_GCHW: Tensor) -> Tensor:
-        """Windows without halo (G, C, h, w) → rows (N, C)."""
-        sites = windows_GCHW.permute(0, 2, 3, 1).reshape(-1, windows_GCHW.shape[1])
-        rows = self.tables.get("rows")
-        return sites if rows is None else sites.index_select(0, rows)
-
-    def weight_gradient(self, x_NC: Tensor, grad_NC: Tensor) -> Tensor:
-        """Gradient of a depthwise kernel (C, 1, 7, 7): see `correlate`."""
-        (h, w), shape = self.size, (self.count, x_NC.shape[1])
-        x = _with_zero(x_NC).index_select(0, self.tables["halo_last"])
-        grad = _with_zero(grad_NC).index_select(0, self.tables["core_last"])
-        return correlate(x.view(h + 2 * HALO, w + 2 * HALO, *shape), grad.view(h, w, *shape))
+        return windows[..., self.halo : self.halo + h, self.halo : self.halo + w]
 
 
-def cut_windows(index_N: Tensor, shape: Shape, side: int, on_cpu: bool) -> Windows:
-    """Cut one stage's map into windows, with their index tables on the CPU.
-
-    Tables are int32 and hold row numbers, and N where there is no visible site: `halo`, of the
-    windows with their halo, and `rows`, the place of each row in the windows, where windows are not
-    patches. For computing on a CPU also `halo_last` and `core_last`, with the windows running
-    fastest, for weight gradients.
-
-    Args:
-        index_N: int64 position of each row on the flattened (B, H, W) map, on the CPU.
-        shape: (B, H, W) of the map.
-        side: sites along a patch's side; rows stand patch after patch.
-        on_cpu: whether a CPU computes.
-    """
-    batch, *lengths = shape
-    patches = side >= SMALLEST_PATCH
-    counts = [length // side if patches else -(-length // LARGEST) for length in lengths]
-    h, w = (-(-length // n) for length, n in zip(lengths, counts, strict=True))
-    rows, size = len(index_N), (batch, counts[0] * h + 2 * HALO, counts[1] * w + 2 * HALO)
-    padded = torch.full(size, rows, dtype=torch.int32)
-    image, y, x = torch.unravel_index(index_N, shape)
-    padded[image, y + HALO, x + HALO] = torch.arange(rows, dtype=torch.int32)
-    halo = padded.unfold(1, h + 2 * HALO, h).unfold(2, w + 2 * HALO, w).flatten(0, 2)
-    core = halo[:, HALO:-HALO, HALO:-HALO]
-    used = (core < rows).flatten(1).any(1)
-    halo, core = halo[used], core[used]
-    tables = {"halo": halo.flatten()}
-    if on_cpu:
-        tables["halo_last"] = halo.permute(1, 2, 0).flatten()
-        tables["core_last"] = core.permute(1, 2, 0).flatten()
-    if not patches:
-        places = (core.flatten() < rows).nonzero().flatten()
-        tables["rows"] = places[core.flatten()[places].argsort()].int()
-    return Windows((h, w), len(core), tables)
+def _gather(rows_NC: Tensor, table_GHW: Tensor) -> Tensor:
+    """Rows → (H, W, G, C)."""
+    table_HWG = table_GHW.permute(1, 2, 0)
+    return rows_NC.index_select(0, table_HWG.flatten()).view(*table_HWG.shape, -1)
 
 
 def _with_zero(rows_NC: Tensor) -> Tensor:
@@ -121,25 +157,15 @@ class _WindowedDepthwise(torch.autograd.Function):
     def forward(ctx, x_NC, weight, bias, windows):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x_NC, weight)
         ctx.windows = windows
-        if not windows.count:
-            return torch.zeros_like(x_NC)
-        return windows.to_rows(F.conv2d(windows.with_halo(x_NC), weight, bias, groups=len(weight)))
+        return windows.convolve(x_NC, weight, bias) if len(x_NC) else torch.zeros_like(x_NC)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NC):  # type: ignore[no-untyped-def]
         x_NC, weight = ctx.saved_tensors
-        windows: Windows = ctx.windows
-        if not windows.count:
+        if not len(x_NC):
             return grad_NC, torch.zeros_like(weight), grad_NC.sum(0), None
-        cut = windows.with_halo(grad_NC)
         # With an odd kernel and stride 1, the input gradient is a convolution with it flipped.
-        dx_NC = windows.to_rows(F.conv2d(cut, weight.flip(2, 3), groups=len(weight)))
-        if grad_NC.device.type == "cpu":
-            dweight = windows.weight_gradient(x_NC, grad_NC).to(weight.dtype)
-        else:
-            _, dweight, _ = torch.ops.aten.convolution_backward(
-                cut[:, :, HALO:-HALO, HALO:-HALO], windows.with_halo(x_NC), weight, None,
-                [1, 1], [0, 0], [1, 1], False, [0, 0], len(weight), [False, True, False],
-            )  # fmt: skip
+        dx_NC = ctx.windows.convolve(grad_NC, weight.flip(2, 3))
+        dweight = ctx.windows.weight_gradient(x_NC, grad_NC, weight)
         return dx_NC, dweight, grad_NC.sum(0), None
