@@ -193,7 +193,7 @@ def node_lost(number: int, random: Generator, folder: Path) -> str:
     reference, seconds = undisturbed(4)
     out, meet, power = folder / "run", ("static", "c10d")[number % 2], number % 4 > 1
     command = pretrain(out)
-    with machines(folder) as both:
+    with machines(folder, 40) as both:  # long enough for a slow start of the other
         first, second = both.start_both(command, meet, 5)
         moment, deadline = int(random.integers(1, STEPS - 8)), time.monotonic() + 120
         if random.random() < 0.25:  # most likely while it starts
