@@ -9,6 +9,7 @@ Exit codes: 0 success, 1 the run failed, 2 the command or config is wrong, 130 s
 """
 
 import os
+import platform
 import select
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = result = None  # config is not None while the command runs
     try:
         if (config := _parse(name, arguments)) is not None:
-            check_paths(config)
+            if not _rank():  # the others tell all processes, once these can hear each other
+                check_paths(config)
             result = code_of(name)(config)
         config = None
         if sys.stdout is not None:
@@ -144,7 +146,8 @@ def code_of(name: str) -> Callable[[Any], Any]:
 
 def _fail(prog: str, message: str, code: int) -> int:
     """Print one line on stderr and return the exit code."""
-    rank = f" (rank {_rank()})" if _rank() else ""
+    machine = f" on {platform.node()}" if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" else ""
+    rank = f" (rank {_rank()}{machine})" if _rank() or machine else ""
     print(f"{prog}: error{rank}: {' '.join(message.splitlines())}", file=sys.stderr)
     return code
 

@@ -5,13 +5,16 @@ import pytest
 from tests.faults.campaign import Row, Unavailable, run_campaign, run_trial, table
 from tests.faults.rows import ROWS
 
-SLOW = {"broken", "disk", "kill", "lock", "nonfinite", "place", "rank", "signal", "worker"}
+SLOW = {
+    *("broken", "cut", "disk", "kill", "lock", "node", "nodes", "nonfinite", "place", "rank"),
+    *("signal", "worker"),
+}
 """Rows whose trials train complete runs or decode thousands of images."""
 
 
 def trials():
     for row in ROWS:
-        marks = [pytest.mark.slow] if row.name in SLOW else []
+        marks = [pytest.mark.slow, pytest.mark.timeout(900)] if row.name in SLOW else []
         for number in range(row.short):
             yield pytest.param(row, number, id=f"{row.name}-{number}", marks=marks)
 

@@ -261,17 +261,23 @@ def test_holding_everything_out_is_refused(tmp_path, monkeypatch):
 
 
 def test_processes_that_disagree_do_not_start(pictures, tmp_path, monkeypatch):
-    """As if a second process had found other files or had another seed."""
+    """As if a second process, on another machine, had found other files or had another seed."""
     for name, there, said in (
+        ("a number of images (list 1) of", 23, r"has a number of images \(list 1\) of 23 and proc"),
         (
-            "files (list 1)",
-            (23, "0"),
-            r"process 0 has files \(list 1\) \(24, .*process 1 \(23, '0'\)",
+            "names of images (list 1) with the SHA-256",
+            "0",
+            r"has names of .*SHA-256 '0' and process",
         ),
-        ("seed", 1, "process 0 has seed 0 and process 1 1: all must be given the same command"),
-        ("a first step after", 9, "process 0 has a first step after 0 and process 1 9"),
+        ("seed", 1, "^process 1 on far has seed 1 and process 0 on .* 0: all must be given the sa"),
     ):
-        monkeypatch.setattr(World, "gather", lambda _, item, n=name, t=there: [item, item | {n: t}])
+
+        def gather(_, item, name=name, there=there):
+            host, shared = item
+            assert name in shared
+            return [(host, shared), ("far", shared | {name: there})]
+
+        monkeypatch.setattr(World, "gather", gather)
         with pytest.raises(InputError, match=said):
             pretrain(config(pictures, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

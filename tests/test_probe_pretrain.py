@@ -168,6 +168,8 @@ def test_processes_compare_their_probe_data_before_anything_is_written(
         pretrain(given)
     image.with_name("moved.png").rename(image)
     before, after = compared
-    assert [key for key in before if before[key] != after[key]] == ["files (list 3)"]
+    assert [key for key in before if before[key] != after[key]] == [
+        "names of images (list 3) with the SHA-256"
+    ]
     assert before["probe.epochs"] == 2
     assert not (tmp_path / "run").exists()

@@ -164,7 +164,7 @@ def load_checkpoint(path: Path) -> SavedCheckpoint:
     reason = damage(path)
     if reason is not None:
         raise InputError(f"checkpoint {path} can't be used: {reason}; use another or --resume auto")
-    return _open(path)
+    return open_checkpoint(path)
 
 
 def newest_checkpoint(folder: Path) -> SavedCheckpoint | None:
@@ -174,10 +174,15 @@ def newest_checkpoint(folder: Path) -> SavedCheckpoint | None:
         InputError: it verifies, but is of another format.
     """
     newest = newest_good(folder)
-    return _open(newest) if newest else None
+    return open_checkpoint(newest) if newest else None
 
 
-def _open(path: Path) -> SavedCheckpoint:
+def open_checkpoint(path: Path) -> SavedCheckpoint:
+    """Open a checkpoint folder that is known to be undamaged.
+
+    Raises:
+        InputError: it is of another format.
+    """
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

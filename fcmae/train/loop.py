@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from fcmae import rng
 from fcmae.config.fields import asked_settings
@@ -21,7 +20,7 @@ from fcmae.data.loader import lost_workers
 from fcmae.train import checkpoint, machine
 from fcmae.train.clock import Clock
 from fcmae.train.optimizer import gradient_norm
-from fcmae.train.processes import OnHost
+from fcmae.train.processes import OnHost, replicate
 from fcmae.train.signals import Signals
 from fcmae.train.task import Interrupted, Task
 from sparse.errors import RunError
@@ -55,8 +54,7 @@ class Loop:
             self._statistics = [b for b in task.model.buffers() if b.is_floating_point()]
         self.forward: Any = task.model
         if self.world.size > 1:
-            # Without `device_ids`, which would copy masks to the GPU and wait for it.
-            self.forward = DistributedDataParallel(task.model)
+            self.forward = replicate(task.model)
 
     def restore(self, saved: checkpoint.SavedCheckpoint) -> None:
         """Resume from a checkpoint.

@@ -2,24 +2,27 @@
 
 import os
 import re
+import socket
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 from sparse.devices import to_device
-from sparse.errors import InputError
+from sparse.errors import InputError, RunError, brief
 
-PATIENCE = timedelta(minutes=10)
-"""How long processes wait for each other."""
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,31 @@ class World:
         dist.all_gather_object(items, item, group=self.control)
         return items
 
+    def prepare(self, work: Callable[[], Result]) -> Result:
+        """Do what may fail on one machine alone, such as finding the images; no process leaves the
+        others waiting.
+
+        Args:
+            work: exchanges no messages.
+
+        Raises:
+            InputError: on all processes, if it was raised on one; names that machine.
+        """
+        if self.size == 1:
+            return work()
+        result, failure = None, None
+        try:
+            result = work()
+        except InputError as error:
+            failure = str(error)
+        failures = self.gather((failure, socket.gethostname()))
+        for rank, (message, host) in enumerate(failures):
+            if message is not None:
+                everywhere = all(other == message for other, _ in failures)
+                where = "" if everywhere else f"process {rank} on {host}: "
+                raise InputError(f"{where}{message}")
+        return result  # type: ignore[return-value]
+
     def check_same(self, shared: Mapping[str, Any]) -> None:
         """Make sure that all processes are about to do the same.
 
@@ -76,16 +104,17 @@ class World:
             shared: values by name that all must have in common.
 
         Raises:
-            InputError: on all of them, if a value differs.
+            InputError: on all of them, if a value differs; names the machine.
         """
-        first, *others = self.gather(dict(shared))
-        for rank, other in enumerate(others, 1):
-            for name in sorted(first.keys() | other.keys()):
+        (main, first), *others = self.gather((socket.gethostname(), dict(shared)))
+        for rank, (host, other) in enumerate(others, 1):
+            for name in [*first, *(other.keys() - first.keys())]:
                 here, there = first.get(name), other.get(name)
                 if here != there:
                     raise InputError(
-                        f"process 0 has {name} {here!r} and process {rank} {there!r}: all must be "
-                        "given the same command, with --data and --out on a shared disk"
+                        f"process {rank} on {host} has {name} {there!r} and process 0 on {main} "
+                        f"{here!r}: all must be given the same command and see the same files, "
+                        "with --data and --out on a shared disk"
                     )
 
 
@@ -130,16 +159,95 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _store() -> Store:
-    """Where processes find each other: torchrun's store, with separate names for every restart.
+class _Replica(nn.Module):
+    """A model; called without arguments, the sum of its trained parameters."""
 
-    torchrun keeps one store over its restarts, in which processes would find the addresses of those
-    that died. Machines may count restarts differently, so with several the count can't be a name.
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        if inputs:
+            return self.model(*inputs, **options)
+        return sum(p.sum() for p in self.model.parameters() if p.requires_grad)
+
+
+def replicate(model: nn.Module) -> DistributedDataParallel:
+    """Wrap a model so that all processes have the mean of their gradients, summed in a fixed order.
+
+    After one step DDP rearranges its buckets in the order in which gradients came. With more than
+    two processes that changes the order of the sums, so the first step of a resumed run would
+    differ in its last bits. Here DDP does so before the first step of every run.
     """
-    store, _, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
-    if os.environ.get("LOCAL_WORLD_SIZE") != str(size):
-        return store
-    return PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    # Without `device_ids`, which would copy masks to the GPU and wait for it.
+    replica = DistributedDataParallel(_Replica(model))
+    replica().backward()
+    model.zero_grad(set_to_none=True)
+    return replica
+
+
+def patience() -> timedelta:
+    """How long processes wait for each other: ten minutes, or `FCMAE_PATIENCE` seconds.
+
+    Raises:
+        InputError: the variable is not a positive number.
+    """
+    given = os.environ.get("FCMAE_PATIENCE", "600")
+    if not re.fullmatch(r"\d{1,6}", given) or not int(given):
+        raise InputError(f"FCMAE_PATIENCE {given!r} is not a number of seconds: use 600")
+    return timedelta(seconds=int(given))
+
+
+def agree_on_prefix(store: Store, rank: int, size: int, limit: timedelta) -> str:
+    """Agree on a prefix for names in a store that may hold those of processes that died.
+
+    torchrun keeps its store over restarts, which its agents count differently once a machine was
+    replaced. So each process asks under a name never used before. The main one answers whoever
+    asked last in a rank's place, until each rank has confirmed its answer, which dead ones do not.
+
+    Args:
+        store: shared by all processes.
+        rank, size: this process's number and how many there are.
+        limit: how long to wait for the others.
+
+    Raises:
+        RunError: another process did not come in time.
+        torch.distributed.DistError: the store is lost.
+    """
+    deadline = time.monotonic() + limit.total_seconds()
+    late = f"process 0 did not find all of {size} processes"
+    if rank:
+        name = uuid4().hex
+        store.set(f"request/{rank}", name)
+        while time.monotonic() < deadline:
+            if store.check([f"answer/{name}"]):
+                prefix = store.get(f"answer/{name}").decode()
+                store.set(f"{prefix}/{rank}", "")
+                if store.check([f"{prefix}/complete"]):
+                    return prefix
+            time.sleep(0.1)
+    else:
+        prefix, others = uuid4().hex, range(1, size)
+        confirmed = [f"{prefix}/{other}" for other in others]
+        while time.monotonic() < deadline:
+            for other in others:
+                if store.check([f"request/{other}"]):
+                    store.set(f"answer/{store.get(f'request/{other}').decode()}", prefix)
+            if store.check(confirmed):
+                store.set(f"{prefix}/complete", "")
+                return prefix
+            time.sleep(0.1)
+        missing = [str(other) for other in others if not store.check([f"{prefix}/{other}"])]
+        late = f"process {brief(missing)} of {size} did not come"
+    raise RunError(
+        f"{late} within {limit.total_seconds():.0f} s: see what its machine reported, and repeat "
+        "the command on all machines"
+    )
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Return whether torch says that another process, the network or the store is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def exact_float32() -> None:
@@ -163,18 +271,34 @@ def join_world(device: torch.device) -> Iterator[World]:
     """Join the processes that torchrun started, or be a world of one.
 
     Gradients use nccl between GPUs and gloo between CPUs; control messages use gloo.
+
+    Raises:
+        RunError: other processes, the network or torchrun's store are lost, now or while the block
+            runs; torchrun restarts those that are left.
     """
     exact_float32()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size, limit = int(os.environ.get("WORLD_SIZE", 1)), patience()
     if size == 1:
         yield World(device=device)
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(backend, store=_store(), rank=rank, world_size=size, timeout=PATIENCE)
+    backend, rank = "nccl" if device.type == "cuda" else "gloo", int(os.environ["RANK"])
     try:
-        yield World(dist.get_rank(), size, device, dist.new_group(backend="gloo"))
+        store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
+        names = PrefixStore("fcmae", store)
+        own = PrefixStore(agree_on_prefix(names, rank, size, limit), names)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
+        yield World(rank, size, device, dist.new_group(backend="gloo", timeout=limit))
+    except RuntimeError as error:
+        if isinstance(error, RunError) or not _is_lost(error):
+            raise
+        line = str(error).strip().partition("\n")[0]
+        reason = re.sub(r"^\[[^]]*\] *|\. This is typically .*", "", line)
+        raise RunError(
+            f"lost the other processes ({reason}): see what they reported; the same command, or "
+            "torchrun --max_restarts, resumes from the last checkpoint"
+        ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

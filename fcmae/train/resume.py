@@ -1,9 +1,11 @@
 """Where a run begins: at the start, or at a checkpoint of the same run."""
 
+import hashlib
 import json
 import logging
 import shlex
-from dataclasses import asdict
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,94 @@ from fcmae.config.values import differences, flatten
 from fcmae.data.file_list import FileList
 from fcmae.data.sources import Source
 from fcmae.train.checkpoint import (
+    MANIFEST,
     SavedCheckpoint,
+    damage,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
+    open_checkpoint,
 )
+from fcmae.train.processes import World
 from fcmae.train.run_paths import RunPaths
 from sparse.errors import InputError
 
+SHOWN_WITHIN = 120.0
+"""Seconds until a shared file system shows what another machine wrote: NFS may take 60."""
+
 _log = logging.getLogger(__name__)
+
+
+def agree_on_start(config: Any, command: str, world: World) -> SavedCheckpoint | None:
+    """Begin where the main process finds that the run begins; see `find_start`.
+
+    The others wait for its checkpoint, which a shared file system may show them late.
+
+    Raises:
+        InputError: on all processes, if the main one raises it or another does not see the
+            checkpoint.
+    """
+    found = world.prepare(lambda: find_start(config, command) if world.is_main else None)
+    if world.size == 1:
+        return found
+    place = world.gather(found and _Place.of(found, RunPaths(Path(config.out))))[0]
+    return world.prepare(lambda: found or (place and place.wait(config)))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a checkpoint is, on machines that may mount its disk elsewhere.
+
+    Attributes:
+        name: its folder among those of the run; None if `resume` names it.
+        manifest: SHA-256 of its manifest, and so of everything in it.
+        lists: names of the image lists beside it.
+    """
+
+    name: str | None
+    manifest: str
+    lists: tuple[str, ...]
+
+    @classmethod
+    def of(cls, found: SavedCheckpoint, paths: RunPaths) -> "_Place":
+        name = found.path.name if found.path.parent == paths.checkpoints else None
+        lists = found.path.parent.parent.glob(paths.images("*").name)
+        return cls(name, _digest(found.path), tuple(sorted(path.name for path in lists)))
+
+    def wait(self, config: Any) -> SavedCheckpoint:
+        """Wait until all of it is seen on this machine.
+
+        Raises:
+            InputError: it is not, after `SHOWN_WITHIN` seconds.
+        """
+        checkpoints = RunPaths(Path(config.out)).checkpoints
+        path = checkpoints / self.name if self.name else Path(config.resume)
+        deadline, waiting = time.monotonic() + SHOWN_WITHIN, False
+        while reason := self._difference(path):
+            what = f"checkpoint {str(path)!r} of process 0 is not here ({reason})"
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"after {SHOWN_WITHIN:.0f} s, {what}: put --out on a disk that all share"
+                )
+            if not waiting:
+                _log.warning("%s: waiting for it, at most %.0f s", what, SHOWN_WITHIN)
+            waiting = True
+            time.sleep(0.5)
+        return open_checkpoint(path)
+
+    def _difference(self, path: Path) -> str | None:
+        try:
+            if _digest(path) != self.manifest:
+                return f"its {MANIFEST} is another"
+        except OSError as error:
+            return f"{MANIFEST}: {error.strerror}"
+        root = path.parent.parent
+        missing = [name for name in self.lists if not (root / name).is_file()]
+        return f"{missing[0]} is missing" if missing else damage(path)
+
+
+def _digest(checkpoint: Path) -> str:
+    return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
 
 
 def find_start(config: Any, command: str) -> SavedCheckpoint | None:
@@ -112,19 +193,19 @@ def _check_same_run(config: Any, command: str, checkpoint: SavedCheckpoint) -> N
         )
 
 
-def shared_values(config: Any, step: int, *sources: Source) -> dict[str, Any]:
-    """What all processes of a run must have in common: settings, first step and images.
+def shared_values(config: Any, *sources: Source) -> dict[str, Any]:
+    """What all processes of a run must have in common: settings and images.
 
     They may differ in device, workers and paths, as on machines that mount a disk elsewhere: the
     images are compared by their keys.
     """
     known = leaves(type(config))
     own = {"out", "device", "workers", *(key for key in known if known[key].path)}
-    return {
-        **{key: value for key, value in flatten(asdict(config)).items() if key not in own},
-        "a first step after": step,
-        **{f"files (list {n})": (len(s), s.fingerprint()) for n, s in enumerate(sources, 1)},
-    }
+    shared = {key: value for key, value in flatten(asdict(config)).items() if key not in own}
+    for number, source in enumerate(sources, 1):
+        shared[f"a number of images (list {number}) of"] = len(source)
+        shared[f"names of images (list {number}) with the SHA-256"] = source.fingerprint()
+    return shared
 
 
 def stored_files(found: Source | None, start: SavedCheckpoint, part: str) -> FileList:

@@ -22,7 +22,7 @@ from fcmae.train.loop import Loop
 from fcmae.train.optimizer import make_optimizer
 from fcmae.train.plan import asked_rate, make_plan
 from fcmae.train.processes import World, join_world, resolve_device
-from fcmae.train.resume import find_start, shared_values
+from fcmae.train.resume import agree_on_start, shared_values
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.signals import Signals
 from fcmae.train.task import Resolved, Task
@@ -49,22 +49,16 @@ def train(task: Task) -> int:
     stop_signals = Signals().catch(signal.SIGTERM, signal.SIGUSR1)
     with join_world(device) as world, stop_signals as signals:
         check_parts(config.batch_size, world.size, config.accumulate)
-        start = find_start(config, task.command)
-        step = start.state["step"] if start else 0
-        images = task.images = task.find_images(start)
-        resolved = task.resolved = _resolve(task, img_size, start, world)
-        plan = resolved.plan
+        start = agree_on_start(config, task.command, world)
+        room = world.prepare(lambda: _prepare(task, img_size, start, world))
+        images, resolved = task.images, task.resolved
+        plan, step = resolved.plan, start.state["step"] if start else 0
+        # No process writes, or waits for the others, before all have checked.
+        world.check_same(shared_values(config, *images.lists.values(), *images.others))
         sampler = StepSampler(
             len(images.train), config.batch_size, config.seed, step, plan.total_steps,
             world.rank, world.size, config.accumulate,
         )  # fmt: skip
-        task.model = task.build_model()
-        room = ""
-        if step < plan.total_steps:
-            room = machine.check_disk(config, task.model, task.weight_copies)
-        task.optimizer = make_optimizer(task.model, config.optim, task.layer_depths())
-        # No process writes, or waits for the others, before all have checked.
-        world.check_same(shared_values(config, step, *images.lists.values(), *images.others))
         opened = RunFolder(config, start) if world.is_main else None
         with closing(opened) if opened else nullcontext() as folder:
             task.folder = folder
@@ -87,6 +81,20 @@ def train(task: Task) -> int:
             if code == 0 and folder is not None:
                 task.export(folder)
             return code
+
+
+def _prepare(
+    task: Task, img_size: tuple[int, int], start: SavedCheckpoint | None, world: World
+) -> str:
+    """Find the images and build the model; return a line on the disk space of checkpoints."""
+    task.images = task.find_images(start)
+    task.resolved = _resolve(task, img_size, start, world)
+    task.model = task.build_model()
+    room, config = "", task.config
+    if start is None or start.state["step"] < task.resolved.plan.total_steps:
+        room = machine.check_disk(config, task.model, task.weight_copies)
+    task.optimizer = make_optimizer(task.model, config.optim, task.layer_depths())
+    return room
 
 
 def _resolve(
