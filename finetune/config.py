@@ -95,11 +95,11 @@ class FinetuneConfig(LabelsConfig, TrainingConfig):
 
     data: str = setting(path="a folder of labelled images or a CSV file of labels")
     """Labelled images: a folder with train/CLASS and val/CLASS, one folder of classes together with
-    val_fraction, or a CSV file; see labels."""
+    val_fraction, a folder of images and masks, or a CSV file; see labels."""
 
     task: str = setting("auto", group=DATA)
-    """Kind of label: classify (a class per image), multilabel (several), regress (numbers), or
-    auto, which recognises the layout of data or labels."""
+    """Kind of label: classify (a class per image), multilabel (several), regress (numbers), segment
+    (a class per pixel), or auto, which recognises the layout of data or labels."""
 
     weights: str = setting("none", path=f"none, {WEIGHTS}", words=("none",), group=MODEL)
     """Pretrained weights: a converted folder, a pretraining run (converted automatically), a

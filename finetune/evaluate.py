@@ -50,6 +50,7 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
           threshold, n}}.
         - regress: `mae`, `rmse` and `r2`, each {target: number or None}, and `values`, the known
           numbers of each target.
+        - segment: `miou` and `accuracy`; `per_class`, {name: {iou, accuracy, n}}.
 
         `not_measured` lists classes without an image. Further `n`, the number of images;
         `unreadable`, that of skipped ones; and what was measured: `task`, `split`, `weights`, and

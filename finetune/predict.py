@@ -23,7 +23,8 @@ _log = logging.getLogger(__name__)
 
 
 def predict(config: PredictConfig) -> Path:
-    """Predict labels of images and return the CSV file written. Its columns after `path`:
+    """Predict labels of images, and return the CSV file or the folder of masks written. Columns of
+    the file after `path`:
 
     - classify: `label`, `score`, `label2`, `score2`, …, the most probable classes and the model's
       probabilities, from 0 to 1;

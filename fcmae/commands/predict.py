@@ -8,14 +8,14 @@ from sparse.sizes import PATCH
 
 @dataclass
 class PredictConfig(ImagesConfig):
-    """Write the predictions of a fine-tuned model for each image to a CSV file."""
+    """Write the predictions of a fine-tuned model for each image."""
 
     source: str
     """Fine-tuning run (its best weights) or folder of weights."""
 
     out: str = setting()
-    """CSV file to write: path, then label,score and the next most likely classes; or, where an
-    image can have several, the probability of each class; or each number."""
+    """Folder to write masks to, or CSV file: path, then label,score and the next most likely
+    classes; or, where an image can have several, the probability of each class; or each number."""
 
     overlay: str | None = None
     """Folder to write the images to, as PNG, with their predictions drawn on them."""
