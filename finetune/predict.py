@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fcmae.atomic import check_out_folder
+from fcmae.atomic import check_out_file, check_out_folder
 from fcmae.commands.predict import PredictConfig
 from fcmae.config.values import MAX_PIXELS
 from fcmae.data.decode import read_image
@@ -38,6 +38,10 @@ def predict(config: PredictConfig) -> Path:
         InputError: the weights, the images or `out` is wrong.
         RunError: no image could be read, or `out` could not be written.
     """
+    if config.out.lower().endswith(".csv"):  # what is wrong with any kind, before a model is loaded
+        check_out_file(config.out)
+    else:
+        check_out_folder(config.out)
     setting = set_up(config, config.source, load_tuned)
     model, kind, written = setting.model.model, setting.model.kind, 0
     out, split = kind.check_out(config.out), setting.find_images()
