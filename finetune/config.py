@@ -19,7 +19,7 @@ from fcmae.config.training import AugmentBase, OptimConfig, TrainingConfig
 
 @dataclass
 class FinetuneOptimConfig(OptimConfig):
-    """AdamW with layer-wise rates, warm-up and cosine decay to zero, both per step."""
+    """AdamW with layer-wise rates, warm-up and decay to zero, both per step."""
 
     base_lr: float = 1.6e-2
     """Learning rate of the head for a batch of 256; the actual rate is base_lr * batch_size / 256:

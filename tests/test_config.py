@@ -55,10 +55,10 @@ def test_every_size_has_both_recipes() -> None:
 def test_a_shipped_config_loads_and_states_its_command(name: str) -> None:
     config = load(name)
     own = (config.depths, config.dims) if "pretrain" in name else ()
-    size = resolve_size(config.model or "atto", *own)
-    stem = Path(name).stem
-    if stem in SIZES:
-        assert size == SIZES[stem]
+    model, stem = config.model or "atto", Path(name).stem
+    if not model.startswith("convnext_"):
+        size = resolve_size(model, *own)
+        assert stem not in SIZES or size == SIZES[stem]
     text = (CONFIGS / name).read_text(encoding="utf-8")
     assert f"--config configs/{name}" in text.splitlines()[0]
     assert "Result" in text

@@ -14,7 +14,7 @@ from fcmae.train.pretraining import Pretraining
 
 def plan(asked: float | None, per_epoch: int, epochs: int, least: int = 0) -> Plan:
     """The plan of a run of one image a step whose peak rate is 1 if the warm-up reaches it."""
-    optim = SimpleNamespace(base_lr=BASE_BATCH, warmup_epochs=asked)
+    optim = SimpleNamespace(base_lr=BASE_BATCH, warmup_epochs=asked, schedule="linear")
     return make_plan(SimpleNamespace(batch_size=1, optim=optim), per_epoch, epochs, least)
 
 
@@ -45,6 +45,14 @@ def test_cosine():
     assert rates[8] == pytest.approx(1.0)
     assert 0 < rates[-1] < 0.1
     assert Plan(1, 1, 1.0, 0).learning_rate(0) == 1.0
+
+
+def test_linear() -> None:
+    """Warm-up to 1 in 4 steps, then a straight line of 8 steps that reaches 0 after the last."""
+    rates = [plan(4, 1, 12).learning_rate(step) for step in range(12)]
+    assert rates == pytest.approx(
+        [0.25, 0.5, 0.75, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    )
 
 
 def test_no_weight_decay_on_biases_norms_grn_and_mask_token():

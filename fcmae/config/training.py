@@ -12,7 +12,7 @@ from sparse.sizes import PATCH
 
 @dataclass
 class OptimConfig(Config):
-    """AdamW with warm-up and cosine decay to zero, both per step."""
+    """AdamW with warm-up and decay to zero, both per step."""
 
     PREFIX = "optim."
 
@@ -29,6 +29,9 @@ class OptimConfig(Config):
 
     warmup_epochs: float | None = setting(None, at_least=0, below=inf)
     """Epochs of linear warm-up. null uses 10 % of all steps, at most 40 epochs."""
+
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls to zero after warm-up. The papers use linear for masks."""
 
     clip_grad: float | None = setting(None, above=0, below=inf, example="1.0")
     """Clip the gradient to this norm, over all parameters. null does not clip."""

@@ -17,12 +17,17 @@ STEEPEST = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """The learning rate rises to `peak` in `warmup` steps and falls to zero by a cosine."""
+    """The learning rate rises to `peak` in `warmup` steps and falls to zero.
+
+    Attributes:
+        schedule: how it falls: cosine or linear.
+    """
 
     steps_per_epoch: int
     epochs: int
     peak: float
     warmup: int
+    schedule: str = "cosine"
 
     @property
     def total_steps(self) -> int:
@@ -33,6 +38,8 @@ class Plan:
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(self.total_steps - self.warmup, 1)
+        if self.schedule == "linear":
+            return self.peak * (1 - progress)
         return self.peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -50,13 +57,14 @@ def make_plan(config: Any, images: int, epochs: int, least_warmup: int = 0) -> P
     The warm-up is as long as asked, else the paper's 40 epochs but at most 10 % of the run.
     """
     per_epoch, asked = steps_per_epoch(images, config.batch_size), config.optim.warmup_epochs
+    schedule = config.optim.schedule
     total, peak = per_epoch * epochs, asked_rate(config)
     if asked is not None:
-        return Plan(per_epoch, epochs, peak, min(round(asked * per_epoch), total))
+        return Plan(per_epoch, epochs, peak, min(round(asked * per_epoch), total), schedule)
     usual = min(WARMUP_EPOCHS * per_epoch, int(WARMUP_SHARE * total))
     if least_warmup:
         peak *= min(max(total // 2, 1) * STEEPEST / least_warmup, 1.0)
-    return Plan(per_epoch, epochs, peak, max(usual, min(least_warmup, total // 2)))
+    return Plan(per_epoch, epochs, peak, max(usual, min(least_warmup, total // 2)), schedule)
 
 
 def asked_rate(config: Any) -> float:
