@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -152,9 +153,9 @@ def _flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def init_backbone(model: Segmenter, name: str) -> None:
+def init_backbone(model: Segmenter) -> None:
     """Give a ConvNeXt backbone weights of standard deviation 1/√fan_in; others keep theirs."""
-    if name.startswith("convnext"):
+    if any(isinstance(part, ConvNeXtBlock) for part in model.modules()):
         init_fan_in(model.net.encoder.model)
 
 

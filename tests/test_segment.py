@@ -1,6 +1,7 @@
 """Masks: finding and cutting them, the segmenter, its scores, and predictions of large images."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fcmae.data.decode import BadImage
 from fcmae.data.evaluation import EvalDataset, WholeDataset
 from fcmae.data.masks import IGNORE, find_masks, voc_colours
 from fcmae.data.statistics import Preprocessing
+from fcmae.train.checkpoint import list_checkpoints
 from fcmae.train.processes import World
 from finetune.config import FinetuneAugmentConfig, FinetuneConfig
 from finetune.evaluate import evaluate
@@ -38,6 +40,7 @@ from finetune.tasks.segment import MaskDataset, Segment
 from finetune.tiling import blended, starts
 from finetune.train import finetune
 from sparse.errors import InputError
+from tests.test_finetune_run import assert_same_run
 
 CPU = torch.device("cpu")
 SMALL = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
@@ -381,8 +384,8 @@ def test_blending_averages_by_the_distance_from_the_edge() -> None:
 
 def config_for(data: Path, **more: Any) -> FinetuneConfig:
     given = {
-        "data": data, "out": data.parent / "run", "img_size": 64, "batch_size": 4, "epochs": 1,
-        "workers": 0, "device": "cpu", "decoder_channels": 16, **more,
+        "data": data, "out": data.parent / "run", "model": "test_convnext", "img_size": 64,
+        "batch_size": 4, "epochs": 1, "workers": 0, "device": "cpu", "decoder_channels": 16, **more,
     }  # fmt: skip
     words = [str(word) for key, value in given.items() for word in (f"--{key}", value)]
     config = parse(FinetuneConfig, words, "")
@@ -390,12 +393,43 @@ def config_for(data: Path, **more: Any) -> FinetuneConfig:
     return config
 
 
+def trajectory(data: Path) -> list[float]:
+    """Losses of six steps on `write_split`'s images, with dropout and weights for classes."""
+    given = {"epochs": 3, "batch_size": 2, "log_steps": 1, "class_weights": "balanced"}
+    assert finetune(config_for(data, **given, **{"optim.base_lr": 0.05})) == 0
+    lines = (data.parent / "run/metrics.jsonl").read_text().splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+
+def test_losses_equal_the_golden_ones(discs: Path) -> None:
+    golden = json.loads(Path(__file__).with_name("golden_losses.json").read_text())["segment"]
+    assert len(golden) == 6
+    assert trajectory(discs) == pytest.approx(golden, rel=2e-4)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_equals_one_never_stopped(discs: Path) -> None:
+    given: dict[str, Any] = {"epochs": 3, "batch_size": 2, "checkpoint_steps": 1}
+    given |= {"keep_checkpoints": 10}
+    given |= {"log_steps": 1, "augment.random_erasing": 0.3, "drop_path": 0.1, "ema_decay": 0.5}
+    whole, other = discs.parent / "run", discs.parent / "other"
+    assert finetune(config_for(discs, **given)) == 0
+    shutil.copytree(whole, other)
+    for checkpoint in list_checkpoints(other / "checkpoints")[:3]:  # the newest
+        shutil.rmtree(checkpoint)
+    assert finetune(config_for(discs, **given, out=other)) == 0
+    assert_same_run(whole, other)
+    name = "exported/task/model.safetensors"
+    assert (whole / name).read_bytes() == (other / name).read_bytes()
+
+
 @pytest.mark.slow
 def test_a_run_learns_discs_and_everything_follows_from_it(
     discs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = discs.parent / "run"
-    config = config_for(discs, epochs=8, **{"optim.base_lr": 0.05, "optim.warmup_epochs": 3})
+    rate = {"optim.base_lr": 0.05, "optim.warmup_epochs": 3}
+    config = config_for(discs, model="atto", epochs=8, **rate)
     assert finetune(config) == 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     best = max(line["ema_miou"] for line in lines if "ema_miou" in line)
@@ -425,9 +459,7 @@ def test_a_run_learns_discs_and_everything_follows_from_it(
         assert np.array_equal(one, other)
 
     exported = timm.create_model(f"local-dir:{run / 'exported'}", pretrained=True)
-
     state = load_file(run / "exported/task/model.safetensors")
-    name = "stages.2.blocks.0.mlp.fc1.weight"
-    assert torch.equal(
-        exported.state_dict()[name], state[f"{BACKBONE}{name.replace('s.2', 's_2')}"]
-    )
+    name = "blocks.0.mlp.fc1.weight"
+    tensor = exported.state_dict()[f"stages.2.{name}"]
+    assert torch.equal(tensor, state[f"{BACKBONE}stages_2.{name}"])

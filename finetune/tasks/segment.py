@@ -232,7 +232,7 @@ class Segment(LabelKind):
                 width = self.config.decoder_channels
         model = start_segmenter(start, in_chans, len(self.names), width, with_aux, drop_path)
         if start.state is None and self.config.init == "fan_in":
-            init_backbone(model, start.name)
+            init_backbone(model)
         return model, dict(start.args)
 
     def write(self, state: Mapping[str, Tensor], config: Mapping[str, Any], out: Path) -> None:
