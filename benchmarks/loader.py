@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from fcmae.data.loader import PretrainDataset, make_loader
 from fcmae.data.order import StepSampler
 from fcmae.data.sample import collate, normalise
 from fcmae.data.statistics import Preprocessing, imagenet_mean_std
+from sparse.engines import get_engine
 
 SIDE = 224
 SCALE = (0.2, 1.0)
@@ -79,15 +81,20 @@ def loaders(folder: Path, files: FileList, workers: int, batches: int) -> Rounds
         loader = DataLoader(reference, BATCH, shuffle=True, num_workers=workers)
         return speed(loader, batches, lambda batch: batch)
 
-    def ours_once() -> float:
+    def ours_once(with_sites: bool) -> float:
         sampler = StepSampler(len(files), BATCH, 0, 0, batches + 1)
+        lay_out = get_engine("patch").lay_out if with_sites else None
         return speed(
-            make_loader(ours, sampler, workers),
+            make_loader(ours, sampler, workers, lay_out=lay_out),
             batches,
             lambda batch: normalise(batch.images, MEAN, STD, "cpu"),
         )
 
-    return {"torchvision": theirs_once, "ours": ours_once}
+    return {
+        "torchvision": theirs_once,
+        "ours": partial(ours_once, False),
+        "ours, laying out the encoder's sites": partial(ours_once, True),
+    }
 
 
 def large_photographs(files: FileList, folder: Path) -> Rounds:
@@ -145,12 +152,15 @@ def show(console: Console, title: str, contestants: Rounds, rounds: int) -> None
         for name, once in contestants.items():
             rates[name].append(once())
     table = Table(title=title)
-    for heading in ("", "images/s", "÷ torchvision"):
+    for heading in ("", "images/s", "÷ torchvision", "÷ ours"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, values in rates.items():
-        ratios = [a / b for a, b in zip(values, rates["torchvision"], strict=True)]
-        ratio = f"{statistics.median(ratios):.2f}"
-        table.add_row(name, f"{statistics.median(values):.1f}", ratio)
+        ratios = [
+            statistics.median(a / b for a, b in zip(values, rates[other], strict=True))
+            for other in ("torchvision", "ours")
+        ]
+        cells = [f"{ratio:.2f}" for ratio in ratios]
+        table.add_row(name, f"{statistics.median(values):.1f}", *cells)
     console.print(table)
 
 
