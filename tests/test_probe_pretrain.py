@@ -111,7 +111,7 @@ def test_features_are_computed_without_drop_path(classes: Path) -> None:
     assert model.encoder.training
     images = Preprocessing((64, 64), tuple(mean), tuple(std))
     features = labelled_features(
-        model.encoder.eval(), data, lambda split: each_batch(split, images, CPU, 24, 0)
+        model.encoder.eval(), data, lambda split: each_batch(EvalDataset(split, images), CPU, 24, 0)
     )
     expected = {f"probe_{name}": v["top1"] for name, v in measure(features, NEIGHBOURS).items()}
     assert found == expected

@@ -25,6 +25,7 @@ from fcmae.inspect.reconstructing import COLUMNS, grid, reconstruct, reconstruct
 from fcmae.inspect.steps import WHOLE, example, macs, peak_memory, visible_share
 from fcmae.train.pretraining import pretrain
 from finetune.config import FinetuneConfig
+from finetune.model import V2, timm_name
 from sparse import available_engines
 from sparse.errors import InputError
 from sparse.sizes import resolve_size
@@ -257,6 +258,7 @@ def test_every_config_builds_its_model(path, tmp_path):
             assert model.encoder.dims == size.dims
         else:
             tuned = parse(FinetuneConfig, ["--config", str(tmp_path / "c.yaml")], "")
-            size = resolve_size(tuned.model or "atto")
-            net = timm.create_model(f"convnextv2_{size.name}", drop_path_rate=tuned.drop_path)
-            assert net.num_features == size.dims[-1]
+            name = timm_name(tuned.model or "atto")
+            net = timm.create_model(name, drop_path_rate=tuned.drop_path)
+            if name.startswith(V2):  # test_recipes.py checks those of the first paper
+                assert net.num_features == resolve_size(name).dims[-1]
