@@ -219,7 +219,7 @@ def test_missing_images_are_listed(tmp_path: Path) -> None:
     [
         ("path,label,age\n1.png,a,3\n", {}, r"several kinds of label: choose --task classify \("),
         ("path,note\n1.png,good\n", {}, r"no kind of label: choose --task classify \("),
-        ("path,labels\n1.png,a\n", {"task": "segment"}, "task 'segment' is unknown: use auto or"),
+        ("path,labels\n1.png,a\n", {"task": "paint"}, "task 'paint' is unknown: use auto or"),
         ("path,age,split\n1.png,a,val\n", {"task": "regress"}, "no row of split 'train'"),
         ("path,age\n1.png,a\n", {"task": "multilabel", "val_fraction": 0.2}, "no column 'labels'"),
     ],

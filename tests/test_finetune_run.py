@@ -670,7 +670,7 @@ def test_an_unsupported_layer_decay_writes_nothing(
     def refuse(model: Any, layer_group: str) -> dict[str, int]:
         raise InputError("timm does not say what the layers are")
 
-    monkeypatch.setattr("finetune.train.layer_depths", refuse)
+    monkeypatch.setattr("finetune.tasks.base.layer_depths", refuse)
     given = config(classes, tmp_path / "run", optim=FinetuneOptimConfig(layer_decay=0.5))
     with pytest.raises(InputError, match="does not say what the layers are"):
         finetune(given)
