@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = result = None  # config is not None while the command runs
     try:
         if (config := _parse(name, arguments)) is not None:
-            if not _rank():  # the others tell all processes, once these can hear each other
+            if not _rank():  # other ranks report it through `World.prepare`
                 check_paths(config)
             result = code_of(name)(config)
         config = None

@@ -5,6 +5,7 @@ and `IGNORE` for pixels without a class.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -264,7 +265,7 @@ def find_pairs(
     files = find_images(str(images), exclude)
     keys = [stem(files.key(index)) for index in range(len(files))]
     if len({*keys}) < len(keys):
-        twice = brief(repr(os.fsdecode(key)) for key in keys if keys.count(key) > 1)
+        twice = brief(repr(os.fsdecode(key)) for key, n in Counter(keys).items() if n > 1)
         raise InputError(f"{images} has several images of one name: {twice}; rename them")
     masks = {stem(os.fsencode(path.relative_to(folder))) for path in folder.rglob("*.png")}
     for what, other, lone in (

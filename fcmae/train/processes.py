@@ -254,8 +254,8 @@ def exact_float32() -> None:
     """Have GPUs compute float32 products and convolutions in float32.
 
     By default cuDNN rounds the factors of a float32 convolution to TF32, which has 10 bits of
-    mantissa instead of 23. Engines then differ by 1e-3, and results depend on the card. Who wants
-    speed asks for bf16. Results on CPUs, which have no TF32, stay the same.
+    mantissa instead of 23. Engines then differ by 1e-3, and results depend on the card. For speed,
+    use bf16. Results on CPUs, which have no TF32, stay the same.
     """
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     with warnings.catch_warnings():
