@@ -1,7 +1,7 @@
 """A step of training in this checkout beside the same step in another, such as an earlier commit.
 
     git worktree add ../before COMMIT
-    .venv/bin/python benchmarks/compare.py ../before [--command finetune] [--rounds 30]
+    .venv/bin/python -m benchmarks.compare ../before [--command finetune] [--rounds 30]
 
 Both train on the same sample images through the command line, one process each. They take turns:
 while one runs, the other is stopped, so that a machine whose speed drifts slows both equally. A
@@ -11,18 +11,17 @@ and its 95 % interval from resampled rounds.
 
 import argparse
 import os
-import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.ratios import summary
+
 HERE = Path(__file__).resolve().parent.parent
 WARM_UP = 5
-RESAMPLED = 10_000
 OPTIONS = {
     "pretrain": ["--data", "samples/train", "--img_size", "128", "--batch_size", "16"],
     "finetune": [
@@ -103,14 +102,9 @@ def main() -> int:
             ratios.append(seconds[id(runs[0])] / seconds[id(runs[1])])
         for run in runs:
             run.end()
-    draw = random.Random(0)
-    medians = sorted(
-        statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLED)
-    )
-    low, high = medians[RESAMPLED // 40], medians[-RESAMPLED // 40]
     print(
-        f"{options.command}: this checkout takes {statistics.median(ratios):.3f} of the other's "
-        f"time (95 %: {low:.3f} to {high:.3f}), {options.rounds} rounds of {options.steps} steps"
+        f"{options.command}: the time of {options.steps} steps here ÷ in the other checkout: "
+        f"{summary(ratios)}"
     )
     return 0
 

@@ -1,9 +1,10 @@
-"""A step of our fine-tuning compared with a plain timm loop with the same recipe.
+"""A step of our fine-tuning compared with a plain loop around the same model, the same recipe.
 
-    .venv/bin/python benchmarks/finetune_step.py [--model convnextv2_atto] [--rounds 15]
+    .venv/bin/python -m benchmarks.finetune_step [--task segment] [--model NAME] [--rounds 30]
 
-AdamW with layer decay, label smoothing 0.1, drop path 0.1, averaged weights; batches in memory.
-Ours runs in `Loop`, with its gradient norm, gate, votes and records. Medians of interleaved steps.
+AdamW with layer decay, drop path 0.1, averaged weights; batches in memory. `classify` has label
+smoothing 0.1, `segment` UPerNet with its auxiliary head, cross-entropy and Dice. Ours runs in
+`Loop`, with its gradient norm, gate, votes and records. Steps in turns; medians and their ratio.
 """
 
 import argparse
@@ -13,14 +14,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
-import timm
 import torch
 from rich.console import Console
+from segmentation_models_pytorch.losses import DiceLoss
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from benchmarks.ratios import summary
 from fcmae.data.file_list import FileList
 from fcmae.data.sample import Batch, normalise
 from fcmae.data.statistics import Preprocessing, imagenet_mean_std
@@ -31,7 +35,9 @@ from fcmae.train.signals import Signals
 from fcmae.train.task import Images, Resolved
 from finetune.blocks import speed_up
 from finetune.config import FinetuneConfig, FinetuneOptimConfig
-from finetune.optim import layer_depths
+from finetune.model import Start
+from finetune.tasks import TASKS
+from finetune.tasks.base import LabelKind
 from finetune.train import Finetuning, make_ema
 
 CLASSES = 10
@@ -44,15 +50,27 @@ class Done(Exception):
     """All rounds have been timed."""
 
 
-def plain_step(model: nn.Module, config: FinetuneConfig) -> Callable[[Tensor, Tensor], None]:
-    """A typical training step around a timm model."""
-    optimizer = make_optimizer(model, config.optim, layer_depths(model, "single"))
+def plain_loss(model: nn.Module, images: Tensor, targets: Tensor, config: FinetuneConfig) -> Tensor:
+    """The loss of a typical loop."""
+    found: Any = model(images)
+    if config.task == "classify":
+        return cross_entropy(found, targets, label_smoothing=config.augment.label_smoothing)
+    (scores, aux), dice = found, DiceLoss("multiclass", ignore_index=255)
+    one = cross_entropy(scores, targets, ignore_index=255)
+    other = cross_entropy(aux, targets, ignore_index=255)
+    return one + config.aux_weight * other + config.dice_weight * dice(scores, targets)
+
+
+def plain_step(
+    model: nn.Module, kind: LabelKind, config: FinetuneConfig
+) -> Callable[[Tensor, Tensor], None]:
+    """A typical training step."""
+    optimizer = make_optimizer(model, config.optim, kind.layer_depths(model, "single"))
     ema = ModelEmaV3(model, decay=config.ema_decay or 0.0, foreach=True)
-    criterion = nn.CrossEntropyLoss(label_smoothing=config.augment.label_smoothing)
     model.train()
 
-    def step(images: Tensor, labels: Tensor) -> None:
-        criterion(model(normalise(images, MEAN, STD, CPU)), labels).backward()
+    def step(images: Tensor, targets: Tensor) -> None:
+        plain_loss(model, normalise(images, MEAN, STD, CPU), targets, config).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update(model)
@@ -60,14 +78,14 @@ def plain_step(model: nn.Module, config: FinetuneConfig) -> Callable[[Tensor, Te
     return step
 
 
-def make_loop(model: nn.Module, config: FinetuneConfig, steps: int) -> Loop:
+def make_loop(model: nn.Module, kind: LabelKind, config: FinetuneConfig, steps: int) -> Loop:
     """Our loop, without a run folder or validation images."""
     task = Finetuning(config)
     task.images = Images(FileList((), *np.empty((3, 0), np.uint8)), {})
     images = Preprocessing((0, 0), tuple(MEAN), tuple(STD))
     task.resolved = Resolved(images, make_plan(config, steps * config.batch_size, EPOCHS))
-    task.model = model
-    task.optimizer = make_optimizer(model, config.optim, layer_depths(model, "single"))
+    task.model, task.kind = model, kind
+    task.optimizer = make_optimizer(model, config.optim, kind.layer_depths(model, "single"))
     task.ema = make_ema(model, config.ema_decay or 0.0)
     model.train()
     return Loop(task)
@@ -75,19 +93,26 @@ def make_loop(model: nn.Module, config: FinetuneConfig, steps: int) -> Loop:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--task", choices=["classify", "segment"], default="classify")
     parser.add_argument("--model", default="convnextv2_atto")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--img_size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
     optim = FinetuneOptimConfig(layer_decay=0.75)
-    config = FinetuneConfig(data="-", out="-", batch_size=options.batch_size, optim=optim)
-    ours = timm.create_model(options.model, num_classes=CLASSES, drop_path_rate=config.drop_path)
-    theirs = plain_step(copy.deepcopy(ours), config)
-    speed_up(ours)
+    config = FinetuneConfig(
+        data="-", out="-", task=options.task, batch_size=options.batch_size, optim=optim
+    )
     shape = (options.batch_size, 3, options.img_size, options.img_size)
     images = torch.randint(256, shape, dtype=torch.uint8)
-    labels = torch.randint(CLASSES, shape[:1])
+    size = shape[:1] if options.task == "classify" else (shape[0], *shape[2:])
+    targets = torch.randint(CLASSES, size)
+    kind = TASKS[options.task]([str(number) for number in range(CLASSES)])
+    kind.prepare(config, targets[:0].numpy(), CPU)
+    start = Start(options.model, {}, origin="-")
+    ours, _ = kind.build_model(start, 3, shape[2:], config.drop_path)
+    theirs = plain_step(copy.deepcopy(ours), kind, config)
+    speed_up(ours)
     seconds: dict[str, list[float]] = {"plain": [], "ours": []}
 
     def batches() -> Iterator[Batch]:
@@ -97,18 +122,22 @@ def main() -> int:
             if round_number:
                 seconds["ours"].append(time.perf_counter() - asked)
             began = time.perf_counter()
-            theirs(images, labels)
+            theirs(images, targets)
             seconds["plain"].append(time.perf_counter() - began)
             asked = time.perf_counter()
-            yield Batch(images, labels, targets=labels)
+            yield Batch(images, targets, targets=targets)
         raise Done
 
     with contextlib.suppress(Done):
-        make_loop(ours, config, options.rounds + 3).run(batches(), Signals())
-    plain, own = (statistics.median(values[1:]) for values in seconds.values())
+        make_loop(ours, kind, config, options.rounds + 3).run(batches(), Signals())
+    plain, own = seconds["plain"][1:-1], seconds["ours"][1:]
     console = Console(highlight=False)
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.model}")
-    console.print(f"plain timm loop {plain:.3f} s, ours {own:.3f} s, a ratio of {own / plain:.3f}")
+    console.print(
+        f"{options.task}: plain loop {statistics.median(plain):.3f} s, ours "
+        f"{statistics.median(own):.3f} s, ratio "
+        f"{summary([a / b for a, b in zip(own, plain, strict=True)])}"
+    )
     return 0
 
 

@@ -124,6 +124,10 @@ class FinetuneConfig(LabelsConfig, TrainingConfig):
     """Loss of standardised numbers; huber is linear beyond one standard deviation, so it limits the
     effect of outliers."""
 
+    head: Literal["auto", "upernet"] = setting("auto", group=MODEL)
+    """What is put on the backbone. auto takes upernet for masks, the only one so far, and a linear
+    layer for the other tasks."""
+
     decoder_channels: Literal["auto"] | int = setting("auto", at_least=8, group=MODEL)
     """Width of the decoder for masks. auto takes twice that of the first stage, at most 512; the
     papers use 512."""
@@ -149,10 +153,10 @@ class FinetuneConfig(LabelsConfig, TrainingConfig):
 
     drop_path: float = 0.1
 
-    init: Literal["fan_in", "model"] = setting("fan_in", group=MODEL)
+    init: Literal["fan_in", "paper"] = setting("fan_in", group=MODEL)
     """Initial weights of a ConvNeXt trained from scratch. fan_in keeps the signal's variance from
-    layer to layer and learns in hundreds of steps; model keeps timm's weights of standard deviation
-    0.02 (the paper's), which need thousands."""
+    layer to layer and learns in hundreds of steps; paper keeps timm's, of standard deviation 0.02,
+    which need thousands."""
 
     head_init_scale: float | None = setting(None, at_least=0, below=inf, example="1", group=MODEL)
     """Factor on the initial weights of the head. null uses the paper's 0.001 with pretrained

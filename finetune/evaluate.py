@@ -11,9 +11,10 @@ from fcmae.atomic import out_file
 from fcmae.commands.evaluate import EvaluateConfig
 from fcmae.config.values import MAX_PIXELS
 from fcmae.data.file_list import refuse_to_replace
-from fcmae.inspect.prologue import print_result, print_table, set_up
+from fcmae.inspect.prologue import print_result, print_table, set_up, write_skipped
 from fcmae.train.processes import World
 from finetune.labels import find_split
+from finetune.pictures import Examples, below, draw_predictions
 from finetune.tasks.base import Measurement
 from finetune.tuned import load_tuned
 
@@ -23,10 +24,7 @@ MOST_ROWS = 100
 HEADINGS = {
     "top1": "top-1 %", "top5": "top-5 %", "top5_of": "top 5 of", "balanced": "balanced %",
     "ap": "AP %", "map": "mAP %", "f1": "F1 %", "mae": "MAE", "rmse": "RMSE", "r2": "R²",
-    "miou": "mean IoU %",
-    "iou": "IoU %",
-    "accuracy": "accuracy %",
-    "n": "images",
+    "miou": "mean IoU %", "iou": "IoU %", "accuracy": "accuracy %", "n": "images",
 }  # fmt: skip
 
 _log = logging.getLogger(__name__)
@@ -53,8 +51,9 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
         - segment: `miou` and `accuracy`; `per_class`, {name: {iou, accuracy, n}}.
 
         `not_measured` lists classes without an image. Further `n`, the number of images;
-        `unreadable`, that of skipped ones; and what was measured: `task`, `split`, `weights`, and
-        `kept_back`, whether the images are those that the run kept back.
+        `unreadable` and `skipped`, the number of others, and the path and reason of each; and what
+        was measured: `task`, `split`, `weights`, and `kept_back`, whether the images are those that
+        the run kept back.
 
     Raises:
         InputError: the weights, the data or `out` is wrong.
@@ -66,27 +65,33 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
     refuse_to_replace(setting.out, split.source)
     measurement = tuned.kind.measurement(World(device=setting.device), final=True)
     dataset = tuned.kind.eval_dataset(split, setting.images, MAX_PIXELS)
+    examples = Examples(tuned.kind)
     for batch, images in setting.batches(split, dataset=dataset):
         assert batch.targets is not None
         outputs = tuned.kind.infer(tuned.model, images, setting.images)
-        measurement.update(outputs, batch.targets.to(setting.device))
+        losses = measurement.update(outputs, batch.targets.to(setting.device))
+        examples.add(batch, images, outputs, losses)
     measurement.compute()
     result = measurement.result()
     result |= {
         "task": tuned.kind.task,
-        "unreadable": len(split.source) - result["n"],
+        "unreadable": len(setting.skipped),
+        "skipped": [{"path": name, "reason": reason} for name, reason in setting.skipped],
         "split": name,
         "kept_back": kept_back,
         "weights": str(tuned.folder),
     }
     print_result(result, config.json, show, lambda result: _print_table(result, measurement))
     if setting.out is not None:
-        write_scores(measurement, setting.out)
+        title = "the images with the highest loss"
+        worst = draw_predictions(tuned.kind, examples.worst(), setting.images, title)
+        write_scores(measurement, worst, setting.out)
+        write_skipped(setting.skipped, setting.out)
     return result
 
 
-def write_scores(measurement: Measurement, out: Path) -> None:
-    """Write scores as a table (.csv) or a figure (.png), atomically.
+def write_scores(measurement: Measurement, worst: Any, out: Path) -> None:
+    """Write scores as a table (.csv) or, above the figure `worst`, as a figure (.png), atomically.
 
     Raises:
         RunError: it could not be written.
@@ -96,7 +101,7 @@ def write_scores(measurement: Measurement, out: Path) -> None:
             with path.open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows(measurement.rows())
         else:
-            measurement.draw().savefig(path, format="png", dpi=150)
+            below([measurement.draw(), worst]).save(path, format="PNG")
     _log.info("scores: %s", out)
 
 

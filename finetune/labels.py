@@ -157,11 +157,7 @@ def find_split(config: Any, tuned: Tuned) -> Measured:
         prefix = f"{TRAIN}/" if file is None and (folder / TRAIN).is_dir() else ""
         split = Split(files, prefix, _labels(run, VAL, type(kind), files, kind.names))
     elif file is None:
-        inside, prefix = folder / config.split, f"{config.split}/"
-        if not inside.is_dir():
-            _log.info("%s has no folder %r: its folders are classes", folder, config.split)
-            inside, prefix = folder, ""
-        split = kind.find_split(inside, prefix, kind.names)
+        split = kind.find_split(folder, config.split, kind.names)
     else:
         table = read_table(place)
         rows = table.rows(config.split)

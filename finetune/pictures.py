@@ -1,19 +1,27 @@
 """Figures of a run: its scores, and predictions beside the truth."""
 
+import heapq
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
 from fcmae.atomic import atomic_write
+from fcmae.data.masks import stem
+from fcmae.data.sample import Batch
 from fcmae.data.statistics import Preprocessing
 from fcmae.train.run_folder import RunFolder
-from finetune.tasks.base import LabelKind
+
+if TYPE_CHECKING:  # kinds of label draw with this module
+    from finetune.tasks.base import LabelKind
 
 SHOWN = 12
 """Largest number of images in a figure."""
@@ -23,12 +31,52 @@ WIDTH = 12.0
 """Of the figure, in inches."""
 
 Shown = tuple[Tensor, Tensor, Tensor]
-"""A normalised image (C, H, W), the model's output for it and its target, on the CPU."""
+"""A normalised image (C, H, W), the model's output for it (`LabelKind.to_show`) and its target, on
+the CPU."""
 
 _log = logging.getLogger(__name__)
 
 
-def draw_predictions(kind: LabelKind, shown: Sequence[Shown], how: Preprocessing) -> Any:
+class Examples:
+    """Images of a measurement to show: given ones, and those with the highest loss.
+
+    Args:
+        kind: of the labels.
+        chosen: positions of the images to show in any case.
+
+    Attributes:
+        chosen: what to show of these.
+    """
+
+    def __init__(self, kind: "LabelKind", chosen: Iterable[int] = ()) -> None:
+        self._kind, self._chosen = kind, frozenset(chosen)
+        self.chosen: list[Shown] = []
+        self._worst: list[tuple[float, int, Shown]] = []
+
+    def add(self, batch: Batch, images_BCHW: Tensor, outputs: Tensor, losses_B: Tensor) -> None:
+        """Look at a batch: its normalised images, the model's outputs and each image's loss."""
+        assert batch.targets is not None
+        losses = losses_B.float().nan_to_num(math.inf).tolist()
+        for n, (index, loss) in enumerate(zip(batch.indices.tolist(), losses, strict=True)):
+            among_worst = len(self._worst) < SHOWN or loss > self._worst[0][0]
+            if not among_worst and index not in self._chosen:
+                continue
+            shown = images_BCHW[n].cpu(), self._kind.to_show(outputs[n]), batch.targets[n]
+            if index in self._chosen:
+                self.chosen.append(shown)
+            if among_worst:
+                heapq.heappush(self._worst, (loss, -index, shown))
+                if len(self._worst) > SHOWN:
+                    heapq.heappop(self._worst)
+
+    def worst(self) -> list[Shown]:
+        """Return the images with the highest loss, the highest first."""
+        return [shown for *_, shown in sorted(self._worst, reverse=True)]
+
+
+def draw_predictions(
+    kind: "LabelKind", shown: Sequence[Shown], how: Preprocessing, title: str | None = None
+) -> Any:
     """Draw images with their true and their predicted labels.
 
     Args:
@@ -36,6 +84,7 @@ def draw_predictions(kind: LabelKind, shown: Sequence[Shown], how: Preprocessing
         shown: what to draw. One channel is shown as grey; of more than three, the first three are
             shown.
         how: how the images were normalised, to undo it.
+        title: of the figure.
 
     Returns:
         A figure of matplotlib; None without images.
@@ -57,20 +106,38 @@ def draw_predictions(kind: LabelKind, shown: Sequence[Shown], how: Preprocessing
         lines = [f"{who}: {_short(text)}" for who, text in (("true", truth), ("model", guess))]
         axes.set_title("\n".join(lines).replace("$", r"\$"), fontsize=8, loc="left")
     height = WIDTH / ACROSS * joined.shape[0] / joined.shape[1]
-    figure.set_size_inches(WIDTH, down * (height + 0.45))
+    figure.set_size_inches(WIDTH, down * (height + 0.45) + (0.4 if title else 0))
+    if title:
+        figure.suptitle(title)
     return figure
+
+
+def pixels_of(figure: Any) -> npt.NDArray[np.uint8]:
+    """Return a figure of matplotlib as pixels (H, W, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def below(figures: Sequence[Any]) -> Image.Image:
+    """Return figures as one image, one below the other, each at the left; None is skipped."""
+    drawn = [pixels_of(figure) for figure in figures if figure is not None]
+    width = max(part.shape[1] for part in drawn)
+    wide = [
+        np.pad(part, ((0, 0), (0, width - part.shape[1]), (0, 0)), constant_values=255)
+        for part in drawn
+    ]
+    return Image.fromarray(np.concatenate(wide))
 
 
 def write_figures(figures: Mapping[str, Any], folder: RunFolder, step: int) -> None:
     """Write figures, by name, to a run's folder and its trackers; None is skipped."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     for name, figure in figures.items():
         if figure is None:
             continue
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+        pixels = pixels_of(figure)
         folder.trackers.image(name, pixels, step)
         try:
             folder.paths.figures.mkdir(exist_ok=True)
@@ -78,6 +145,14 @@ def write_figures(figures: Mapping[str, Any], folder: RunFolder, step: int) -> N
                 Image.fromarray(pixels).save(path, format="png")
         except OSError as error:
             _log.warning("could not write the figure %s: %s", name, error)
+
+
+def save_png(image: Image.Image, folder: Path, key: bytes) -> None:
+    """Write an image as a PNG under an input's relative name."""
+    path = folder / (os.fsdecode(stem(key)).lstrip("/") + ".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def _short(text: str, most: int = 34) -> str:

@@ -14,8 +14,8 @@ from fcmae.config.values import MAX_PIXELS
 from fcmae.data.decode import read_image
 from fcmae.data.file_list import FileList, refuse_to_replace
 from fcmae.data.sources import Source
-from fcmae.inspect.prologue import set_up
-from finetune.tasks.segment import save_png
+from fcmae.inspect.prologue import set_up, write_skipped
+from finetune.pictures import save_png
 from finetune.tuned import load_tuned
 from sparse.errors import InputError
 
@@ -32,7 +32,8 @@ def predict(config: PredictConfig) -> Path:
     - regress: each target.
 
     A path begins with `config.images` as given; from a list of paths it is absolute. Images that
-    can't be read are reported and skipped.
+    can't be read are skipped and listed in bad_images.jsonl: in the folder, or beside the file with
+    its name in front.
 
     Raises:
         InputError: the weights, the images or `out` is wrong.
@@ -52,7 +53,7 @@ def predict(config: PredictConfig) -> Path:
     overlays = None if config.overlay is None else check_out_folder(config.overlay)
     dataset = kind.eval_dataset(split, setting.images, MAX_PIXELS)
     with torch.no_grad(), kind.writing(out, split.source, config.top) as write:
-        for batch, images in setting.batches(split, named=len(split.source), dataset=dataset):
+        for batch, images in setting.batches(split, dataset=dataset):
             paths = [_path(split.source, i, config.images) for i in batch.indices.tolist()]
             found = kind.predictions(model, batch, images, setting.images)
             write(paths, batch, found)
@@ -61,9 +62,8 @@ def predict(config: PredictConfig) -> Path:
                     drawn = kind.overlay(picture(split.source, index), prediction)
                     save_png(drawn, overlays, split.source.key(index))
             written += len(batch)
-    skipped = len(split.source) - written
-    more = f"; {skipped} could not be read" if skipped else ""
-    _log.info("%s: %d images%s", out, written, more)
+    _log.info("%s: %d images", out, written)
+    write_skipped(setting.skipped, out)
     return out
 
 

@@ -45,7 +45,7 @@ from finetune.model import (
     init_convnext,
     set_training,
 )
-from finetune.pictures import SHOWN, Shown, draw_predictions, write_figures
+from finetune.pictures import SHOWN, Examples, draw_predictions, write_figures
 from finetune.tasks import TASKS
 from finetune.tasks.base import LabelKind, Measurement
 from finetune.tuned import STATE, TASK
@@ -138,6 +138,8 @@ class Finetuning(Task):
             data = stored_labels(kind, config, start)
         self._labels = data
         self.kind = kind(data.names)
+        if config.head not in ("auto", *kind.heads):
+            raise InputError(f"head {config.head} is not for task {kind.task}: use auto")
         self.kind.prepare(config, data.train.labels, self._device)
         train, val = (split._replace(labels=self.kind.encode(split.labels)) for split in data[:2])
         self.data = LabelledData(train, val, data.names)
@@ -163,9 +165,13 @@ class Finetuning(Task):
         self.kind.scale_head(model, head_scale(config))
         if config.freeze == "backbone":
             self.kind.freeze(model)
-        model = model.to(resolved.world.device)
+        device, processes = resolved.world.device, resolved.world.size
+        if processes > 1 and device.type == "cuda":  # torch has none for CPUs
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = model.to(device)
         speed_up(model, config.compile)
-        if resolved.part == 1 and any(isinstance(part, _BatchNorm) for part in model.modules()):
+        norms = [part for part in model.modules() if isinstance(part, _BatchNorm)]
+        if resolved.part == 1 and any(not isinstance(part, nn.SyncBatchNorm) for part in norms):
             raise InputError(
                 "the model has batch norm, but sees one image at a time: use a larger "
                 "--batch_size, at least 2 × accumulate × processes"
@@ -268,8 +274,11 @@ class Finetuning(Task):
         state = measured[name].state
         if self._keep_best(models[name], scores[name], state, epoch, step) and self.folder:
             kind = type(self.kind)(self.kind.names, state)
-            predictions = draw_predictions(kind, self._shown, self._how)
-            figures = {"scores": measured[name].draw(), "predictions": predictions}
+            figures = {
+                "scores": measured[name].draw(),
+                "predictions": draw_predictions(kind, self._examples.chosen, self._how),
+                "worst": draw_predictions(kind, self._examples.worst(), self._how),
+            }
             write_figures(figures, self.folder, step)
         self._warn_at_chance([*scores.values()], epoch)
         return {
@@ -306,8 +315,8 @@ class Finetuning(Task):
         run, split, device = self.resolved, self.data.val, self.resolved.world.device
         measured = {name: self.kind.measurement(run.world) for name in models}
         own = range(run.world.rank, len(split.source), run.world.size)
-        chosen = {own[int(n)] for n in np.linspace(0, len(own) - 1, SHOWN)} if own else set()
-        self._shown: list[Shown] = []
+        even = [own[int(n)] for n in np.linspace(0, len(own) - 1, SHOWN)] if own else []
+        self._examples = Examples(self.kind, even)
         bad: list[tuple[str, str]] = []
         dataset = self.kind.eval_dataset(split, self._how, self.config.max_pixels)
         size = dataset.batch_size(run.part)
@@ -320,12 +329,8 @@ class Finetuning(Task):
                 for name, model in models.items():
                     with run.autocast():
                         outputs = self.kind.infer(model, images, self._how)
-                    measured[name].update(outputs, targets)
-                self._shown += [
-                    (images[n].cpu(), outputs[n].float().cpu(), batch.targets[n])
-                    for n, index in enumerate(batch.indices.tolist())
-                    if index in chosen
-                ]
+                    losses = measured[name].update(outputs, targets)
+                self._examples.add(batch, images, outputs, losses)
         if len(self.record_bad(bad)) == len(split.source):
             raise RunError("none of the validation images can be read: see bad_images.jsonl")
         return measured

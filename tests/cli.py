@@ -143,4 +143,6 @@ def metrics(out: Path, key: str = "loss") -> list[tuple[int, Any]]:
 
 
 def weights(out: Path) -> bytes:
-    return (out / "exported" / "model.safetensors").read_bytes()
+    """The bytes of all exported weights."""
+    files = sorted((out / "exported").rglob("*.safetensors"))
+    return b"".join(file.read_bytes() for file in files)

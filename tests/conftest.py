@@ -51,3 +51,23 @@ def write_classes(root: Path, classes: int = 3, train: int = 8, val: int = 4) ->
 def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, 24 images for training and 12 for validation; read-only."""
     return write_classes(tmp_path_factory.mktemp("classes"))
+
+
+def disc(size: tuple[int, int], seed: int) -> tuple[Image.Image, np.ndarray]:
+    """A bright disc on a dark background, and its mask."""
+    width, height = size
+    draws = np.random.default_rng(seed).uniform(0.3, 0.7, 2)
+    y, x = np.mgrid[:height, :width]
+    inside = np.hypot(x - draws[0] * width, y - draws[1] * height) < 0.25 * min(size)
+    pixels = np.where(inside, 220, 40).astype(np.uint8)
+    return Image.fromarray(pixels).convert("RGB"), inside.astype(np.uint8)
+
+
+def write_masks(folder: Path, masks: str, count: int = 4, size: tuple[int, int] = (80, 72)) -> None:
+    """Write images of a disc, and in the folder `masks` (masks or instances) its masks."""
+    for name in ("images", masks):
+        (folder / name).mkdir(parents=True)
+    for index in range(count):
+        image, mask = disc(size, index)
+        image.save(folder / "images" / f"{index}.jpg", quality=95)
+        Image.fromarray(mask * (1 if masks == "masks" else 7)).save(folder / masks / f"{index}.png")

@@ -14,7 +14,8 @@ SLOW = {
 
 def trials():
     for row in ROWS:
-        marks = [pytest.mark.slow, pytest.mark.timeout(900)] if row.name in SLOW else []
+        slow = row.name.removeprefix("segment-") in SLOW
+        marks = [pytest.mark.slow, pytest.mark.timeout(900)] if slow else []
         for number in range(row.short):
             yield pytest.param(row, number, id=f"{row.name}-{number}", marks=marks)
 

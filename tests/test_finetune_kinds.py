@@ -166,7 +166,7 @@ def test_predictions_are_those_of_timm(run: Path, tmp_path: Path) -> None:
 
 def test_the_page_shows_scores_and_predictions(run: Path, tmp_path: Path) -> None:
     html = report(ReportConfig(str(run), out=str(tmp_path / "page.html"))).read_text()
-    for name in ("predictions", "scores"):
+    for name in ("predictions", "scores", "worst"):
         assert f"<figcaption>run, {name}</figcaption>" in html
         assert (run / "figures" / f"{name}.png").is_file()
 

@@ -242,14 +242,21 @@ def test_unreadable_images_are_replaced_skipped_and_named(tmp_path: Path) -> Non
     lines = (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()
     names = sorted(json.loads(line)["path"] for line in lines)
     assert names == ["train/class 0/0.png", "val/class 1/0.png"]
-    result = evaluate(EvaluateConfig(str(tmp_path / "run"), str(data), workers=0), show=False)
+    run, scores = str(tmp_path / "run"), str(tmp_path / "scores.png")
+    result = evaluate(EvaluateConfig(run, str(data), out=scores, workers=0), show=False)
     assert (result["n"], result["unreadable"]) == (11, 1)
+    predict(PredictConfig(run, str(data / "val"), str(tmp_path / "found.csv"), workers=0))
+    for name, bad in (("scores", "val/class 1/0.png"), ("found", "class 1/0.png")):
+        (line,) = (tmp_path / f"{name}.bad_images.jsonl").read_text().splitlines()
+        assert json.loads(line)["path"] == bad
+    assert result["skipped"] == [json.loads(line) for line in lines if "val/" in line]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model": "nonsense"}, "model 'nonsense' is unknown"),
+        ({"head": "upernet"}, "head upernet is not for task classify: use auto"),
         ({"weights": "nowhere"}, "nowhere: no such file or folder"),
         ({"batch_size": 7}, "makes parts of 7 images"),
         ({"batch_size": 6, "accumulate": 4}, "not divisible by processes 1 x accumulate 4"),
@@ -590,7 +597,8 @@ def test_predict_writes_the_best_classes(
         assert row[0].startswith(f"{images}/class ")
         assert row[1::2] == [f"class {place}" for place in places.tolist()]
         assert [float(value) for value in row[2::2]] == pytest.approx(values.tolist(), abs=1e-5)
-    assert [path.name for path in out.parent.iterdir()] == ["out.csv"]
+    names = sorted(path.name for path in out.parent.iterdir())
+    assert names == ["out.bad_images.jsonl", "out.csv"]
 
 
 def test_predict_from_a_list_of_paths_with_odd_names(
@@ -677,13 +685,12 @@ def test_an_unsupported_layer_decay_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_predict_names_every_image_that_cannot_be_read(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predict_lists_every_image_that_cannot_be_read(run: Path, tmp_path: Path) -> None:
     images = write_pictures(tmp_path / "images", 2)
     for number in range(30):
         (images / f"bad {number}.png").write_bytes(b"none")
     out = tmp_path / "labels.csv"
     predict(PredictConfig(str(run), str(images), str(out), batch_size=7, workers=0))
-    said = capsys.readouterr().err
-    assert all(f"bad {number}.png" in said for number in range(30))
+    lines = (tmp_path / "labels.bad_images.jsonl").read_text().splitlines()
+    listed = {json.loads(line)["path"] for line in lines}
+    assert listed == {f"bad {number}.png" for number in range(30)}

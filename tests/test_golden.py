@@ -17,10 +17,9 @@ from fcmae.train.pretraining import pretrain
 from finetune.train import finetune
 from sparse.engines.minkowski import why_unavailable
 from tests.cli import metrics
-from tests.conftest import write_classes, write_pictures
+from tests.conftest import write_classes, write_masks, write_pictures
 from tests.test_finetune_kinds import KINDS, config, write_labels
 from tests.test_segment import trajectory as segment_trajectory
-from tests.test_segment import write_split
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
@@ -73,7 +72,7 @@ def write_golden() -> None:
             losses[kind] = kind_trajectory(kind, Path(folder))
     with tempfile.TemporaryDirectory() as folder:
         for split in ("train", "val"):
-            write_split(Path(folder) / "discs" / split, "masks")
+            write_masks(Path(folder) / "discs" / split, "masks")
         losses["segment"] = segment_trajectory(Path(folder) / "discs")
     GOLDEN.write_text(json.dumps(losses, indent=1) + "\n")
 

@@ -40,6 +40,7 @@ from finetune.tasks.segment import MaskDataset, Segment
 from finetune.tiling import blended, starts
 from finetune.train import finetune
 from sparse.errors import InputError
+from tests.conftest import disc, write_masks
 from tests.test_finetune_run import assert_same_run
 
 CPU = torch.device("cpu")
@@ -47,30 +48,11 @@ SMALL = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 HOW = Preprocessing((64, 64), (0.5,) * 3, (0.25,) * 3)
 
 
-def disc(size: tuple[int, int], seed: int) -> tuple[Image.Image, np.ndarray]:
-    """A bright disc on a dark background, and its mask."""
-    width, height = size
-    draws = np.random.default_rng(seed).uniform(0.3, 0.7, 2)
-    y, x = np.mgrid[:height, :width]
-    inside = np.hypot(x - draws[0] * width, y - draws[1] * height) < 0.25 * min(size)
-    pixels = np.where(inside, 220, 40).astype(np.uint8)
-    return Image.fromarray(pixels).convert("RGB"), inside.astype(np.uint8)
-
-
-def write_split(folder: Path, masks: str, count: int = 4, size: tuple[int, int] = (80, 72)) -> None:
-    for name in ("images", masks):
-        (folder / name).mkdir(parents=True)
-    for index in range(count):
-        image, mask = disc(size, index)
-        image.save(folder / "images" / f"{index}.jpg", quality=95)
-        Image.fromarray(mask * (1 if masks == "masks" else 7)).save(folder / masks / f"{index}.png")
-
-
 @pytest.fixture
 def discs(tmp_path: Path) -> Path:
     """Four images of a disc in train and in val, with masks and names."""
     for split in ("train", "val"):
-        write_split(tmp_path / "discs" / split, "masks")
+        write_masks(tmp_path / "discs" / split, "masks")
     (tmp_path / "discs" / "classes.txt").write_text("background\ndisc\n")
     return tmp_path / "discs"
 
@@ -85,7 +67,7 @@ def test_masks_are_found_in_three_layouts(discs: Path, tmp_path: Path) -> None:
     assert np.array_equal(data.train.labels[2], disc((80, 72), 2)[1])
 
     for split in ("train", "val"):
-        write_split(tmp_path / "cells" / split, "instances")
+        write_masks(tmp_path / "cells" / split, "instances")
     data = find_masks(str(tmp_path / "cells"), 0.0)
     assert data.names == ("background", "object")
     assert set(np.unique(data.val.labels[0])) == {0, 1}  # numbered 7 in the file
@@ -99,6 +81,18 @@ def test_masks_are_found_in_three_layouts(discs: Path, tmp_path: Path) -> None:
     data = find_masks(str(tmp_path / "ade"), 0.0)
     assert len(data.names) == 150
     assert data.train.labels[0][[0, 0, 20, 20], [0, 20, 0, 20]].tolist() == [IGNORE, 0, 149, 1]
+
+    for layout, split, prefix, count in (
+        ("discs", "val", "val/", 4),
+        ("discs/train", "val", "", 4),
+        ("cells", "train", "train/", 4),
+        ("ade", "val", "validation/", 1),
+        ("ade", "training", "training/", 1),
+    ):
+        found = Segment.find_split(tmp_path / layout, split, data.names)
+        assert (found.prefix, len(found.source), len(found.labels)) == (prefix, count, count)
+    with pytest.raises(InputError, match=r"ade/images/test .* missing: give another --split"):
+        Segment.find_split(tmp_path / "ade", "test", data.names)
 
 
 def test_one_folder_is_divided_by_a_hash(discs: Path) -> None:
@@ -394,7 +388,7 @@ def config_for(data: Path, **more: Any) -> FinetuneConfig:
 
 
 def trajectory(data: Path) -> list[float]:
-    """Losses of six steps on `write_split`'s images, with dropout and weights for classes."""
+    """Losses of six steps on `write_masks`'s images, with dropout and weights for classes."""
     given = {"epochs": 3, "batch_size": 2, "log_steps": 1, "class_weights": "balanced"}
     assert finetune(config_for(data, **given, **{"optim.base_lr": 0.05})) == 0
     lines = (data.parent / "run/metrics.jsonl").read_text().splitlines()

@@ -14,12 +14,15 @@ from torchmetrics.classification import (
     MultilabelF1Score,
 )
 
+from fcmae.data.sample import Batch
 from fcmae.train.processes import ALONE
 from finetune.config import FinetuneAugmentConfig, FinetuneConfig
+from finetune.pictures import SHOWN, Examples
 from finetune.tasks.base import LabelKind, Measurement
 from finetune.tasks.classify import Classify
 from finetune.tasks.multilabel import Multilabel, best_threshold
 from finetune.tasks.regress import Regress
+from finetune.tasks.segment import Segment
 from sparse.errors import InputError
 
 CPU = torch.device("cpu")
@@ -215,3 +218,44 @@ def test_numbers_that_cannot_be_learned_are_refused() -> None:
         prepared(Regress(("a",)), [[1.0], [0.0]], class_weights="balanced")
     with pytest.raises(InputError, match="no training image has a number in 'b'"):
         prepared(Regress(("a", "b")), [[1.0, np.nan], [0.0, np.nan]])
+
+
+def test_the_examples_shown_are_the_chosen_ones_and_the_worst() -> None:
+    """Losses that are not numbers are the worst; of equal ones, the first image."""
+    kind, count = Classify(("a", "b")), 40
+    losses = torch.rand(count, generator=torch.Generator().manual_seed(0))
+    losses[[7, 8, 30]] = torch.tensor([math.nan, losses.max() + 1, losses.max() + 1])
+    found = Examples(kind, [3, 39])
+    for part in torch.arange(count).split(7):
+        marked = part.float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        outputs = torch.stack([part, -part], 1).float()
+        found.add(Batch(marked, part, targets=part % 2), marked, outputs, losses[part])
+    assert [int(image[0, 0, 0]) for image, _, _ in found.chosen] == [3, 39]
+    order = torch.argsort(losses.nan_to_num(math.inf), descending=True, stable=True)
+    assert [int(image[0, 0, 0]) for image, _, _ in found.worst()] == order[:SHOWN].tolist()
+    for image, output, target in found.worst():
+        index = int(image[0, 0, 0])
+        assert (output.tolist(), int(target)) == ([index, -index], index % 2)
+
+
+def test_an_images_loss_is_that_of_its_labels() -> None:
+    """Returned by a measurement, by hand for each kind."""
+    outputs = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    classes = measured_losses(Classify(("a", "b")), outputs, torch.tensor([0, 0]))
+    assert classes == pytest.approx([math.log1p(math.exp(-2)), math.log1p(math.e)])
+    labels = measured_losses(Multilabel(("a", "b")), outputs, torch.tensor([[1, 0], [1, 1]]))
+    log_half, softplus = math.log(2), [math.log1p(math.exp(-x)) for x in (2, 1)]
+    expected = [(softplus[0] + log_half) / 2, (log_half + softplus[1]) / 2]
+    assert labels == pytest.approx(expected)
+    state = {"mean": [0.0] * 2, "std": [1.0] * 2, "loss": "squared"}
+    targets = torch.tensor([[1.0, math.nan], [math.nan, math.nan]])
+    assert measured_losses(Regress(("a", "b"), state), outputs, targets) == [1.0, 0.0]
+    pixels = outputs.view(2, 2, 1, 1).expand(-1, -1, 2, 2)
+    masks = torch.tensor([[[0, 0], [1, 255]], [[0, 0], [0, 0]]])
+    segment = measured_losses(Segment(("a", "b")), pixels, masks)
+    one, other = math.log1p(math.exp(-2)), math.log1p(math.exp(2))
+    assert segment == pytest.approx([(2 * one + other) / 4, math.log1p(math.e)])
+
+
+def measured_losses(kind: LabelKind, outputs: Tensor, targets: Tensor) -> list[float]:
+    return kind.measurement(ALONE).update(outputs, targets).tolist()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from fcmae.data.file_list import find_images
@@ -66,6 +67,27 @@ def label_share(data: Path, percent: int, out: Path) -> Path:
             ("rest", "train"), _halves(data / "train", percent / 100), strict=True
         ):
             _link(chosen, partial / name)
+    return out
+
+
+def mask_share(data: Path, percent: int, out: Path) -> Path:
+    """A folder of links with `percent` of the training images and of their masks in `instances`,
+    chosen by a hash of their paths; val and test are unchanged."""
+    if percent == 100:
+        return data
+    if out.is_dir():
+        return out
+    files = find_images(str(data / "train" / "images"))
+    alike = np.zeros(len(files), np.int64)
+    _, part = split_by_hash(files, alike, percent / 100)
+    with _built(out) as partial:
+        for split in ("val", "test"):
+            (partial / split).symlink_to((data / split).resolve())
+        for index in part.tolist():
+            name = Path(os.fsdecode(files.key(index)))
+            for folder, file in (("images", name), ("instances", name.with_suffix(".png"))):
+                whole = (data / "train" / folder / file).resolve()
+                _link({str(file): str(whole)}, partial / "train" / folder)
     return out
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiments.folders import label_share, shrink, with_test
-from benchmarks.experiments.study import JUDGES, Study, arguments, curve, plot, search
+from benchmarks.experiments.study import JUDGES, Study, arguments, curve, plot, tune
 
 SHARES = (10, 30, 100)
 RATES = (8e-3, 1.6e-2, 3.2e-2)
@@ -99,14 +99,7 @@ def _side(study: Study, place: str, share: int, data: Path, common: list[Any]) -
         )
         return found
 
-    short, *longer = EPOCHS[share]
-    best, found = search(study, RATES, lambda rate: tried(rate, short))
-    length, lengths = short, {short: found}
-    for more in longer:
-        lengths[more] = tried(best, more)
-        if lengths[more]["val"] <= lengths[length]["val"]:
-            break
-        length = more
+    best, length, lengths = tune(study, RATES, EPOCHS[share], tried)
     seeds = study.together({seed: partial(tried, best, length, seed) for seed in SEEDS})
     if share in BEYOND:
         lengths[BEYOND[share]] = tried(best, BEYOND[share])

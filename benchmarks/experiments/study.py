@@ -70,6 +70,25 @@ def search(
     return best, found[best]
 
 
+def tune(
+    study: Study,
+    rates: Sequence[float],
+    lengths: Sequence[int],
+    tried: Callable[[float, int], dict[str, float]],
+) -> tuple[float, int, dict[int, dict[str, float]]]:
+    """The best rate at the first length, the best length at that rate, and the results by length:
+    longer ones are tried in order until one is not better than the one before."""
+    short, *longer = lengths
+    rate, found = search(study, rates, lambda rate: tried(rate, short))
+    best, results = short, {short: found}
+    for length in longer:
+        results[length] = tried(rate, length)
+        if results[length]["val"] <= results[best]["val"]:
+            break
+        best = length
+    return rate, best, results
+
+
 class Study:
     """Results by name, written to disk as soon as they are computed."""
 
@@ -139,19 +158,27 @@ class Study:
         out.unlink()
         return found
 
-    def finetune(self, name: str, data: Path, *options: object) -> dict[str, float]:
-        """Top-1 in percent of the best weights on val, on each of `JUDGES` that exists; and the
-        median of `images_per_s`."""
+    def finetune(
+        self,
+        name: str,
+        data: Path,
+        *options: object,
+        score: Callable[[dict[str, Any]], float] = lambda found: found["top1"],
+    ) -> dict[str, float]:
+        """The score of the weights that are best on val, on each of `JUDGES` that exists; and the
+        median of `images_per_s`.
+
+        data: a folder of splits, or a CSV file with the splits val and test.
+        score: from the output of `fcmae evaluate --json`, by default top-1 in percent.
+        """
         run = self._folder(name)
         given = ["--data", data, "--out", run, *self._readers(), *self._compiled, *options]
-        splits = [split for split in JUDGES if (data / split).is_dir()]
+        splits = [split for split in JUDGES if (data / split).is_dir()] or ["val", "test"]
         evaluate = ["fcmae", "evaluate", run, "--data", data, "--json", "--split"]
         _, *said = self._run(
             ["fcmae", "finetune", *given], *([*evaluate, split] for split in splits)
         )
-        found = {
-            split: json.loads(words)["top1"] for split, words in zip(splits, said, strict=True)
-        }
+        found = {split: score(json.loads(words)) for split, words in zip(splits, said, strict=True)}
         found["images_per_s"] = speed(run)
         for part in ("checkpoints", "exported", "best"):
             shutil.rmtree(run / part)

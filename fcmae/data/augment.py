@@ -66,11 +66,21 @@ def jittered_geometry(
     return replace(random_geometry(seed, epoch, index, size, augment), box=box)
 
 
+def scale_to(short_side: int | None, size: tuple[int, int]) -> float:
+    """Return the factor that makes an image of (width, height) this short; None leaves it."""
+    return 1.0 if short_side is None else short_side / min(size)
+
+
+def covering(size: tuple[int, int], img_size: tuple[int, int], scale: float) -> float:
+    """Return a factor for an image of (width, height): `scale`, or the smallest one at which the
+    image is as large as (H, W) pixels."""
+    return max(scale, img_size[1] / size[0], img_size[0] / size[1])
+
+
 def covered(size: tuple[int, int], img_size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Return (width, height) of the part of an image that (H, W) pixels show at a scale, or at the
-    smallest one at which the image is as large as they are."""
+    """Return (width, height) of the part of an image that (H, W) pixels show; see `covering`."""
     (width, height), (h, w) = size, img_size
-    scale = max(scale, w / width, h / height)
+    scale = covering(size, img_size, scale)
     return min(width, max(1, round(w / scale))), min(height, max(1, round(h / scale)))
 
 

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from fcmae import rng
 from fcmae.config.values import MAX_PIXELS
 from fcmae.console import tracked
-from fcmae.data.augment import Geometry
+from fcmae.data.augment import Geometry, covering, scale_to
 from fcmae.data.decode import BadImage, read_image
 from fcmae.data.labelled import Split
 from fcmae.data.loader import make_loader
@@ -37,11 +37,13 @@ class EvalDataset(Dataset[Sample]):
         split: the images, with labels or without.
         images: size and interpolation of the crops, and the part of an image that they cover.
         max_pixels: images with more pixels count as unreadable.
+        raw: leave the images as they are read: `each_batch` does not normalise them.
     """
 
     split: Split
     images: Preprocessing
     max_pixels: int = MAX_PIXELS
+    raw: bool = field(default=False, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.split.source)
@@ -74,14 +76,12 @@ class WholeDataset(EvalDataset):
     one.
 
     Args:
-        split, images, max_pixels: see `EvalDataset`.
+        split, images, max_pixels, raw: see `EvalDataset`.
         short_side: resize images to this shorter side, in pixels; None leaves them. Images smaller
             than `images.img_size` are enlarged to cover it.
-        raw: leave the images as they are read: `each_batch` does not normalise them.
     """
 
     short_side: int | None = None
-    raw: bool = False
 
     def batch_size(self, most: int) -> int:
         return 1
@@ -89,9 +89,8 @@ class WholeDataset(EvalDataset):
     def read(self, index: int) -> Sample:
         split, images = self.split, self.images
         opened = read_image(split.source.open(index), len(images.mean), self.max_pixels)
-        (width, height), (h, w) = opened.size, images.img_size
-        scale = 1 if self.short_side is None else self.short_side / min(width, height)
-        scale = max(scale, h / height, w / width)
+        width, height = opened.size
+        scale = covering(opened.size, images.img_size, scale_to(self.short_side, opened.size))
         geometry = Geometry(opened.size, (0, 0, width, height))
         size = (round(height * scale), round(width * scale))
         pixels = opened.resized(geometry.box, size, interpolation=images.interpolation)
@@ -144,8 +143,8 @@ def each_batch(
     batches = batches_of(len(dataset), batch_size, world.rank, world.size)
     loaded = make_loader(dataset, batches, workers, device.type == "cuda")
     for batch in tracked(loaded, len(batches), shown):
-        raw = not len(batch) or getattr(dataset, "raw", False)
-        yield batch, batch.images if raw else prepared(batch.images, dataset.images, device)
+        as_read = dataset.raw or not len(batch)
+        yield batch, batch.images if as_read else prepared(batch.images, dataset.images, device)
 
 
 def prepared(images: Tensor, how: Preprocessing, device: torch.device) -> Tensor:

@@ -21,7 +21,15 @@ from fcmae.config.values import MAX_PIXELS
 from fcmae.data.augment import Geometry
 from fcmae.data.decode import BadImage, reading
 from fcmae.data.file_list import FileList, find_images
-from fcmae.data.labelled import TRAIN, VAL, LabelledData, Split, check_names, split_by_hash
+from fcmae.data.labelled import (
+    TRAIN,
+    VAL,
+    CropLabels,
+    LabelledData,
+    Split,
+    check_names,
+    split_by_hash,
+)
 from sparse.errors import InputError, brief
 
 Mask = npt.NDArray[np.uint8]
@@ -92,7 +100,7 @@ LAYOUTS = (
 
 
 @dataclass(frozen=True)
-class MaskLabels:
+class MaskLabels(CropLabels):
     """The masks of images, read when they are asked for.
 
     Args:
@@ -124,11 +132,6 @@ class MaskLabels:
 
     def cut(self, index: int, geometry: Geometry, img_size: tuple[int, int] | None) -> Mask:
         """Return the mask of a crop, cut and resized as its image was.
-
-        Args:
-            index: of the image.
-            geometry: of the crop.
-            img_size: (height, width) of the crop; None leaves the mask whole.
 
         Raises:
             BadImage: as above, or the mask has another size than its image.

@@ -1,8 +1,9 @@
 """What commands on weights and images share: checks, loading, batches and output."""
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -11,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fcmae.atomic import check_out_file
+from fcmae.atomic import check_out_file, out_file
 from fcmae.config.values import height_width
 from fcmae.console import show_logs
-from fcmae.data.evaluation import SHOWN, EvalDataset, each_batch, report_skipped
+from fcmae.data.evaluation import EvalDataset, each_batch, report_skipped
 from fcmae.data.file_list import find_images, refuse_to_replace
 from fcmae.data.labelled import Split
 from fcmae.data.loader import lost_workers
@@ -22,9 +23,12 @@ from fcmae.data.sample import Batch
 from fcmae.data.statistics import Preprocessing
 from fcmae.train.machine import resolve_workers
 from fcmae.train.processes import resolve_device
+from fcmae.train.run_paths import BAD_IMAGES
 from sparse.errors import RunError
 
 Model = TypeVar("Model")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Setting(Generic[Model]):
         images: how images are prepared for the model.
         device: where the model is.
         out: the file to write, if any and checked.
+        skipped: (name, reason) of images that `batches` could not read.
     """
 
     config: Any
@@ -44,6 +49,7 @@ class Setting(Generic[Model]):
     images: Preprocessing
     device: torch.device
     out: Path | None
+    skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def find_images(self) -> Split:
         """Find the images of `config.images`.
@@ -59,7 +65,6 @@ class Setting(Generic[Model]):
         self,
         split: Split,
         shown: str | None = None,
-        named: int = SHOWN,
         dataset: EvalDataset | None = None,
     ) -> Iterator[tuple[Batch, Tensor]]:
         """Yield the batches that have images, with these normalised on the device.
@@ -69,14 +74,12 @@ class Setting(Generic[Model]):
         Args:
             split: the images.
             shown: the name of a progress bar on terminals; None shows none.
-            named: largest number of unreadable images that are reported one by one.
             dataset: of these images; None takes centre crops. Batches of `WholeDataset` have one.
 
         Raises:
             RunError: no image could be read, or a process that reads them died.
         """
-        workers = resolve_workers(self.config.workers, self.device)
-        bad: list[tuple[str, str]] = []
+        workers, bad = resolve_workers(self.config.workers, self.device), self.skipped
         dataset = dataset or EvalDataset(split, self.images)
         size = dataset.batch_size(self.config.batch_size)
         with lost_workers():
@@ -84,7 +87,7 @@ class Setting(Generic[Model]):
                 bad += batch.bad
                 if len(batch):
                     yield batch, images
-        report_skipped(bad, named)
+        report_skipped(bad)
         if len(bad) == len(split.source):
             raise RunError(f"none of the {len(bad)} images can be read ({': '.join(bad[0])})")
 
@@ -109,6 +112,22 @@ def set_up(config: Any, source: str, load: Callable[..., Model], *suffixes: str)
     device = resolve_device(config.device)
     model: Any = load(source, device, *sides)
     return Setting(config, model, model.images, device, path)
+
+
+def write_skipped(bad: Sequence[tuple[str, str]], out: Path) -> None:
+    """List the (path, reason) of images that can't be read, if there are any, as JSON lines: in the
+    folder `out`, or beside the file `out`.
+
+    Raises:
+        RunError: the list could not be written.
+    """
+    if not bad:
+        return
+    file = out / BAD_IMAGES if out.is_dir() else out.with_name(f"{out.stem}.{BAD_IMAGES}")
+    with out_file(file) as path:
+        lines = [json.dumps({"path": name, "reason": reason}) for name, reason in bad]
+        path.write_text("\n".join(lines) + "\n")
+    _log.warning("%d images could not be read: see %s", len(bad), file)
 
 
 def print_result(

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+BAD_IMAGES = "bad_images.jsonl"
+"""Name of a list of images that could not be read: a JSON object with path and reason a line."""
+
 WHOLE_MODEL = "task"
 """Folder in an exported backbone that holds the whole model, where that is more than a head."""
 
@@ -33,7 +36,7 @@ class RunPaths:
         self.checkpoints = root / "checkpoints"
         self.exported = root / "exported"
         self.best = root / "best"
-        self.bad_images = root / "bad_images.jsonl"
+        self.bad_images = root / BAD_IMAGES
         self.nonfinite = root / "nonfinite.jsonl"
         self.near_duplicates = root / "near_duplicates.jsonl"
         self.figures = root / "figures"

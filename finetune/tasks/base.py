@@ -46,8 +46,13 @@ class Measurement(ABC):
     state: Mapping[str, Any]
 
     @abstractmethod
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Add a batch of this process: the model's outputs, (B, …), and the targets, (B, …)."""
+    def update(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Add a batch of this process, and return the loss of each image (B,).
+
+        Args:
+            outputs: of the model, (B, …).
+            targets: (B, …).
+        """
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
@@ -96,12 +101,14 @@ class LabelKind(ABC):
     Attributes:
         task: the value of `--task`.
         layout: where labels are, in words.
+        heads: values of `--head` besides auto.
         tile: side in pixels of the windows that predictions are computed in; None sets none. Only
             where `tiles` is true.
     """
 
     task: ClassVar[str]
     layout: ClassVar[str]
+    heads: ClassVar[tuple[str, ...]] = ()
     tiles: ClassVar[bool] = False
     tile: int | None = None
 
@@ -134,12 +141,12 @@ class LabelKind(ABC):
         )
 
     @classmethod
-    def find_split(cls, folder: Path, prefix: str, names: Sequence[str]) -> Split:
-        """Find the images of one folder to measure on.
+    def find_split(cls, folder: Path, split: str, names: Sequence[str]) -> Split:
+        """Find images to measure on.
 
         Args:
-            folder: of the split.
-            prefix: of the images' names in messages.
+            folder: with one folder for each split, or of one split.
+            split: the name of the split.
             names: those that the model knows.
 
         Raises:
@@ -285,6 +292,10 @@ class LabelKind(ABC):
         """Write a trained model as a folder; see `fcmae.weights.export.write_timm_folder`."""
         write_timm_folder(state, config, out)
 
+    def to_show(self, output: Tensor) -> Tensor:
+        """Return what `show` needs of the model's output for one image, on the CPU."""
+        return output.float().cpu()
+
     def show(
         self, image: Image.Image, output: Tensor, target: npt.NDArray[Any]
     ) -> tuple[list[Image.Image], str, str]:
@@ -292,7 +303,7 @@ class LabelKind(ABC):
 
         Args:
             image: RGB.
-            output: of the model for this image, without the batch's axis.
+            output: see `to_show`.
             target: see `encode`.
         """
         return [image], self.describe_target(target), self.describe_output(output)
@@ -365,8 +376,14 @@ class Gathered(Measurement):
         self._world = world
         self._parts: list[tuple[Tensor, Tensor]] = []
 
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
-        self._parts.append((outputs.float().cpu(), targets.float().cpu()))
+    def update(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        outputs, targets = outputs.float().cpu(), targets.float().cpu()
+        self._parts.append((outputs, targets))
+        return self.losses(outputs, targets)
+
+    @abstractmethod
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of each image (B,)."""
 
     def gather(self) -> None:
         """Collect the batches of all processes."""

@@ -1,5 +1,6 @@
 """One class per image: cross-entropy, top-1 and top-5."""
 
+import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,8 @@ MOST_COUNTED = 1000
 MASKS = {"masks", "instances"}
 """Folders beside `images` that hold masks, not classes."""
 
+_log = logging.getLogger(__name__)
+
 
 class ClassMeasurement(Measurement):
     """Top-1 and top-5 in percent, the mean cross-entropy, and confusions.
@@ -76,13 +79,15 @@ class ClassMeasurement(Measurement):
         if counted:
             self._counts = MulticlassConfusionMatrix(classes, validate_args=False).to(device)
 
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
+    def update(self, outputs: Tensor, targets: Tensor) -> Tensor:
         outputs = outputs.float()
         for metric in self._accuracy.values():
             metric.update(outputs, targets)
         if self._counts is not None:
             self._counts.update(outputs, targets)
-        self._loss.update(F.cross_entropy(outputs, targets, reduction="none"))
+        losses = F.cross_entropy(outputs, targets, reduction="none")
+        self._loss.update(losses)
+        return losses
 
     def compute(self) -> dict[str, float]:
         with warnings.catch_warnings():  # a process may have had no image
@@ -148,9 +153,13 @@ class Classify(LabelKind):
         return find_labelled(config.data, config.val_fraction, exclude=config.out)
 
     @classmethod
-    def find_split(cls, folder: Path, prefix: str, names: Sequence[str]) -> Split:
-        files, found = find_classes(folder)
-        check_known(folder, found, names, "the model")
+    def find_split(cls, folder: Path, split: str, names: Sequence[str]) -> Split:
+        inside, prefix = folder / split, f"{split}/"
+        if not inside.is_dir():
+            _log.info("%s has no folder %r: its folders are classes", folder, split)
+            inside, prefix = folder, ""
+        files, found = find_classes(inside)
+        check_known(inside, found, names, "the model")
         return Split(files, prefix, labels_of(files, names))
 
     @classmethod

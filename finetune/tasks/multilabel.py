@@ -50,6 +50,9 @@ class LabelMeasurement(Gathered):
         super().__init__(world)
         self.names, self._thresholds = names, thresholds
 
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
+
     def compute(self) -> dict[str, float]:
         self.gather()
         chances, wanted, classes = (
@@ -76,7 +79,7 @@ class LabelMeasurement(Gathered):
             for name, ap, f1, n, least in zip(self.names, *columns, thresholds, strict=True)
         }
         total = self.total()
-        loss = float(F.binary_cross_entropy_with_logits(self.outputs, self.targets))
+        loss = float(self.losses(self.outputs, self.targets).mean())
         scores = {key: total[key] for key in ("map", "f1") if total[key] is not None}
         return {**scores, "loss": loss}
 

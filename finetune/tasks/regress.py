@@ -43,6 +43,10 @@ class NumberMeasurement(Gathered):
         super().__init__(world)
         self.kind, self.state = kind, kind.state
 
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean over the image's known numbers; 0 without any."""
+        return self.kind.errors(outputs, targets).nanmean(1).nan_to_num()
+
     def compute(self) -> dict[str, float]:
         self.gather()
         losses, self._each = [], {}

@@ -1,7 +1,7 @@
 """A class for each pixel: cross-entropy and Dice, mean intersection over union."""
 
+import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from fcmae.atomic import atomic_write, check_out_folder
-from fcmae.data.augment import Geometry, jittered_geometry
+from fcmae.atomic import check_out_folder
+from fcmae.data.augment import Geometry, jittered_geometry, scale_to
 from fcmae.data.evaluation import EvalDataset, WholeDataset, prepared
 from fcmae.data.file_list import FileList
-from fcmae.data.labelled import LabelledData, Labels, Split
+from fcmae.data.labelled import TRAIN, VAL, LabelledData, Labels, Split
 from fcmae.data.masks import (
     IGNORE,
     Mask,
@@ -41,6 +41,7 @@ from fcmae.weights.export import write_timm_folder
 from finetune.augment import TrainDataset
 from finetune.config import FinetuneConfig
 from finetune.model import Start
+from finetune.pictures import save_png
 from finetune.segmenter import (
     BACKBONE,
     backbone_state,
@@ -69,8 +70,9 @@ WHOLE = 2
 COUNTED = 256
 """Largest number of masks whose pixels are counted for class weights."""
 
-
 SCORES = ("miou", "accuracy")
+
+_log = logging.getLogger(__name__)
 
 
 class MaskMeasurement(Measurement):
@@ -92,7 +94,7 @@ class MaskMeasurement(Measurement):
         self._counts = counts.to(world.device)
         self._loss = MeanMetric(nan_strategy="disable").to(world.device)
 
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
+    def update(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Add a batch: outputs are enlarged to the targets' size (bilinear)."""
         outputs, targets = resized(outputs.float(), targets.shape[1:]), targets.long()
         guesses = outputs.argmax(1)
@@ -100,9 +102,11 @@ class MaskMeasurement(Measurement):
         for guess, target in zip(guesses, targets, strict=True):
             found = torch.cat([guess[target != IGNORE], target[target != IGNORE]]).unique()
             self._present[found.cpu()] += 1
-        loss = F.cross_entropy(outputs, targets, ignore_index=IGNORE, reduction="sum")
-        self._loss.update(loss / targets.numel(), len(targets))
+        pixels = F.cross_entropy(outputs, targets, ignore_index=IGNORE, reduction="none")
+        losses = pixels.mean((1, 2))
+        self._loss.update(losses)
         self._images += len(targets)
+        return losses
 
     def compute(self) -> dict[str, float]:
         self.confusion = self._counts.compute().cpu().numpy()
@@ -160,7 +164,7 @@ class MaskDataset(TrainDataset):
 
     def geometry(self, epoch: int, index: int, size: tuple[int, int]) -> Geometry:
         augment, img_size = self.config.augment, self.images.img_size
-        scale = 1.0 if augment.short_side is None else augment.short_side / min(size)
+        scale = scale_to(augment.short_side, size)
         return jittered_geometry(
             self.config.seed, epoch, index, size, img_size, augment, scale, augment.scale_jitter
         )
@@ -171,6 +175,7 @@ class Segment(LabelKind):
 
     task = "segment"
     layout = "train/images and train/masks, or train/instances; or ADE20K's folders"
+    heads = ("upernet",)
     tiles = True
 
     config: FinetuneConfig
@@ -185,12 +190,18 @@ class Segment(LabelKind):
         return find_masks(config.data, config.val_fraction, config.out)
 
     @classmethod
-    def find_split(cls, folder: Path, prefix: str, names: Sequence[str]) -> Split:
-        for root, split in ((folder.parent, folder.name), (folder, "")):
-            layout = find_layout(root)
-            if layout is not None and layout.there(root, split):
-                return find_pairs(root, layout, split, names)
-        return super().find_split(folder, prefix, names)
+    def find_split(cls, folder: Path, split: str, names: Sequence[str]) -> Split:
+        layout = find_layout(folder)
+        if layout is None:
+            return super().find_split(folder, split, names)
+        own = dict(zip((TRAIN, VAL), layout.splits, strict=True)).get(split, split)
+        if not layout.there(folder, own):
+            if layout.inside or not layout.there(folder, ""):
+                images, masks = layout.folders(folder, own)
+                raise InputError(f"{images} and {masks} are missing: give another --split")
+            _log.info("%s has no folder %r: all of its images are measured", folder, own)
+            own = ""
+        return find_pairs(folder, layout, own, names)
 
     @classmethod
     def labels_of(cls, files: FileList, names: Sequence[str]) -> Any:
@@ -327,10 +338,14 @@ class Segment(LabelKind):
 
     # Predictions
 
+    def to_show(self, output: Tensor) -> Tensor:
+        """The most probable classes (H, W), which take less memory."""
+        return output.argmax(0).byte().cpu()
+
     def show(
         self, image: Image.Image, output: Tensor, target: npt.NDArray[Any]
     ) -> tuple[list[Image.Image], str, str]:
-        guess = output.argmax(0).numpy().astype(np.uint8)
+        guess = output.numpy()
         truth = np.array(
             Image.fromarray(target.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
         )
@@ -397,11 +412,3 @@ class Segment(LabelKind):
                 save_png(Image.fromarray(mask), out, keys[index])
 
         yield write
-
-
-def save_png(image: Image.Image, folder: Path, key: bytes) -> None:
-    """Write an image as a PNG under an input's relative name."""
-    path = folder / (os.fsdecode(stem(key)).lstrip("/") + ".png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG")

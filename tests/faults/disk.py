@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -53,11 +53,13 @@ def two_checkpoints() -> Path:
     return folder
 
 
-def damaged(number: int, random: Generator, folder: Path) -> str:
+def damaged(
+    number: int, random: Generator, folder: Path, source: Callable[[], Path] = two_checkpoints
+) -> str:
     """A flipped bit or a truncated file: detected, skipped automatically, refused when named."""
     copy = folder / "checkpoints"
-    shutil.copytree(two_checkpoints(), copy)
-    newest, older = list_checkpoints(copy)
+    shutil.copytree(source(), copy)
+    newest, older = list_checkpoints(copy)[:2]
     files = sorted(newest.iterdir())
     file = files[number % len(files)]
     content = bytearray(file.read_bytes())

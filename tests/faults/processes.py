@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from tests.cli import (
     wait_for_steps,
     weights,
 )
-from tests.conftest import write_classes, write_pictures
+from tests.conftest import write_classes, write_masks, write_pictures
 from tests.faults.campaign import Generator, Row, Unavailable
 
 EPOCHS = 16
@@ -69,6 +70,29 @@ def pretrain(out: Path, *options: object) -> list[str]:
     return list(map(str, arguments))
 
 
+@cache
+def discs() -> Path:
+    """Twelve images of a disc to segment, and four to validate on."""
+    for split, count in (("train", 12), ("val", 4)):
+        write_masks(home() / "discs" / split, "masks", count)
+    return home() / "discs"
+
+
+def segment(out: Path, *options: object) -> list[str]:
+    """Fine-tuning on masks with the steps of `pretrain`."""
+    given = {
+        "data": discs(), "out": out, "model": "test_convnext", "weights": "none", "img_size": 64,
+        "batch_size": 4, "decoder_channels": 16, "epochs": EPOCHS, "val_epochs": EPOCHS,
+        "workers": 0, "log_steps": 1, "checkpoint_steps": 2,
+    }  # fmt: skip
+    words = [word for key, value in given.items() for word in (f"--{key}", value)]
+    return ["finetune", *map(str, [*words, *options])]
+
+
+Command = Callable[..., list[str]]
+"""A run to disturb: from its folder and further options to the arguments of `fcmae`."""
+
+
 def launch(command: list[str], processes: int = 1, restarts: int = 0) -> subprocess.Popen[str]:
     """Start `fcmae …`, under torchrun if there are several processes."""
     if processes == 1:
@@ -89,12 +113,16 @@ def finish(command: list[str], processes: int = 1) -> str:
     return err
 
 
+def undisturbed(processes: int = 1, *options: str, train: Command = pretrain) -> tuple[Path, float]:
+    """A run never stopped, and its duration in seconds; the same for all trials."""
+    return _undisturbed(processes, options, train)
+
+
 @cache
-def undisturbed(processes: int = 1, engine: str = "patch") -> tuple[Path, float]:
-    """A run never stopped, and its duration in seconds."""
-    out = home() / f"undisturbed-{processes}-{engine}"
+def _undisturbed(processes: int, options: tuple[str, ...], train: Command) -> tuple[Path, float]:
+    out = home() / "-".join(["undisturbed", train.__name__, str(processes), *options])
     began = time.monotonic()
-    finish(pretrain(out, "--engine", engine), processes)
+    finish(train(out, *options), processes)
     return out, time.monotonic() - began
 
 
@@ -118,16 +146,17 @@ def inside_save(out: Path, process: subprocess.Popen[str], random: Generator) ->
     return found
 
 
-def killed(number: int, random: Generator, folder: Path) -> str:
+def killed(number: int, random: Generator, folder: Path, train: Command = pretrain) -> str:
     """SIGKILL twice, perhaps in the same epoch; then resume with another number of workers."""
     processes = 2 if number % 10 == 9 else 1
-    engine = "minkowski" if number % 10 == 4 and has_minkowski() else "patch"
-    reference, seconds = undisturbed(processes, engine)
+    minkowski = train is pretrain and number % 10 == 4 and has_minkowski()
+    engine = ["--engine", "minkowski"] if minkowski else []
+    reference, seconds = undisturbed(processes, *engine, train=train)
     out = folder / "run"
     did = []
     for _ in range(2):
         workers = int(random.choice([0, 2, 4]))
-        process = launch(pretrain(out, "--engine", engine, "--workers", workers), processes)
+        process = launch(train(out, *engine, "--workers", workers), processes)
         if number % 2:
             inside_save(out, process, random)
         elif random.random() < 0.2:  # most likely while it starts
@@ -143,23 +172,26 @@ def killed(number: int, random: Generator, folder: Path) -> str:
         checkpoints = list_checkpoints(out / "checkpoints")
         assert all(damage(path) is None for path in checkpoints), "a damaged checkpoint in place"
         assert len(checkpoints) >= min(2, max(done - 1, 0) // 2), f"{checkpoints} after {done}"
-    finish(pretrain(out, "--engine", engine, "--workers", int(random.choice([0, 2, 4]))), processes)
+    finish(train(out, *engine, "--workers", int(random.choice([0, 2, 4]))), processes)
     assert_same(out, reference)
-    return f"{'in a save' if number % 2 else 'anywhere'}, {processes} × {engine}: {'; '.join(did)}"
+    where = "in a save" if number % 2 else "anywhere"
+    return f"{where}, {processes} processes, {' '.join(engine)}: {'; '.join(did)}"
 
 
 def has_minkowski() -> bool:
     return "minkowski" in available_engines()
 
 
-def signalled(number: int, random: Generator, folder: Path) -> str:
+def signalled(number: int, random: Generator, folder: Path, train: Command = pretrain) -> str:
     """SIGTERM or SIGUSR1: saved, exit 143, no step lost, and the same weights on resume."""
     moment = ("before the first step", "warm-up", "anywhere", "in a save", "evaluation")[number % 5]
     sent = (signal.SIGTERM, signal.SIGUSR1)[number // 5 % 2]
     processes = 2 if number % 10 == 7 else 1
     out = folder / "run"
-    command = pretrain(out)
-    if moment == "evaluation":
+    command = train(out)
+    if moment == "evaluation" and train is segment:
+        command = segment(out, "--val_epochs", 1, "--epochs", 4)
+    elif moment == "evaluation":
         finetune = ["finetune", "--data", classes(), "--out", out, "--epochs", 4, "--img_size", 32,
                    "--batch_size", 8, "--workers", 0, "--log_steps", 1, "--weights", "none",
                    "--model", "atto"]  # fmt: skip
@@ -188,7 +220,7 @@ def signalled(number: int, random: Generator, folder: Path) -> str:
     assert int(good.name[5:]) >= len(metrics(out)), "a completed step is lost"
     if moment != "evaluation":
         finish(command, processes)
-        assert_same(out, undisturbed(processes)[0])
+        assert_same(out, undisturbed(processes, train=train)[0])
     else:
         finish(command)
     return f"{sent.name} {moment}, {processes} processes, saved at {good.name}"
@@ -199,14 +231,20 @@ def is_rank(pid: int) -> bool:
     return b"fcmae" in command and b"torch.distributed.run" not in command
 
 
-def not_finite(number: int, random: Generator, folder: Path) -> str:
+def not_finite(number: int, random: Generator, folder: Path, train: Command = pretrain) -> str:
     """One image makes one rank's loss overflow: no update on any, stop; then skip to the end."""
     processes = 1 + number % 2
     data, out = folder / "data", folder / "run"
-    shutil.copytree(pictures(), data)
-    name = f"{int(random.integers(10000)):05d}.tif"
-    Image.fromarray(np.full((80, 80), 3e38, np.float32)).save(data / name)
-    command = pretrain(out, "--data", data, "--augment.std", "[0.1,0.1,0.1]", "--epochs", "4")
+    name, images = f"{int(random.integers(1000, 10000)):05d}.tif", data
+    if train is segment:
+        shutil.copytree(discs(), data)
+        images = data / "train" / "images"
+        mask = Image.fromarray(np.zeros((80, 80), np.uint8))
+        mask.save(data / "train" / "masks" / f"{Path(name).stem}.png")
+    else:
+        shutil.copytree(pictures(), data)
+    Image.fromarray(np.full((80, 80), 3e38, np.float32)).save(images / name)
+    command = train(out, "--data", data, "--augment.std", "[0.1,0.1,0.1]", "--epochs", "4")
     began = time.monotonic()
     process = launch(command, processes)
     _, err = process.communicate(timeout=60)
@@ -218,15 +256,15 @@ def not_finite(number: int, random: Generator, folder: Path) -> str:
         assert all(t.isfinite().all() for t in load_file(good / "model.safetensors").values())
     seconds = time.monotonic() - began
     finish([*command, "--nonfinite", "skip"], processes)
-    state = load_file(out / "exported" / "model.safetensors")
-    assert all(tensor.isfinite().all() for tensor in state.values())
+    for file in (out / "exported").rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values()), file
     return f"{processes} processes, stopped in {seconds:.0f} s, then skipped"
 
 
-def worker_lost(number: int, random: Generator, folder: Path) -> str:
+def worker_lost(number: int, random: Generator, folder: Path, train: Command = pretrain) -> str:
     """A data worker is killed, or /dev/shm is too small: one line within 30 s; the run resumes."""
     out = folder / "run"
-    command = pretrain(out, "--workers", 2, "--epochs", 500)
+    command = train(out, "--workers", 2, "--epochs", 500)
     if number % 2:
         if os.geteuid() != 0:
             raise Unavailable("mounting a small /dev/shm requires root")

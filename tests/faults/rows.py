@@ -5,6 +5,7 @@ from tests.faults.disk import ROWS as DISK
 from tests.faults.machines import ROWS as MACHINES
 from tests.faults.malice import ROWS as MALICE
 from tests.faults.processes import ROWS as PROCESSES
+from tests.faults.segment import ROWS as SEGMENT
 from tests.faults.soak import ROWS as SOAK
 
-ROWS = (*PROCESSES, *MACHINES, *DISK, *DATA, *MALICE, *SOAK)
+ROWS = (*PROCESSES, *MACHINES, *DISK, *DATA, *MALICE, *SEGMENT, *SOAK)
