@@ -147,6 +147,16 @@ def test_a_mask_in_colours_is_refused_with_its_likely_map(
         find_masks(str(discs), 0.0)
 
 
+def test_a_split_without_any_object_is_refused(discs: Path) -> None:
+    """One object in the last mask is enough."""
+    for number, file in enumerate(sorted((discs / "val/masks").iterdir())):
+        Image.new("L", (80, 72), 255 if number == 1 else 0).save(file)
+    with pytest.raises(InputError, match="val/masks show only 'background': add masks of other"):
+        find_masks(str(discs), 0.0)
+    Image.fromarray(disc((80, 72), 3)[1]).save(discs / "val/masks/3.png")
+    assert len(find_masks(str(discs), 0.0).val.source) == 4
+
+
 def test_pascal_vocs_colours_are_those_of_its_development_kit() -> None:
     known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 8: (64, 0, 0), 20: (0, 64, 128)}
     for index, colour in known.items():

@@ -183,7 +183,8 @@ def find_masks(data: str, val_fraction: float, exclude: str | None = None) -> La
         exclude: a folder that is not searched, such as the run's own.
 
     Raises:
-        InputError: a split is missing, images and masks do not match, or no mask can be used.
+        InputError: a split is missing, images and masks do not match, no mask can be used, or all
+            masks of a split have the same class.
     """
     root = Path(data).expanduser()
     layout = find_layout(root)
@@ -199,12 +200,15 @@ def find_masks(data: str, val_fraction: float, exclude: str | None = None) -> La
             shown = f"leave val_fraction at 0, not {val_fraction}"
             raise InputError(f"{data!r} has its own {val}: {shown}")
         parts = split_by_hash(learnt.source, np.zeros(len(learnt.source), np.int64), val_fraction)
-        first, second = (select(learnt, part) for part in parts)
-        return LabelledData(first, second, names)
-    if not train or not layout.there(root, val):
+        found = LabelledData(*(select(learnt, part) for part in parts), names)
+    elif not train or not layout.there(root, val):
         images, masks = layout.folders(root, val)
         raise InputError(f"{images} and {masks} are missing: add them, or give --val_fraction 0.2")
-    return LabelledData(learnt, find_pairs(root, layout, val, names, exclude), names)
+    else:
+        found = LabelledData(learnt, find_pairs(root, layout, val, names, exclude), names)
+    for split in (found.train, found.val):
+        check_masks(split.labels, names)
+    return found
 
 
 def select(split: Split, part: npt.NDArray[np.int64]) -> Split:
@@ -261,8 +265,7 @@ def find_pairs(
     """Find the images of a split with their masks.
 
     Raises:
-        InputError: an image without a mask or the reverse, two images for one mask, or none of the
-            first masks can be used.
+        InputError: an image without a mask or the reverse, or two images for one mask.
     """
     images, folder = layout.folders(root, split)
     files = find_images(str(images), exclude)
@@ -279,20 +282,29 @@ def find_pairs(
             shown = brief(repr(os.fsdecode(key)) for key in sorted(lone))
             raise InputError(f"{len(lone)} {what} have no {other}: {shown}; add or remove them")
     labels = MaskLabels(files, folder, layout, len(names))
-    _check_first(labels)
     return Split(files, f"{split}/" if split else "", labels)
 
 
-def _check_first(labels: MaskLabels) -> None:
-    """Raise InputError if none of the first masks can be used; training reports single ones."""
+def check_masks(labels: MaskLabels, names: Sequence[str]) -> None:
+    """Look at masks until one has been used and two classes were seen; training reports single
+    masks that can't be used.
+
+    Raises:
+        InputError: none of the first masks can be used, or all have the same class.
+    """
+    seen: set[int] = set()
     reasons = []
-    for index in range(min(len(labels), LOOKED_AT)):
+    for index in range(len(labels)):
         try:
-            labels[index]
-            return
+            seen |= {*np.unique(labels[index]).tolist()} - {IGNORE}
         except BadImage as error:
             reasons.append(f"{os.fsdecode(labels.path(index))}: {error}")
-    raise InputError(f"none of the first {len(reasons)} masks can be used; {reasons[0]}")
+        if len(seen) > 1:
+            return
+        if index + 1 == len(reasons) == min(len(labels), LOOKED_AT):
+            raise InputError(f"none of the first {len(reasons)} masks can be used; {reasons[0]}")
+    only = ", ".join(repr(names[number]) for number in seen) or "pixels to ignore"
+    raise InputError(f"the masks in {labels.folder} show only {only}: add masks of other classes")
 
 
 def _numbers(path: bytes) -> npt.NDArray[Any]:
