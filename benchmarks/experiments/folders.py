@@ -23,7 +23,7 @@ def shrink(data: Path, out: Path, side: int) -> Path:
     if out.is_dir():
         return out
     files = find_images(str(data))
-    with _built(out) as partial:
+    with built(out) as partial:
         for index in range(len(files)):
             path = Path(os.fsdecode(files.path(index)))
             target = partial / os.fsdecode(files.key(index))
@@ -46,7 +46,7 @@ def with_test(data: Path, out: Path) -> Path:
         return data
     if out.is_dir():
         return out
-    with _built(out) as partial:
+    with built(out) as partial:
         (partial / "train").symlink_to((data / "train").resolve())
         for split, chosen in zip(("val", "test"), _halves(data / "val", 0.5), strict=True):
             _link(chosen, partial / split)
@@ -60,7 +60,7 @@ def label_share(data: Path, percent: int, out: Path) -> Path:
         return data
     if out.is_dir():
         return out
-    with _built(out) as partial:
+    with built(out) as partial:
         for split in ("val", "test"):
             (partial / split).symlink_to((data / split).resolve())
         for name, chosen in zip(
@@ -80,7 +80,7 @@ def mask_share(data: Path, percent: int, out: Path) -> Path:
     files = find_images(str(data / "train" / "images"))
     alike = np.zeros(len(files), np.int64)
     _, part = split_by_hash(files, alike, percent / 100)
-    with _built(out) as partial:
+    with built(out) as partial:
         for split in ("val", "test"):
             (partial / split).symlink_to((data / split).resolve())
         for index in part.tolist():
@@ -96,7 +96,7 @@ def tenth(data: Path, out: Path) -> Path:
     thousands of images for evaluation, a point or two is distinguishable from chance."""
     if out.is_dir():
         return out
-    with _built(out) as partial:
+    with built(out) as partial:
         for split, chosen in zip(("val", "train"), _halves(data, 0.1), strict=True):
             _link(chosen, partial / split)
     return out
@@ -122,7 +122,7 @@ def _link(chosen: dict[str, str], out: Path) -> None:
 
 
 @contextmanager
-def _built(out: Path) -> Iterator[Path]:
+def built(out: Path) -> Iterator[Path]:
     """A folder to fill, renamed to `out` when it is complete."""
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
