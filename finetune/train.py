@@ -133,8 +133,7 @@ class Finetuning(Task):
             kind = resolve_task(config.task, labels)
             data = find_labels(kind, config, labels)
         else:
-            task = start.state["settings"]["task"]  # older runs did not resolve auto
-            kind = TASKS["classify" if task == "auto" else task]
+            kind = TASKS[start.state["settings"]["task"]]
             data = stored_labels(kind, config, start)
         self._labels = data
         self.kind = kind(data.names)

@@ -79,7 +79,7 @@ def main() -> int:
     if not (run / "exported" / "config.json").is_file():
         study.pretrain(
             run.name, data / "train" / "images", *size, "--epochs", options.epochs,
-            "--engine", "patch", "--picture_epochs", 0, "--workers", 0, *crops,
+            "--engine", "patch", "--picture_epochs", 0, *crops,
         )  # fmt: skip
     cells = {}
     for share in options.shares:

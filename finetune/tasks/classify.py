@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from fcmae.data.file_list import FileList
 from fcmae.data.labelled import (
     TRAIN,
     LabelledData,
@@ -161,10 +160,6 @@ class Classify(LabelKind):
         files, found = find_classes(inside)
         check_known(inside, found, names, "the model")
         return Split(files, prefix, labels_of(files, names))
-
-    @classmethod
-    def labels_of(cls, files: FileList, names: Sequence[str]) -> Labels:
-        return labels_of(files, names)
 
     def prepare(self, config: FinetuneConfig, train: Labels, device: torch.device) -> None:
         augment, self._smoothing = config.augment, config.augment.label_smoothing

@@ -217,9 +217,6 @@ class Segment(LabelKind):
                     return MaskLabels(files, masks, layout, len(names))
         raise InputError(f"the masks of {images} are gone: put them back")
 
-    def encode(self, labels: Any) -> Any:
-        return labels
-
     def prepare(self, config: FinetuneConfig, train: Any, device: torch.device) -> None:
         super().prepare(config, train, device)
         self.config, self.state = config, {"short_side": config.augment.short_side}

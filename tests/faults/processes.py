@@ -175,7 +175,7 @@ def killed(number: int, random: Generator, folder: Path, train: Command = pretra
     finish(train(out, *engine, "--workers", int(random.choice([0, 2, 4]))), processes)
     assert_same(out, reference)
     where = "in a save" if number % 2 else "anywhere"
-    return f"{where}, {processes} processes, {' '.join(engine)}: {'; '.join(did)}"
+    return f"{where}, {processes} × {engine[-1] if minkowski else 'patch'}: {'; '.join(did)}"
 
 
 def has_minkowski() -> bool:
