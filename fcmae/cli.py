@@ -25,8 +25,8 @@ COMMANDS = {
     "pretrain": "learn from unlabelled images by reconstructing hidden patches",
     "convert": "convert a pretrained sparse model to a dense one that timm loads",
     "finetune": "train on labelled images, from pretrained weights or from scratch",
-    "evaluate": "measure top-1, top-5 and per-class accuracy on labelled images",
-    "predict": "write the most likely classes of each image to a CSV file",
+    "evaluate": "measure a fine-tuned model on labelled images, overall and per class",
+    "predict": "predict the classes, numbers or masks of new images",
     "reconstruct": "draw original, masked and reconstructed images side by side",
     "probe": "evaluate frozen features by nearest neighbours and a linear classifier",
     "embed": "write the features of images to a file",
@@ -98,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 _LESS = {
     "pretrain": "use --accumulate 2 (or 4, 8 …) or --recompute true, with the same results",
     "finetune": "use --accumulate 2 (or 4, 8 …)",
+    "predict": "use a smaller --batch_size, or for masks --tile 512 or less",
 }
 """What to do when memory runs out, by command."""
 

@@ -61,7 +61,7 @@ class FinetuneAugmentConfig(AugmentBase):
     cutmix: float = setting(0.0, at_least=0, below=inf)
     """Alpha of cutmix, which pastes a part of another image; 0 disables it, 1 is strong."""
 
-    scale_jitter: list[float] = setting([0.5, 2.0], above=0, below=inf)
+    scale_jitter: list[float] = setting([0.5, 2.0], above=0, below=inf, length=2, ascending=True)
     """Range of the random factor by which images with masks are resized before they are cropped;
     crop_scale and crop_ratio do not apply to them."""
 
@@ -70,7 +70,8 @@ class FinetuneAugmentConfig(AugmentBase):
     scale_jitter. null leaves their size. The papers use 512 for ADE20K."""
 
     random_erasing: float = setting(0.0, at_least=0, at_most=1)
-    """Fraction of the samples in which a random box is erased, 0 to 1. The paper uses 0.25."""
+    """Fraction of the samples in which a random box is erased, 0 to 1. The paper uses 0.25. A mask
+    keeps its classes there."""
 
     label_smoothing: float = setting(0.1, at_least=0, below=1)
     """Fraction of each label to spread evenly over all classes, 0 to 1. Only with one class per
@@ -113,8 +114,8 @@ class FinetuneConfig(LabelsConfig, TrainingConfig):
     """Side of the square crops in pixels, or '[HEIGHT,WIDTH]'."""
 
     val_fraction: float = setting(0.0, at_least=0, below=1, example="0.2", group=DATA)
-    """Fraction of a single folder of classes, or of a CSV file without splits, held out for
-    validation, chosen by a hash of the path. 0 expects train and val."""
+    """Fraction of a single folder of classes or of images and masks, or of a CSV file without
+    splits, held out for validation, chosen by a hash of the path. 0 expects train and val."""
 
     class_weights: Literal["none", "balanced"] = setting("none", group=OPTIMISATION)
     """balanced weights the loss of classes by the inverse of their frequency; with several labels
@@ -161,7 +162,7 @@ class FinetuneConfig(LabelsConfig, TrainingConfig):
     head_init_scale: float | None = setting(None, at_least=0, below=inf, example="1", group=MODEL)
     """Factor on the initial weights of the head. null uses the paper's 0.001 with pretrained
     weights, which protects them from the head's first errors, and 1 from scratch, where 0.001 costs
-    a hundred steps."""
+    a hundred steps. Not used for masks."""
 
     val_epochs: Literal["auto"] | int = setting("auto", at_least=1, group=OPTIMISATION)
     """Epochs between two evaluations on the validation images, which select the best weights. auto

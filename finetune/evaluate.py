@@ -65,12 +65,15 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
     refuse_to_replace(setting.out, split.source)
     measurement = tuned.kind.measurement(World(device=setting.device), final=True)
     dataset = tuned.kind.eval_dataset(split, setting.images, MAX_PIXELS)
-    examples = Examples(tuned.kind)
+    examples = None
+    if setting.out is not None and setting.out.suffix.lower() == ".png":
+        examples = Examples(tuned.kind, setting.images)
     for batch, images in setting.batches(split, dataset=dataset):
         assert batch.targets is not None
         outputs = tuned.kind.infer(tuned.model, images, setting.images)
         losses = measurement.update(outputs, batch.targets.to(setting.device))
-        examples.add(batch, images, outputs, losses)
+        if examples is not None:
+            examples.add(batch, images, outputs, losses)
     measurement.compute()
     result = measurement.result()
     result |= {
@@ -83,8 +86,7 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
     }
     print_result(result, config.json, show, lambda result: _print_table(result, measurement))
     if setting.out is not None:
-        title = "the images with the highest loss"
-        worst = draw_predictions(tuned.kind, examples.worst(), setting.images, title)
+        worst = examples and draw_predictions(tuned.kind, examples.worst(), "highest loss")
         write_scores(measurement, worst, setting.out)
         write_skipped(setting.skipped, setting.out)
     return result

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ import numpy as np
 
 from fcmae.atomic import atomic_write
 from fcmae.config.files import read_yaml
-from fcmae.data.file_list import FileList
+from fcmae.data.file_list import FileList, find_images
 from fcmae.data.labelled import TRAIN, VAL, LabelledData, Labels, Split
+from fcmae.data.masks import IMAGES
 from fcmae.data.table import Table, find_in_table, read_table
 from fcmae.train.checkpoint import STATE, SavedCheckpoint, list_checkpoints
 from fcmae.train.resume import stored_files
@@ -82,11 +84,13 @@ def find_labels(
 
 
 def save_labels(data: LabelledData, paths: RunPaths) -> None:
-    """Store the labels of a run beside its lists of images, as far as they are numbers."""
+    """Store the labels of a run beside its lists of images; masks stay where they are."""
     for part, split in ((TRAIN, data.train), (VAL, data.val)):
-        if isinstance(split.labels, np.ndarray):
-            with atomic_write(paths.labels(part)) as path, path.open("wb") as file:
-                np.save(file, split.labels)
+        if not isinstance(split.labels, np.ndarray):
+            paths.labels(part).unlink(missing_ok=True)  # of an earlier run that saved nothing else
+            continue
+        with atomic_write(paths.labels(part)) as path, path.open("wb") as file:
+            np.save(file, split.labels)
 
 
 def stored_labels(
@@ -97,26 +101,34 @@ def stored_labels(
     Raises:
         InputError: the lists are missing, damaged or of another run, or a folder of images is gone.
     """
-    found, folder = None, Path(config.data).expanduser()
-    if labels_file(config) is None:
-        try:
-            found = kind.find_folder(config)  # to report added files
-        except InputError as error:
-            if not folder.is_dir():
-                raise
-            _log.warning("resuming with the images that the run began with: %s", error)
     names = tuple(start.state["settings"]["label_names"])
+    train, val = (stored_files(None, start, part) for part in (TRAIN, VAL))
+    if labels_file(config) is None:
+        folder = Path(config.data).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"data {config.data!r} is not a folder any more: put a link there")
+        report_added([train, val], exclude=config.out)
     paths = RunPaths(start.path.parent.parent)
+    first, second = (
+        Split(files, prefix_of(files, config), _labels(paths, part, kind, files, names))
+        for part, files in ((TRAIN, train), (VAL, val))
+    )
+    return LabelledData(first, second, names)
 
-    def stored(part: str, there: Split | None) -> Split:
-        files = stored_files(None if there is None else there.source, start, part)
-        (root,) = files.roots
-        whole = labels_file(config) is not None or root == os.path.abspath(folder)
-        prefix = "" if whole else f"{Path(root).name}/"
-        return Split(files, prefix, _labels(paths, part, kind, files, names))
 
-    train, val = (stored(part, getattr(found, part, None)) for part in (TRAIN, VAL))
-    return LabelledData(train, val, names)
+def report_added(stored: Sequence[FileList], exclude: str) -> None:
+    """Log the number of images that were added to the folders of a run since it began."""
+    roots = sorted({root for files in stored for root in files.roots})
+    there = sum(len(find_images(root, exclude)) for root in roots if os.path.isdir(root))
+    added = there - sum(map(len, stored))
+    if added > 0:
+        _log.info("%d files added since the run began are ignored", added)
+
+
+def prefix_of(files: FileList, config: Any) -> str:
+    """Return what precedes the names of images in messages: their folder in `config.data`."""
+    inside = os.path.relpath(files.roots[0], os.path.expanduser(config.data))
+    return "" if labels_file(config) or inside == "." else f"{inside}/"
 
 
 class Measured(NamedTuple):
@@ -154,8 +166,8 @@ def find_split(config: Any, tuned: Tuned) -> Measured:
     if kept_back:
         files = FileList.load(run.images(VAL))
         _log.info("measuring on the %d images that the run kept back", len(files))
-        prefix = f"{TRAIN}/" if file is None and (folder / TRAIN).is_dir() else ""
-        split = Split(files, prefix, _labels(run, VAL, type(kind), files, kind.names))
+        labels = _labels(run, VAL, type(kind), files, kind.names)
+        split = Split(files, "" if file else prefix_of(files, config), labels)
     elif file is None:
         split = kind.find_split(folder, config.split, kind.names)
     else:
@@ -169,7 +181,8 @@ def find_split(config: Any, tuned: Tuned) -> Measured:
         labels, _ = kind.read(table, rows, kind.names)
         split = Split(table.source.select(rows), "", labels)
     targets = kind.encode(split.labels)
-    return Measured(split._replace(labels=targets), split.prefix.rstrip("/") or name, kept_back)
+    folders = [part for part in split.prefix.split("/") if part not in ("", IMAGES)]
+    return Measured(split._replace(labels=targets), "/".join(folders) or name, kept_back)
 
 
 def _asked(run: RunPaths) -> SimpleNamespace:

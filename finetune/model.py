@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.convnext import ConvNeXt
+from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 from fcmae.data.statistics import Preprocessing
@@ -181,13 +181,16 @@ def classifier_names(model: Any) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def init_convnext(model: nn.Module) -> None:
+def init_convnext(model: Any) -> None:
     """Give all layers of a ConvNeXt but the classifier weights of standard deviation 1/√fan_in.
 
-    Other models keep their initial weights.
+    Other models keep their initial weights, and so do decoders, which a model with a `backbone`
+    has.
     """
-    if isinstance(model, ConvNeXt):
-        init_fan_in(model, spare=[model.get_submodule(name) for name in classifier_names(model)])
+    backbone: nn.Module = getattr(model, "backbone", model)
+    if any(isinstance(part, ConvNeXtBlock) for part in backbone.modules()):
+        heads = () if model is not backbone else classifier_names(model)
+        init_fan_in(backbone, spare=[backbone.get_submodule(name) for name in heads])
 
 
 def scale_classifier(model: nn.Module, scale: float) -> None:

@@ -14,11 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fcmae.atomic import atomic_write
-from fcmae.data.masks import stem
+from fcmae.atomic import atomic_write, out_file
+from fcmae.data.file_list import FileList
+from fcmae.data.masks import IMAGES, LAYOUTS, stem
 from fcmae.data.sample import Batch
+from fcmae.data.sources import Source
 from fcmae.data.statistics import Preprocessing
 from fcmae.train.run_folder import RunFolder
+from sparse.errors import InputError
 
 if TYPE_CHECKING:  # kinds of label draw with this module
     from finetune.tasks.base import LabelKind
@@ -30,9 +33,11 @@ ACROSS = 4
 WIDTH = 12.0
 """Of the figure, in inches."""
 
-Shown = tuple[Tensor, Tensor, Tensor]
-"""A normalised image (C, H, W), the model's output for it (`LabelKind.to_show`) and its target, on
-the CPU."""
+THUMBNAIL = 320
+"""Longest side of an image in a figure, in pixels."""
+
+Shown = tuple[Image.Image, Tensor, npt.NDArray[Any]]
+"""A small RGB image, the model's output for it (`LabelKind.to_show`) and its target."""
 
 _log = logging.getLogger(__name__)
 
@@ -42,14 +47,15 @@ class Examples:
 
     Args:
         kind: of the labels.
+        how: how the images are normalised, to undo it.
         chosen: positions of the images to show in any case.
 
     Attributes:
         chosen: what to show of these.
     """
 
-    def __init__(self, kind: "LabelKind", chosen: Iterable[int] = ()) -> None:
-        self._kind, self._chosen = kind, frozenset(chosen)
+    def __init__(self, kind: "LabelKind", how: Preprocessing, chosen: Iterable[int] = ()) -> None:
+        self._kind, self._how, self._chosen = kind, how, frozenset(chosen)
         self.chosen: list[Shown] = []
         self._worst: list[tuple[float, int, Shown]] = []
 
@@ -61,7 +67,8 @@ class Examples:
             among_worst = len(self._worst) < SHOWN or loss > self._worst[0][0]
             if not among_worst and index not in self._chosen:
                 continue
-            shown = images_BCHW[n].cpu(), self._kind.to_show(outputs[n]), batch.targets[n]
+            image = thumbnail(images_BCHW[n], self._how)
+            shown = image, self._kind.to_show(outputs[n]), batch.targets[n].numpy().copy()
             if index in self._chosen:
                 self.chosen.append(shown)
             if among_worst:
@@ -74,16 +81,26 @@ class Examples:
         return [shown for *_, shown in sorted(self._worst, reverse=True)]
 
 
-def draw_predictions(
-    kind: "LabelKind", shown: Sequence[Shown], how: Preprocessing, title: str | None = None
-) -> Any:
+def thumbnail(image_CHW: Tensor, how: Preprocessing) -> Image.Image:
+    """Return a normalised image as a small RGB image.
+
+    One channel is shown as grey; of more than three, the first three are shown.
+    """
+    image_CHW = image_CHW.float().cpu()
+    std, mean = (torch.tensor(values).view(-1, 1, 1) for values in (how.std, how.mean))
+    pixels = (image_CHW * std + mean).mul(255).round().clamp(0, 255).byte()
+    pixels_HWC = pixels[[0, 0, 0] if len(pixels) < 3 else [0, 1, 2]].permute(1, 2, 0).numpy()
+    small = Image.fromarray(pixels_HWC)
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return small
+
+
+def draw_predictions(kind: "LabelKind", shown: Sequence[Shown], title: str | None = None) -> Any:
     """Draw images with their true and their predicted labels.
 
     Args:
         kind: of the labels.
-        shown: what to draw. One channel is shown as grey; of more than three, the first three are
-            shown.
-        how: how the images were normalised, to undo it.
+        shown: what to draw; see `Examples`.
         title: of the figure.
 
     Returns:
@@ -93,12 +110,9 @@ def draw_predictions(
 
     if not shown:
         return None
-    std, mean = (torch.tensor(values).view(-1, 1, 1) for values in (how.std, how.mean))
     figure, down = Figure(layout="constrained"), math.ceil(len(shown) / ACROSS)
-    for place, (image_CHW, output, target) in enumerate(shown, 1):
-        pixels = (image_CHW * std + mean).mul(255).round().clamp(0, 255).byte()
-        pixels_HWC = pixels[[0, 0, 0] if len(pixels) < 3 else [0, 1, 2]].permute(1, 2, 0).numpy()
-        panels, truth, guess = kind.show(Image.fromarray(pixels_HWC), output, target.numpy())
+    for place, (image, output, target) in enumerate(shown, 1):
+        panels, truth, guess = kind.show(image, output, target)
         joined = np.concatenate([np.asarray(panel) for panel in panels], axis=1)
         axes = figure.add_subplot(down, ACROSS, place)
         axes.imshow(joined)
@@ -147,11 +161,41 @@ def write_figures(figures: Mapping[str, Any], folder: RunFolder, step: int) -> N
             _log.warning("could not write the figure %s: %s", name, error)
 
 
+def png_path(folder: Path, key: bytes) -> Path:
+    """Return where a PNG for an image is written: its relative name with another ending."""
+    return folder / f"{os.fsdecode(stem(key)).lstrip('/')}.png"
+
+
+def check_png_folder(folder: Path, source: Source) -> None:
+    """Check that a PNG for each image can be written to a folder.
+
+    Raises:
+        InputError: two would have the same name, one would lie elsewhere, or replace an image or a
+            label.
+    """
+    keys = [source.key(index) for index in range(len(source))]
+    if len({stem(key) for key in keys}) < len(keys):
+        raise InputError("several images differ only in their ending: predict them separately")
+    if outside := [key for key in keys if b".." in key.split(b"/")]:
+        shown = os.fsdecode(outside[0])
+        raise InputError(f"image {shown!r} would be written outside of {folder}: list full paths")
+    if (folder.parent / IMAGES).is_dir() and folder.name in {layout.folder for layout in LAYOUTS}:
+        raise InputError(f"{folder} is a folder of labels: give another one")
+    paths = [png_path(folder, key) for key in keys]
+    there = {os.path.realpath(path) for path in paths if path.exists()}
+    if isinstance(source, FileList) and there:
+        images = {os.path.realpath(source.path(index)) for index in range(len(source))}
+        if replaced := {os.fsencode(path) for path in there} & images:
+            raise InputError(f"{os.fsdecode(replaced.pop())!r} is an image: give another folder")
+
+
 def save_png(image: Image.Image, folder: Path, key: bytes) -> None:
-    """Write an image as a PNG under an input's relative name."""
-    path = folder / (os.fsdecode(stem(key)).lstrip("/") + ".png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
+    """Write a PNG for an image; see `check_png_folder`.
+
+    Raises:
+        RunError: it could not be written.
+    """
+    with out_file(png_path(folder, key)) as temporary:
         image.save(temporary, format="PNG")
 
 

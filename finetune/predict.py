@@ -15,7 +15,7 @@ from fcmae.data.decode import read_image
 from fcmae.data.file_list import FileList, refuse_to_replace
 from fcmae.data.sources import Source
 from fcmae.inspect.prologue import set_up, write_skipped
-from finetune.pictures import save_png
+from finetune.pictures import check_png_folder, save_png
 from finetune.tuned import load_tuned
 from sparse.errors import InputError
 
@@ -51,6 +51,10 @@ def predict(config: PredictConfig) -> Path:
         raise InputError(f"tile {config.tile} is for masks, and the task is {kind.task}: omit it")
     kind.tile = config.tile
     overlays = None if config.overlay is None else check_out_folder(config.overlay)
+    if overlays is not None:
+        check_png_folder(overlays, split.source)
+        if overlays.resolve() == out.resolve():
+            raise InputError(f"overlay and out are both {config.out!r}: give two folders")
     dataset = kind.eval_dataset(split, setting.images, MAX_PIXELS)
     with torch.no_grad(), kind.writing(out, split.source, config.top) as write:
         for batch, images in setting.batches(split, dataset=dataset):
@@ -59,7 +63,8 @@ def predict(config: PredictConfig) -> Path:
             write(paths, batch, found)
             if overlays is not None:
                 for index, prediction in zip(batch.indices.tolist(), found, strict=True):
-                    drawn = kind.overlay(picture(split.source, index), prediction)
+                    image = rgb_image(split.source, index, len(setting.images.mean))
+                    drawn = kind.overlay(image, prediction)
                     save_png(drawn, overlays, split.source.key(index))
             written += len(batch)
     _log.info("%s: %d images", out, written)
@@ -67,14 +72,15 @@ def predict(config: PredictConfig) -> Path:
     return out
 
 
-def picture(source: Source, index: int) -> Image.Image:
-    """Return an image as 8-bit RGB, of its own size."""
-    opened = read_image(source.open(index), 3, MAX_PIXELS)
+def rgb_image(source: Source, index: int, channels: int) -> Image.Image:
+    """Return an image as 8-bit RGB, of its own size: the only channel or the first three."""
+    opened = read_image(source.open(index), channels, MAX_PIXELS)
     width, height = opened.size
     pixels = opened.resized((0, 0, width, height), (height, width))
     if pixels.dtype != np.uint8:
         pixels = (255 * pixels).round().clip(0, 255).astype(np.uint8)
-    return Image.fromarray(pixels.transpose(1, 2, 0))
+    shown = [0, 1, 2] if channels >= 3 else [0, 0, 0]
+    return Image.fromarray(np.ascontiguousarray(pixels[shown].transpose(1, 2, 0)))
 
 
 def _path(source: Source, index: int, images: str) -> str:

@@ -1,25 +1,30 @@
 """UPerNet over a timm backbone: a class for each pixel."""
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import timm
 import torch
-from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fcmae.train.checkpoint import first_difference
+from fcmae.weights.read import first_line
 from finetune.model import Start
 from finetune.optim import BLOCKS_A_GROUP, convnext_layer
-from sparse.encoder import init_fan_in
 from sparse.errors import InputError
 from sparse.sizes import PATCH
 
 BACKBONE = "net.encoder.model."
 AUX_CHANNELS = 256
 DROPOUT = 0.1
+
+TRIED = (64, 96)
+"""Size of an image that a new model is tried with: unlike the one that a backbone is made for."""
+
+_log = logging.getLogger(__name__)
 
 
 class FcnHead(nn.Sequential):
@@ -56,7 +61,7 @@ class Segmenter(nn.Module):
         num_features, pretrained_cfg: those of the backbone, for its timm folder.
 
     Raises:
-        InputError: the library is not installed, or the backbone has no such features.
+        InputError: the library is not installed.
     """
 
     def __init__(
@@ -75,24 +80,21 @@ class Segmenter(nn.Module):
             raise InputError(
                 "task segment needs segmentation_models_pytorch: pip install 'fcmae[segment]'"
             ) from error
-        try:
-            with torch.device("meta"):
-                whole = timm.create_model(name, num_classes=0, in_chans=in_chans, **args)
-                features: Any = timm.create_model(name, features_only=True, **args)
-                channels = features.feature_info.channels()
-            width = width or min(2 * channels[-4], 512)
-            self.net = smp.UPerNet(
-                f"tu-{name}", encoder_weights=None, decoder_channels=width, in_channels=in_chans,
-                classes=classes, **args,
-            )  # fmt: skip
-        except (RuntimeError, ValueError, IndexError, AttributeError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"model {name!r} has no features for UPerNet ({reason}): use a ConvNeXt or ResNet"
-            ) from error
+        with torch.device("meta"):
+            whole: Any = timm.create_model(name, num_classes=0, in_chans=in_chans, **args)
+        width = width or min(2 * whole.feature_info[-4]["num_chs"], 512)
+        self.net = smp.UPerNet(
+            f"tu-{name}", encoder_weights=None, decoder_channels=width, in_channels=in_chans,
+            classes=classes, **args,
+        )  # fmt: skip
         self.aux = FcnHead(self.net.encoder.out_channels[-2], classes) if with_aux else None
         self.dropout = nn.Dropout2d(DROPOUT)
         self.num_features, self.pretrained_cfg = whole.num_features, whole.pretrained_cfg
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The timm model that gives features."""
+        return self.net.encoder.model
 
     def forward(self, images_BCHW: Tensor) -> Any:
         """Return scores (B, K, H, W); in training also those of the auxiliary head or None.
@@ -103,7 +105,7 @@ class Segmenter(nn.Module):
         padded = F.pad(images_BCHW, (0, -w % PATCH, 0, -h % PATCH))
         features = self.net.encoder(padded)
         stride_16 = features[-2]
-        decoded = self.net.decoder(features)  # replaces the entries of the list
+        decoded = self.net.decoder(features)
         scores = self.net.segmentation_head(self.dropout(decoded))[..., :h, :w]
         if not self.training:
             return scores
@@ -119,12 +121,12 @@ def load_backbone(model: Segmenter, state: Mapping[str, Tensor], origin: str) ->
     Raises:
         InputError: names or shapes differ; prints both sides of the first difference.
     """
-    own = model.net.encoder.model.state_dict()
+    own = model.backbone.state_dict()
     given = {_flat(name): tensor for name, tensor in state.items()}
     loaded = {name: given[_flat(name)] for name in own if _flat(name) in given}
     if difference := first_difference(loaded, own):
         raise InputError(f"{origin}: {difference}: give weights of the same --model and --in_chans")
-    model.net.encoder.model.load_state_dict(loaded)
+    model.backbone.load_state_dict(loaded)
 
 
 def backbone_state(
@@ -132,20 +134,23 @@ def backbone_state(
 ) -> dict[str, Tensor]:
     """Return a segmenter's backbone in the names of timm's model without a classifier.
 
-    What the segmenter does not have, a norm after the last stage, becomes the identity.
+    Layers that the segmenter does not have get initial values: in a ConvNeXt the last norm, weight
+    1 and bias 0; in others perhaps layers after the features.
     """
     with torch.device("meta"):
-        whole = timm.create_model(name, num_classes=0, in_chans=in_chans, **args).state_dict()
+        whole = timm.create_model(name, num_classes=0, in_chans=in_chans, **args)
     own = {
         _flat(key.removeprefix(BACKBONE)): tensor
         for key, tensor in state.items()
         if key.startswith(BACKBONE)
     }
-    identity = {"weight": torch.ones, "bias": torch.zeros}
-    return {
-        key: own[_flat(key)] if _flat(key) in own else identity[key.split(".")[-1]](like.shape)
-        for key, like in whole.items()
-    }
+    missing = {key.rpartition(".")[0] for key in whole.state_dict() if _flat(key) not in own}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the bytes depend on the weights alone
+        for part in map(whole.get_submodule, sorted(missing)):
+            part.to_empty(device="cpu", recurse=False)
+            part.reset_parameters()  # type: ignore[operator]
+    return {key: own.get(_flat(key), tensor) for key, tensor in whole.state_dict().items()}
 
 
 def _flat(name: str) -> str:
@@ -153,29 +158,42 @@ def _flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def init_backbone(model: Segmenter) -> None:
-    """Give a ConvNeXt backbone weights of standard deviation 1/√fan_in; others keep theirs."""
-    if any(isinstance(part, ConvNeXtBlock) for part in model.modules()):
-        init_fan_in(model.net.encoder.model)
-
-
 def start_segmenter(
     start: Start, in_chans: int, classes: int, width: int | None, with_aux: bool, drop_path: float
-) -> Segmenter:
-    """Build a segmenter with its initial weights; the backbone's are those of `start`, if any.
+) -> tuple[Segmenter, dict[str, Any]]:
+    """Build a segmenter with its initial weights, the backbone's those of `start`, if any; return
+    it with the backbone's arguments for timm.
 
     Raises:
-        InputError: see `Segmenter`, or the weights are of another model.
+        InputError: the library is not installed, the backbone has no features of strides 4 to 32
+            for images of any size, or the weights are of another model.
     """
-    args = dict(start.args) | ({"drop_path_rate": drop_path} if drop_path else {})
-    model = Segmenter(start.name, args, in_chans, classes, width, with_aux)
+    rate: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    any_size = {"strict_img_size": False}  # of timm's Swin
+    for optional in (rate, {}, rate | any_size, any_size):
+        args = start.args | optional
+        try:
+            model = Segmenter(start.name, args, in_chans, classes, width, with_aux)
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, in_chans, *TRIED))
+            break
+        except (RuntimeError, ValueError, LookupError, AttributeError, TypeError,
+                AssertionError) as error:  # fmt: skip
+            refused = error
+    else:
+        raise InputError(
+            f"model {start.name!r} has no features for UPerNet ({first_line(refused)}): use a "
+            "ConvNeXt or ResNet"
+        ) from refused
+    if drop_path and "drop_path_rate" not in optional:
+        _log.warning("%s has no stochastic depth: drop_path is not used", start.name)
     if start.state is not None and start.whole:
         if difference := first_difference(start.state, model.state_dict()):
             raise InputError(f"{start.origin}: {difference}: the folder is damaged, restore it")
         model.load_state_dict(start.state)
     elif start.state is not None:
         load_backbone(model, start.state, start.origin)
-    return model
+    return model, args
 
 
 def segmenter_depths(model: Any, layer_group: str) -> dict[str, int]:
@@ -184,7 +202,7 @@ def segmenter_depths(model: Any, layer_group: str) -> dict[str, int]:
     Raises:
         InputError: the backbone is not a ConvNeXt.
     """
-    backbone = model.net.encoder.model
+    backbone = model.backbone
     stages: list[Any] = [getattr(backbone, f"stages_{stage}", None) for stage in range(4)]
     blocks = [len(getattr(stage, "blocks", ())) for stage in stages]
     if not all(blocks):

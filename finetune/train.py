@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -166,7 +167,7 @@ class Finetuning(Task):
             self.kind.freeze(model)
         device, processes = resolved.world.device, resolved.world.size
         if processes > 1 and device.type == "cuda":  # torch has none for CPUs
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = convert_sync_batchnorm(model)
         model = model.to(device)
         speed_up(model, config.compile)
         norms = [part for part in model.modules() if isinstance(part, _BatchNorm)]
@@ -275,8 +276,8 @@ class Finetuning(Task):
             kind = type(self.kind)(self.kind.names, state)
             figures = {
                 "scores": measured[name].draw(),
-                "predictions": draw_predictions(kind, self._examples.chosen, self._how),
-                "worst": draw_predictions(kind, self._examples.worst(), self._how),
+                "predictions": draw_predictions(kind, self._examples.chosen),
+                "worst": draw_predictions(kind, self._examples.worst()),
             }
             write_figures(figures, self.folder, step)
         self._warn_at_chance([*scores.values()], epoch)
@@ -297,8 +298,10 @@ class Finetuning(Task):
         best, out = self.best_score, folder.paths.exported
         self._write_best(out)
         if best is not None:
-            summary = f"best after epoch {best['epoch']}: {self.kind.summary(best)}"
-            _log.info("%s; the model for timm is in %s", summary, out)
+            scores = {key: value for key, value in best.items() if key not in NO_SCORES}
+            shown = brief((f"{key} {value:.4g}" for key, value in scores.items()), 5)
+            _log.info("best after epoch %d: %s", best["epoch"], shown)
+            _log.info("the model for timm is in %s", out)
 
     @torch.no_grad()
     def _measure(
@@ -315,7 +318,7 @@ class Finetuning(Task):
         measured = {name: self.kind.measurement(run.world) for name in models}
         own = range(run.world.rank, len(split.source), run.world.size)
         even = [own[int(n)] for n in np.linspace(0, len(own) - 1, SHOWN)] if own else []
-        self._examples = Examples(self.kind, even)
+        self._examples = Examples(self.kind, self._how, even)
         bad: list[tuple[str, str]] = []
         dataset = self.kind.eval_dataset(split, self._how, self.config.max_pixels)
         size = dataset.batch_size(run.part)
@@ -376,6 +379,9 @@ class Finetuning(Task):
             kind = {TASK: self.kind.task, STATE: self.best_score.get(STATE, {})}
             self.kind.write(self.best, self._timm_config | kind, out)
 
+
+NO_SCORES = {"epoch", "step", STATE}
+"""Entries of the best scores in a checkpoint that are not scores."""
 
 EMA_AHEAD = 2
 """Added to the completed steps t, so that timm's decay below is min(most, (1 + t) / (10 + t))."""

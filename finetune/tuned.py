@@ -23,8 +23,8 @@ TASK, STATE = "task", "task_state"
 
 @dataclass(frozen=True)
 class Tuned:
-    """A model in evaluation mode, the kind of label that it predicts, its preprocessing, and its
-    folder."""
+    """A model in evaluation mode, the kind of label that it predicts, its preprocessing, and the
+    folder that fine-tuning wrote."""
 
     model: nn.Module
     kind: LabelKind
@@ -44,7 +44,7 @@ def load_tuned(source: str, device: torch.device, img_size: tuple[int, int] | No
         InputError: missing, damaged, or unable to take images of this size.
     """
     file = find_weights(source)
-    whole = file.parent / WHOLE_MODEL / file.name
+    folder, whole = file.parent, file.parent / WHOLE_MODEL / file.name
     file = whole if whole.is_file() else file
     config = read_json(file.with_name(CONFIG_FILE))
     name: Any = config.get("architecture")
@@ -68,4 +68,4 @@ def load_tuned(source: str, device: torch.device, img_size: tuple[int, int] | No
     model, _ = kind.build_model(start, len(images.mean), images.img_size)
     model = model.to(device).eval()
     speed_up(model)
-    return Tuned(model, kind, images, file.parent)
+    return Tuned(model, kind, images, folder)

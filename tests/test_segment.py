@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,17 @@ from fcmae.config.parsing import parse
 from fcmae.data.augment import Geometry, jittered_geometry
 from fcmae.data.decode import BadImage
 from fcmae.data.evaluation import EvalDataset, WholeDataset
+from fcmae.data.file_list import find_images
 from fcmae.data.masks import IGNORE, find_masks, voc_colours
 from fcmae.data.statistics import Preprocessing
 from fcmae.train.checkpoint import list_checkpoints
 from fcmae.train.processes import World
+from fcmae.weights.export import timm_config
 from finetune.config import FinetuneAugmentConfig, FinetuneConfig
 from finetune.evaluate import evaluate
+from finetune.labels import resolve_task
 from finetune.model import Start
+from finetune.pictures import check_png_folder
 from finetune.predict import predict
 from finetune.segmenter import (
     BACKBONE,
@@ -63,7 +69,7 @@ def discs(tmp_path: Path) -> Path:
 def test_masks_are_found_in_three_layouts(discs: Path, tmp_path: Path) -> None:
     data = find_masks(str(discs), 0.0)
     assert data.names == ("background", "disc")
-    assert data.val.name(0) == "val/0.jpg"
+    assert data.val.name(0) == "val/images/0.jpg"
     assert np.array_equal(data.train.labels[2], disc((80, 72), 2)[1])
 
     for split in ("train", "val"):
@@ -83,16 +89,66 @@ def test_masks_are_found_in_three_layouts(discs: Path, tmp_path: Path) -> None:
     assert data.train.labels[0][[0, 0, 20, 20], [0, 20, 0, 20]].tolist() == [IGNORE, 0, 149, 1]
 
     for layout, split, prefix, count in (
-        ("discs", "val", "val/", 4),
-        ("discs/train", "val", "", 4),
-        ("cells", "train", "train/", 4),
-        ("ade", "val", "validation/", 1),
-        ("ade", "training", "training/", 1),
+        ("discs", "val", "val/images/", 4),
+        ("discs/train", "val", "images/", 4),
+        ("cells", "train", "train/images/", 4),
+        ("ade", "val", "images/validation/", 1),
+        ("ade", "training", "images/training/", 1),
     ):
         found = Segment.find_split(tmp_path / layout, split, data.names)
         assert (found.prefix, len(found.source), len(found.labels)) == (prefix, count, count)
+    for layout in ("discs", "cells", "ade"):
+        assert resolve_task("auto", tmp_path / layout) is Segment
     with pytest.raises(InputError, match=r"ade/images/test .* missing: give another --split"):
         Segment.find_split(tmp_path / "ade", "test", data.names)
+
+
+def test_files_that_are_not_masks(discs: Path) -> None:
+    """Hidden files don't count, grey pixels of few bits are not scaled, masks are PNGs."""
+    masks = discs / "train/masks"
+    (masks / "._0.png").write_bytes(b"none")
+    numbers = np.arange(80 * 72, dtype=np.uint8).reshape(72, 80) % 4
+    for bits in (2, 4):
+        grey_png(masks / "0.png", numbers, bits)
+        labels = find_masks(str(discs), 0.0).train.labels
+        assert np.array_equal(replace(labels, classes=4)[0], numbers), bits
+    (masks / "3.png").rename(masks / "3.tif")
+    with pytest.raises(InputError, match=r"mask '3.tif' in .* is not a .png: convert it"):
+        find_masks(str(discs), 0.0)
+
+
+def test_names_of_classes(discs: Path) -> None:
+    file = discs / "classes.txt"
+    file.write_text("background\n\ndisc\n\n")
+    with pytest.raises(InputError, match="line 2 is empty: name each class"):
+        find_masks(str(discs), 0.0)
+    file.write_text("background\ndisc\n", encoding="utf-16")
+    with pytest.raises(InputError, match="save it as UTF-8"):
+        find_masks(str(discs), 0.0)
+    file.unlink()
+    assert find_masks(str(discs), 0.0).names == ("0", "1")
+    for path in (discs / "train/masks").iterdir():
+        Image.fromarray(255 * np.asarray(Image.open(path))).save(path)
+    with pytest.raises(InputError, match="255 means to ignore a pixel"):
+        find_masks(str(discs), 0.0)
+
+
+def grey_png(path: Path, numbers: np.ndarray, bits: int) -> None:
+    """Write numbers (H, W) as a grey PNG of 2 or 4 bits, as Pillow can't."""
+    h, w = numbers.shape
+    shifts = np.arange(8 - bits, -1, -bits)
+    packed = (numbers.reshape(h, -1, 8 // bits) << shifts).sum(2).astype(np.uint8)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", w, h, bits, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
 def test_one_folder_is_divided_by_a_hash(discs: Path) -> None:
@@ -121,9 +177,9 @@ def test_a_mask_of_another_size_or_class_counts_as_unreadable(discs: Path) -> No
     assert sample.image is not None
     assert sample.index not in (1, 2)  # replaced
     reasons = dict(sample.bad)
-    assert reasons["train/1.jpg"] == "the mask has 10×10 pixels, its image 80×72"
-    if "train/2.jpg" in reasons:
-        assert reasons["train/2.jpg"] == "the mask has class 9, and the 2 classes end at 1"
+    assert reasons["train/images/1.jpg"] == "the mask has 10×10 pixels, its image 80×72"
+    if "train/images/2.jpg" in reasons:
+        assert reasons["train/images/2.jpg"] == "the mask has class 9, and the 2 classes end at 1"
     with pytest.raises(BadImage, match="class 9"):
         dataset.split.labels[2]
 
@@ -248,7 +304,7 @@ def test_the_backbone_is_timms_and_comes_back_out() -> None:
     with torch.no_grad():
         whole.head.norm.weight.fill_(1)
     start = Start("convnextv2_atto", SMALL, whole.state_dict())
-    model: Any = start_segmenter(start, 3, 3, 16, True, 0.0).eval()
+    model: Any = start_segmenter(start, 3, 3, 16, True, 0.0)[0].eval()
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         features = model.net.encoder.model(images)
@@ -263,20 +319,42 @@ def test_the_backbone_is_timms_and_comes_back_out() -> None:
         start_segmenter(other, 3, 3, 16, True, 0.0)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
-def test_other_backbones_work_or_are_refused_in_one_line(name: str) -> None:
-    if name == "resnet18":
-        model = Segmenter(name, {}, 3, 2, 16, True).train()
-        scores, aux = model(torch.randn(2, 3, 64, 64))
-        assert scores.shape == aux.shape == (2, 2, 64, 64)
-        return
-    model = Segmenter(name, {"img_size": 64}, 3, 2, 16, False).eval()
-    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 2, 64, 64)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18", "vgg11_bn", "mobilenetv3_small_100",
+        pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
+        pytest.param("densenet121", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_other_backbones_take_any_size_and_come_back_out(name: str, tmp_path: Path) -> None:
+    kind = Segment(("a", "b"))
+    kind.config = config_for(tmp_path, decoder_channels=16)
+    model, args = kind.build_model(Start(name, {}), 3, (64, 64), 0.1)
+    scores, aux = model.train()(torch.randn(2, 3, 96, 64))
+    assert scores.shape == aux.shape == (2, 2, 96, 64)
+    how = Preprocessing((64, 64), (0.5,) * 3, (0.25,) * 3)
+    whole: Any = model
+    config = timm_config(name, args, whole.num_features, how, whole.pretrained_cfg, kind.names)
+    kind.write(model.state_dict(), config, tmp_path / "out")
+    loaded: Any = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    backbone = {name.replace(".", "_"): tensor for name, tensor in loaded.state_dict().items()}
+    state = model.state_dict()
+    own = [key for key in state if key.startswith(BACKBONE)]
+    assert own
+    for key in own:
+        flat = key.removeprefix(BACKBONE).replace(".", "_")
+        assert torch.equal(backbone[flat], state[key]), key
+    again = start_segmenter(
+        Start(name, args, load_file(tmp_path / "out/task/model.safetensors"), whole=True),
+        3, 2, 16, True, 0.0,
+    )[0]  # fmt: skip
+    assert torch.equal(again.state_dict()[own[0]], state[own[0]])
 
 
 def test_a_vit_is_refused() -> None:
     with pytest.raises(InputError, match="has no features for UPerNet"):
-        Segmenter("vit_tiny_patch16_224", {}, 3, 2, 16, True)
+        start_segmenter(Start("vit_tiny_patch16_224", {}), 3, 2, 16, True, 0.0)
 
 
 def test_layer_decay_counts_the_backbones_blocks() -> None:
@@ -425,6 +503,36 @@ def test_a_resumed_run_equals_one_never_stopped(discs: Path) -> None:
     assert_same_run(whole, other)
     name = "exported/task/model.safetensors"
     assert (whole / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_held_out_masks_stay_held_out(discs: Path) -> None:
+    """A run is measured on the images that it held out, also after a resume."""
+    shutil.rmtree(discs / "val")
+    assert finetune(config_for(discs, val_fraction=0.25, checkpoint_steps=1)) == 0
+    run = discs.parent / "run"
+    result = evaluate(EvaluateConfig(str(run), data=str(discs)), show=False)
+    assert (result["n"], result["kept_back"]) == (1, True)
+    for folder in ("exported", "best"):
+        again = evaluate(EvaluateConfig(str(run / folder), data=str(discs)), show=False)
+        assert {**again, "weights": ""} == {**result, "weights": ""}
+
+
+def test_predictions_replace_nothing(discs: Path, tmp_path: Path) -> None:
+    images = discs / "val/images"
+    for folder in (tmp_path / "new", discs / "val"):
+        check_png_folder(folder, find_images(str(images)))
+    with pytest.raises(InputError, match="val/masks is a folder of labels"):
+        check_png_folder(discs / "val/masks", find_images(str(images)))
+    Image.new("L", (9, 9)).save(images / "9.png")
+    with pytest.raises(InputError, match=r"9.png' is an image: give another folder"):
+        check_png_folder(images, find_images(str(images)))
+    Image.new("L", (9, 9)).save(images / "9.bmp")
+    with pytest.raises(InputError, match="differ only in their ending"):
+        check_png_folder(tmp_path / "new", find_images(str(images)))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/list.txt").write_text("../discs/val/images/0.jpg\n")
+    with pytest.raises(InputError, match="would be written outside of"):
+        check_png_folder(tmp_path / "new", find_images(str(tmp_path / "sub/list.txt")))
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from torchmetrics.classification import (
 )
 
 from fcmae.data.sample import Batch
+from fcmae.data.statistics import Preprocessing
 from fcmae.train.processes import ALONE
 from finetune.config import FinetuneAugmentConfig, FinetuneConfig
 from finetune.pictures import SHOWN, Examples
@@ -129,6 +130,14 @@ def test_several_labels_against_torchmetrics() -> None:
     assert fixed.compute()["f1"] < scores["f1"]
 
 
+def test_one_label_is_enough() -> None:
+    outputs, targets = torch.tensor([[2.0], [-1.0], [0.5]]), torch.tensor([[1], [0], [1]])
+    measurement = measured(Multilabel(("defect",)), outputs, targets)
+    scores = measurement.compute()
+    assert (scores["map"], scores["f1"]) == (100.0, 100.0)
+    assert measurement.result()["per_class"]["defect"]["n"] == 2
+
+
 def test_the_best_threshold_lies_midway() -> None:
     chances = torch.tensor([0.1, 0.4, 0.6, 0.8])
     assert best_threshold(chances, torch.tensor([0, 0, 1, 1])) == pytest.approx(0.5)
@@ -223,18 +232,20 @@ def test_numbers_that_cannot_be_learned_are_refused() -> None:
 def test_the_examples_shown_are_the_chosen_ones_and_the_worst() -> None:
     """Losses that are not numbers are the worst; of equal ones, the first image."""
     kind, count = Classify(("a", "b")), 40
+    how = Preprocessing((2, 2), (0.0,) * 3, (1.0,) * 3)
     losses = torch.rand(count, generator=torch.Generator().manual_seed(0))
     losses[[7, 8, 30]] = torch.tensor([math.nan, losses.max() + 1, losses.max() + 1])
-    found = Examples(kind, [3, 39])
+    found = Examples(kind, how, [3, 39])
     for part in torch.arange(count).split(7):
-        marked = part.float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        marked = part.float().div(255).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
         outputs = torch.stack([part, -part], 1).float()
         found.add(Batch(marked, part, targets=part % 2), marked, outputs, losses[part])
-    assert [int(image[0, 0, 0]) for image, _, _ in found.chosen] == [3, 39]
+    assert [np.asarray(image)[0, 0, 0] for image, _, _ in found.chosen] == [3, 39]
     order = torch.argsort(losses.nan_to_num(math.inf), descending=True, stable=True)
-    assert [int(image[0, 0, 0]) for image, _, _ in found.worst()] == order[:SHOWN].tolist()
-    for image, output, target in found.worst():
-        index = int(image[0, 0, 0])
+    worst = found.worst()
+    indices = [int(np.asarray(image)[1, 1, 2]) for image, _, _ in worst]
+    assert indices == order[:SHOWN].tolist()
+    for index, (_, output, target) in zip(indices, worst, strict=True):
         assert (output.tolist(), int(target)) == ([index, -index], index % 2)
 
 

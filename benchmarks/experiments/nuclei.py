@@ -114,14 +114,14 @@ def cut(data: Path, out: Path, side: int) -> Path:
     if out.is_dir():
         return out
     files = find_images(str(data))
-    with built(out) as partial:
+    with built(out) as folder:
         for index in range(len(files)):
-            target = partial / os.fsdecode(files.key(index))
+            target = folder / os.fsdecode(files.key(index))
             target.parent.mkdir(parents=True, exist_ok=True)
             with Image.open(files.path(index)) as image:
                 left, top = (max(0, length - side) // 2 for length in image.size)
                 box = left, top, min(left + side, image.width), min(top + side, image.height)
-                image.crop(box).save(target)
+                image.crop(box).save(target, quality=95)
     return out
 
 
@@ -133,9 +133,9 @@ def counted(data: Path, out: Path) -> Path:
     for split in ("train", "val", "test"):
         for mask in sorted((data / split / "instances").glob("*.png")):
             with Image.open(mask) as image:
-                objects = len(np.unique(np.array(image))) - 1
-            (picture,) = (data / split / "images").glob(f"{mask.stem}.*")
-            rows.append([os.path.abspath(picture), objects, split])
+                objects = np.count_nonzero(np.unique(np.array(image)))
+            (file,) = (data / split / "images").glob(f"{mask.stem}.*")
+            rows.append([os.path.abspath(file), objects, split])
     with out.open("w", newline="") as file:
         csv.writer(file).writerows([["path", "nuclei", "split"], *rows])
     return out

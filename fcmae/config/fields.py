@@ -67,7 +67,7 @@ class Leaf:
         if value is None or isinstance(value, str):
             return
         if self.multiple:
-            height_width(value, self.multiple)
+            height_width(value, self.multiple, name)
         limits = {rule: getattr(self, rule) for rule in _HOLDS if getattr(self, rule) is not None}
         values = value if isinstance(value, list) else [value]
         fits = all(_HOLDS[rule](number, limits[rule]) for rule in limits for number in values)

@@ -11,7 +11,9 @@ MAX_PIXELS = 179_000_000
 """Default size, in pixels, of the largest image that is decoded."""
 
 
-def height_width(img_size: int | list[int], multiple: int = PATCH) -> tuple[int, int]:
+def height_width(
+    img_size: int | list[int], multiple: int = PATCH, name: str = "img_size"
+) -> tuple[int, int]:
     """Return (height, width) in pixels for one side or a pair.
 
     Raises:
@@ -19,13 +21,13 @@ def height_width(img_size: int | list[int], multiple: int = PATCH) -> tuple[int,
     """
     sides = [img_size] * 2 if isinstance(img_size, int) else list(img_size)
     if len(sides) != 2:
-        raise InputError(f"img_size {sides} must be one side or [height,width], such as [96,160]")
+        raise InputError(f"{name} {sides} must be one side or [height,width], such as [96,160]")
     for side in sides:
         if side < multiple or side % multiple:
             low = max(side // multiple, 1) * multiple
             rule = f"a multiple of {multiple}: use {low} or {low + multiple}"
             rule = rule if multiple > 1 else "positive: use 224"
-            raise InputError(f"img_size {side} must be {rule}")
+            raise InputError(f"{name} {side} must be {rule}")
     return sides[0], sides[1]
 
 

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import unicodedata
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,30 +29,9 @@ Labels = npt.NDArray[Any]
 _log = logging.getLogger(__name__)
 
 
-class CropLabels(ABC):
-    """Labels of images that depend on the part of the image that is seen, such as masks."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Return the number of images."""
-
-    @abstractmethod
-    def cut(self, index: int, geometry: Geometry, img_size: tuple[int, int] | None) -> Any:
-        """Return the label of a crop.
-
-        Args:
-            index: of the image.
-            geometry: of the crop.
-            img_size: (height, width) of the crop; None leaves the label as it is in the image.
-
-        Raises:
-            BadImage: the label can't be read, or does not suit the image.
-        """
-
-
 class Split(NamedTuple):
     """Images of one split: their source, the prefix of their names in messages, and the label of
-    each, `Labels` or `CropLabels`, or None if there are no labels."""
+    each: `Labels`, `MaskLabels`, or None if there are no labels."""
 
     source: Source
     prefix: str = ""
@@ -66,10 +44,10 @@ class Split(NamedTuple):
     def target(
         self, index: int, geometry: Geometry, img_size: tuple[int, int] | None = None
     ) -> Any:
-        """Return the label of a crop; None if there are no labels."""
-        if isinstance(self.labels, CropLabels):
-            return self.labels.cut(index, geometry, img_size)
-        return None if self.labels is None else self.labels[index]
+        """Return the label of a crop; None if there are no labels. Masks follow the crop."""
+        if self.labels is None or isinstance(self.labels, np.ndarray):
+            return None if self.labels is None else self.labels[index]
+        return self.labels.cut(index, geometry, img_size)
 
 
 class LabelledData(NamedTuple):

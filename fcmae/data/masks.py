@@ -24,7 +24,6 @@ from fcmae.data.file_list import FileList, find_images
 from fcmae.data.labelled import (
     TRAIN,
     VAL,
-    CropLabels,
     LabelledData,
     Split,
     check_names,
@@ -39,6 +38,9 @@ IMAGES = "images"
 NAMES_FILE = "classes.txt"
 ADE_NAMES_FILE = "objectInfo150.txt"
 ADE_CLASSES = 150
+
+SCALED = {"L;2": 85, "L;4": 17}
+"""The factor by which Pillow multiplies grey pixels of 2 and 4 bits."""
 
 LOOKED_AT = 32
 """Number of masks that are read before a run starts."""
@@ -100,7 +102,7 @@ LAYOUTS = (
 
 
 @dataclass(frozen=True)
-class MaskLabels(CropLabels):
+class MaskLabels:
     """The masks of images, read when they are asked for.
 
     Args:
@@ -200,7 +202,8 @@ def find_masks(data: str, val_fraction: float, exclude: str | None = None) -> La
             shown = f"leave val_fraction at 0, not {val_fraction}"
             raise InputError(f"{data!r} has its own {val}: {shown}")
         parts = split_by_hash(learnt.source, np.zeros(len(learnt.source), np.int64), val_fraction)
-        found = LabelledData(*(select(learnt, part) for part in parts), names)
+        first, second = (select(learnt, part) for part in parts)
+        found = LabelledData(first, second, names)
     elif not train or not layout.there(root, val):
         images, masks = layout.folders(root, val)
         raise InputError(f"{images} and {masks} are missing: add them, or give --val_fraction 0.2")
@@ -225,34 +228,53 @@ def class_names(root: Path, layout: MaskLayout, split: str) -> tuple[str, ...]:
     `background`, ADE20K has 150 classes, and others are numbered up to the highest in `split`.
 
     Raises:
-        InputError: there are fewer than two classes, more than 255, or the file is not a list.
+        InputError: there are fewer than two classes, more than 255, or the file can't be read.
     """
     file, ade = root / NAMES_FILE, root / ADE_NAMES_FILE
     if layout.unpack is _any_object:
         return "background", "object"
     if file.is_file():
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-        names: Sequence[str] = [line for line in lines if line]
+        names: Sequence[str] = _lines(file)
     elif layout.inside and ade.is_file():
-        rows = [line.split("\t") for line in ade.read_text(encoding="utf-8").splitlines()[1:]]
+        rows = [line.split("\t") for line in _lines(ade)[1:]]
         names = [row[-1].split(",")[0].strip() for row in rows]
     elif layout.inside:
         names = [f"class {number}" for number in range(1, ADE_CLASSES + 1)]
     else:
         folder = layout.folders(root, split)[1]
-        masks = [path for path in sorted(folder.rglob("*.png")) if path.is_file()]
+        masks = [os.path.join(os.fsencode(folder), key) for key in _mask_keys(folder)]
         names = [str(number) for number in range(_highest(masks) + 1)]
     if not 2 <= len(names) <= IGNORE:
-        raise InputError(f"{root} has {len(names)} classes in its masks: give 2 to {IGNORE}")
+        hint = f"; {IGNORE} means to ignore a pixel" if len(names) < 2 else ""
+        raise InputError(
+            f"{root} has classes up to {len(names) - 1} in its masks: number 2 to {IGNORE} classes "
+            f"from 0{hint}"
+        )
     return check_names(names, root)
 
 
-def _highest(masks: Sequence[Path]) -> int:
+def _lines(file: Path) -> list[str]:
+    """Return the names in a file, one per line.
+
+    Raises:
+        InputError: it is not UTF-8, or has an empty line between names.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} can't be read ({error}): save it as UTF-8") from error
+    names = [line.strip() for line in text.rstrip().splitlines()]
+    if "" in names:
+        raise InputError(f"{file}, line {names.index('') + 1} is empty: name each class")
+    return names
+
+
+def _highest(masks: Sequence[bytes]) -> int:
     """The highest class of masks that can be read."""
     highest = 0
     for path in masks:
         try:
-            numbers = _numbers(os.fsencode(path))
+            numbers = _numbers(path)
         except BadImage:
             continue
         highest = max(highest, int(numbers[numbers != IGNORE].max(initial=0)))
@@ -273,7 +295,7 @@ def find_pairs(
     if len({*keys}) < len(keys):
         twice = brief(repr(os.fsdecode(key)) for key, n in Counter(keys).items() if n > 1)
         raise InputError(f"{images} has several images of one name: {twice}; rename them")
-    masks = {stem(os.fsencode(path.relative_to(folder))) for path in folder.rglob("*.png")}
+    masks = {*map(stem, _mask_keys(folder))}
     for what, other, lone in (
         (f"images in {images}", f"masks in {folder}", {*keys} - masks),
         (f"masks in {folder}", f"images in {images}", masks - {*keys}),
@@ -282,7 +304,16 @@ def find_pairs(
             shown = brief(repr(os.fsdecode(key)) for key in sorted(lone))
             raise InputError(f"{len(lone)} {what} have no {other}: {shown}; add or remove them")
     labels = MaskLabels(files, folder, layout, len(names))
-    return Split(files, f"{split}/" if split else "", labels)
+    return Split(files, f"{images.relative_to(root)}/", labels)
+
+
+def _mask_keys(folder: Path) -> list[bytes]:
+    """Return the relative names of the masks in a folder; hidden files don't count."""
+    files = find_images(str(folder), setting="masks")
+    keys = [files.key(index) for index in range(len(files))]
+    if odd := [key for key in keys if not key.endswith(b".png")]:
+        raise InputError(f"mask {os.fsdecode(odd[0])!r} in {folder} is not a .png: convert it")
+    return keys
 
 
 def check_masks(labels: MaskLabels, names: Sequence[str]) -> None:
@@ -303,8 +334,11 @@ def check_masks(labels: MaskLabels, names: Sequence[str]) -> None:
             return
         if index + 1 == len(reasons) == min(len(labels), LOOKED_AT):
             raise InputError(f"none of the first {len(reasons)} masks can be used; {reasons[0]}")
-    only = ", ".join(repr(names[number]) for number in seen) or "pixels to ignore"
-    raise InputError(f"the masks in {labels.folder} show only {only}: add masks of other classes")
+    only = ", ".join(repr(names[number]) for number in seen) or "ignored pixels"
+    raise InputError(
+        f"the masks in {labels.folder} show only {only}: add masks of other classes ({IGNORE} is a "
+        "pixel to ignore)"
+    )
 
 
 def _numbers(path: bytes) -> npt.NDArray[Any]:
@@ -314,9 +348,12 @@ def _numbers(path: bytes) -> npt.NDArray[Any]:
         BadImage: it can't be read, or has colours instead of numbers.
     """
     with reading(MAX_PIXELS), Image.open(path, formats=("PNG",)) as image:
+        bits = image.tile[0][3] if image.tile else None
         if image.mode not in ("1", "L", "P", "I", "I;16"):
             raise BadImage(f"the mask is {image.mode}, not class indices: {_colour_map(image)}")
         numbers = np.array(image)
+    if bits in SCALED:
+        numbers //= SCALED[bits]
     return numbers.astype(np.uint8) if numbers.dtype == np.bool_ else numbers
 
 

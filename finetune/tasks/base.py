@@ -1,6 +1,7 @@
 """The interface of a kind of label to fine-tuning, evaluation and prediction."""
 
 import csv
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,6 +103,7 @@ class LabelKind(ABC):
         task: the value of `--task`.
         layout: where labels are, in words.
         heads: values of `--head` besides auto.
+        score: the name of the score that decides which weights are best; None takes the loss.
         tile: side in pixels of the windows that predictions are computed in; None sets none. Only
             where `tiles` is true.
     """
@@ -109,6 +111,7 @@ class LabelKind(ABC):
     task: ClassVar[str]
     layout: ClassVar[str]
     heads: ClassVar[tuple[str, ...]] = ()
+    score: ClassVar[str | None] = None
     tiles: ClassVar[bool] = False
     tile: int | None = None
 
@@ -249,17 +252,17 @@ class LabelKind(ABC):
             final: whether the state is given, as in `fcmae evaluate`; else the images decide it.
         """
 
-    @abstractmethod
     def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
-        """Return a key that orders scores, the best highest."""
+        """Return a key that orders scores, the best highest: by `score`, then by the lower loss.
+
+        What is missing or not finite is the worst.
+        """
+        values = [*([scores.get(self.score, math.nan)] if self.score else []), -scores["loss"]]
+        return tuple(value if math.isfinite(value) else -math.inf for value in values)
 
     @abstractmethod
     def chance(self, scores: Sequence[Mapping[str, float]], val: Labels) -> str | None:
         """Return a text if the scores of all models are those of guessing, else None."""
-
-    @abstractmethod
-    def summary(self, scores: Mapping[str, float]) -> str:
-        """Return the scores in words, for the log."""
 
     # Output
 

@@ -1,7 +1,6 @@
 """One class per image: cross-entropy, top-1 and top-5."""
 
 import logging
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from fcmae.data.labelled import (
     labels_of,
     majority_share,
 )
+from fcmae.data.masks import find_layout
 from fcmae.data.sources import Indices
 from fcmae.data.table import LABEL, Table, read_classes
 from fcmae.train.processes import World
@@ -41,15 +41,12 @@ from finetune.tasks.base import (
     draw_confusion,
     mean_of,
 )
-from sparse.errors import InputError
+from sparse.errors import InputError, brief
 
 TOP = 5
 
 MOST_COUNTED = 1000
 """With more classes than this, training does not count confusions, for lack of memory."""
-
-MASKS = {"masks", "instances"}
-"""Folders beside `images` that hold masks, not classes."""
 
 _log = logging.getLogger(__name__)
 
@@ -125,6 +122,7 @@ class Classify(LabelKind):
     """A class for each image."""
 
     task = "classify"
+    score = "top1"
     layout = "train/CLASS/… and val/CLASS/…, or a CSV file with a column label"
 
     _mixup: Mixup | None = None
@@ -135,11 +133,7 @@ class Classify(LabelKind):
     def recognises(cls, labels: Table | Path) -> bool:
         if isinstance(labels, Table):
             return LABEL in labels.columns
-        inside = labels / TRAIN if (labels / TRAIN).is_dir() else labels
-        folders = (
-            {path.name for path in inside.iterdir() if path.is_dir()} if inside.is_dir() else set()
-        )
-        return not ("images" in folders and folders & MASKS)
+        return find_layout(labels) is None
 
     @classmethod
     def read(
@@ -155,6 +149,9 @@ class Classify(LabelKind):
     def find_split(cls, folder: Path, split: str, names: Sequence[str]) -> Split:
         inside, prefix = folder / split, f"{split}/"
         if not inside.is_dir():
+            if (folder / TRAIN).is_dir():
+                there = brief(repr(path.name) for path in sorted(folder.iterdir()) if path.is_dir())
+                raise InputError(f"{folder} has no split {split!r}: it has {there}")
             _log.info("%s has no folder %r: its folders are classes", folder, split)
             inside, prefix = folder, ""
         files, found = find_classes(inside)
@@ -195,20 +192,12 @@ class Classify(LabelKind):
     def measurement(self, world: World, final: bool = False) -> ClassMeasurement:
         return ClassMeasurement(self.names, world, final or len(self.names) <= MOST_COUNTED)
 
-    def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
-        """The higher top-1, then the lower loss, of which NaN is the worst."""
-        loss = scores["loss"]
-        return scores["top1"], -loss if math.isfinite(loss) else -math.inf
-
     def chance(self, scores: Sequence[Mapping[str, float]], val: Labels) -> str | None:
         top1 = max(score["top1"] for score in scores)
         if not at_chance(top1, val):
             return None
         share = majority_share(val)
         return f"top-1 is {top1:.1f} %, always answering the most frequent class {share:.1f} %"
-
-    def summary(self, scores: Mapping[str, float]) -> str:
-        return f"top-1 {scores['top1']:.1f} %, top-5 {scores['top5']:.1f} %"
 
     def describe_target(self, target: npt.NDArray[Any]) -> str:
         return self.names[int(target)]

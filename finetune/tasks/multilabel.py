@@ -1,7 +1,6 @@
 """Several classes per image, or none: binary cross-entropy, mean average precision, F1."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.classification import (
+    binary_average_precision,
+    binary_f1_score,
     binary_precision_recall_curve,
-    multilabel_average_precision,
-    multilabel_f1_score,
 )
 
 from fcmae.data.labelled import Labels, check_known, check_names
@@ -55,32 +54,26 @@ class LabelMeasurement(Gathered):
 
     def compute(self) -> dict[str, float]:
         self.gather()
-        chances, wanted, classes = (
-            self.outputs.sigmoid().nan_to_num(),
-            self.targets.long(),
-            len(self.names),
-        )
+        chances, wanted = self.outputs.sigmoid().nan_to_num(), self.targets.long()
         thresholds = self._thresholds
         if thresholds is None:
             pairs = zip(chances.T, wanted.T, strict=True)
             thresholds = [best_threshold(chance, has) for chance, has in pairs]
         self.state = {"thresholds": list(thresholds)}
-        with warnings.catch_warnings():  # a class without an image
-            warnings.filterwarnings("ignore", message="Average precision score for one or more")
-            warnings.filterwarnings("ignore", message="No positive samples")
-            precisions = multilabel_average_precision(chances, wanted, classes, average="none")
-        guessed = (chances >= torch.tensor(thresholds)).long()
-        f1 = multilabel_f1_score(guessed, wanted, classes, average="none")
-        columns = (t.reshape(-1).tolist() for t in (100 * precisions, 100 * f1, wanted.sum(0)))
-        self._each = {
-            name: {"ap": ap, "f1": f1, "threshold": least, "n": n}
-            if n
-            else {"ap": None, "f1": None, "threshold": least, "n": 0}
-            for name, ap, f1, n, least in zip(self.names, *columns, thresholds, strict=True)
-        }
+        self._each: dict[str, dict[str, Any]] = {}
+        for name, chance, has, least in zip(
+            self.names, chances.T, wanted.T, thresholds, strict=True
+        ):
+            ap = f1 = None
+            if has.any():
+                ap = 100 * float(binary_average_precision(chance, has))
+                f1 = 100 * float(binary_f1_score((chance >= least).long(), has))
+            self._each[name] = {"ap": ap, "f1": f1, "threshold": least, "n": int(has.sum())}
         total = self.total()
         loss = float(self.losses(self.outputs, self.targets).mean())
         scores = {key: total[key] for key in ("map", "f1") if total[key] is not None}
+        if math.isnan(loss):  # outputs are not numbers
+            scores = dict.fromkeys(scores, math.nan)
         return {**scores, "loss": loss}
 
     def each(self) -> dict[str, dict[str, Any]]:
@@ -92,7 +85,7 @@ class LabelMeasurement(Gathered):
 
     def draw(self) -> Any:
         """Draw the average precision of each class."""
-        found = {name: scores["ap"] for name, scores in self._each.items() if scores["n"]}
+        found = {name: scores["ap"] for name, scores in self.each().items() if scores["n"]}
         return bars(found, "average precision, %")
 
 
@@ -111,6 +104,7 @@ class Multilabel(LabelKind):
     """Any number of classes for each image. The state has `thresholds`."""
 
     task = "multilabel"
+    score = "map"
     layout = f"a CSV file with a column labels, separated by {SEPARATOR}"
 
     _weights: Tensor | None = None
@@ -156,11 +150,6 @@ class Multilabel(LabelKind):
     def measurement(self, world: World, final: bool = False) -> LabelMeasurement:
         return LabelMeasurement(self.names, world, self.state["thresholds"] if final else None)
 
-    def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
-        """The higher mAP, then the lower loss; the worst is a model whose outputs are NaN."""
-        values = scores.get("map", math.nan), -scores["loss"]
-        return values if all(map(math.isfinite, values)) else (-math.inf, -math.inf)
-
     def chance(self, scores: Sequence[Mapping[str, float]], val: Labels) -> str | None:
         """Guessing has the average precision of the share of images that have the class."""
         shares = 100 * val.mean(0)[val.any(0)]
@@ -169,9 +158,6 @@ class Multilabel(LabelKind):
         if found > share + spread:
             return None
         return f"mAP is {found:.1f} %, that of guessing {share:.1f} %"
-
-    def summary(self, scores: Mapping[str, float]) -> str:
-        return ", ".join(f"{key} {scores[key]:.1f} %" for key in ("map", "f1") if key in scores)
 
     def describe_target(self, target: npt.NDArray[Any]) -> str:
         return ", ".join(self.names[place] for place in np.flatnonzero(target)) or "none"

@@ -22,7 +22,7 @@ from finetune.tasks.base import Gathered, LabelKind, mean_of
 from sparse.errors import InputError, brief
 
 OTHERS = ("label", "labels")
-"""Columns that are classes, unless the task is given."""
+"""Columns that are classes."""
 
 SCORES = ("mae", "rmse", "r2")
 
@@ -118,9 +118,9 @@ class Regress(LabelKind):
     def recognises(cls, labels: Table | Path) -> bool:
         if not isinstance(labels, Table):
             return False
-        columns = {name: cells for name, cells in labels.columns.items() if name not in OTHERS}
+        columns = [cells for name, cells in labels.columns.items() if name not in OTHERS]
         return bool(columns) and all(
-            _number(cell) is not None for cells in columns.values() for cell in cells if cell
+            _number(cell) is not None for cells in columns for cell in cells if cell
         )
 
     @classmethod
@@ -128,7 +128,7 @@ class Regress(LabelKind):
         cls, table: Table, rows: Indices, names: tuple[str, ...] | None
     ) -> tuple[Labels, tuple[str, ...]]:
         """The numbers of each row (N, K), float64; NaN for an empty cell."""
-        names = names or tuple(table.columns)
+        names = names or tuple(name for name in table.columns if name not in OTHERS)
         labels = np.full((len(rows), len(names)), np.nan)
         wrong: list[str] = []
         for place, name in enumerate(names):
@@ -195,17 +195,9 @@ class Regress(LabelKind):
     def measurement(self, world: World, final: bool = False) -> NumberMeasurement:
         return NumberMeasurement(self, world)
 
-    def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
-        """The lower loss."""
-        return (-scores["loss"] if math.isfinite(scores["loss"]) else -math.inf,)
-
     def chance(self, scores: Sequence[Mapping[str, float]], val: Labels) -> str | None:
         best = max((score["r2"] for score in scores if "r2" in score), default=math.inf)
         return f"R² is {best:.2f}, that of the mean is 0" if best <= 0 else None
-
-    def summary(self, scores: Mapping[str, float]) -> str:
-        shown = [f"MAE {scores[f'mae/{n}']:.4g} in {n}" for n in self.names if f"mae/{n}" in scores]
-        return ", ".join([f"R² {scores.get('r2', math.nan):.3f}", brief(shown)])
 
     def describe_target(self, target: npt.NDArray[Any]) -> str:
         return self._words(torch.from_numpy(target))

@@ -20,7 +20,7 @@ from fcmae.atomic import check_out_folder
 from fcmae.data.augment import Geometry, jittered_geometry, scale_to
 from fcmae.data.evaluation import EvalDataset, WholeDataset, prepared
 from fcmae.data.file_list import FileList
-from fcmae.data.labelled import TRAIN, VAL, LabelledData, Labels, Split
+from fcmae.data.labelled import TRAIN, VAL, LabelledData, Split
 from fcmae.data.masks import (
     IGNORE,
     Mask,
@@ -28,7 +28,6 @@ from fcmae.data.masks import (
     find_layout,
     find_masks,
     find_pairs,
-    stem,
     voc_colours,
 )
 from fcmae.data.sample import Batch
@@ -41,11 +40,10 @@ from fcmae.weights.export import write_timm_folder
 from finetune.augment import TrainDataset
 from finetune.config import FinetuneConfig
 from finetune.model import Start
-from finetune.pictures import save_png
+from finetune.pictures import check_png_folder, save_png
 from finetune.segmenter import (
     BACKBONE,
     backbone_state,
-    init_backbone,
     segmenter_depths,
     start_segmenter,
 )
@@ -67,8 +65,11 @@ the step."""
 WHOLE = 2
 """Images with sides up to this many times those of the crops in training are computed whole."""
 
-COUNTED = 256
+COUNTED = 1000
 """Largest number of masks whose pixels are counted for class weights."""
+
+SMALLEST = 1e-30
+"""Least probability of a class in blended windows, for its logarithm to be finite."""
 
 SCORES = ("miou", "accuracy")
 
@@ -89,7 +90,7 @@ class MaskMeasurement(Measurement):
 
     def __init__(self, names: Sequence[str], world: World, state: Mapping[str, Any]) -> None:
         self.names, self.state, self._world, self._images = names, state, world, 0
-        self._present = torch.zeros(len(names), dtype=torch.int64)
+        self._present = torch.zeros(len(names), dtype=torch.int64, device=world.device)
         counts = MulticlassConfusionMatrix(len(names), ignore_index=IGNORE, validate_args=False)
         self._counts = counts.to(world.device)
         self._loss = MeanMetric(nan_strategy="disable").to(world.device)
@@ -99,9 +100,10 @@ class MaskMeasurement(Measurement):
         outputs, targets = resized(outputs.float(), targets.shape[1:]), targets.long()
         guesses = outputs.argmax(1)
         self._counts.update(guesses, targets)
-        for guess, target in zip(guesses, targets, strict=True):
-            found = torch.cat([guess[target != IGNORE], target[target != IGNORE]]).unique()
-            self._present[found.cpu()] += 1
+        guesses = guesses.masked_fill(targets == IGNORE, IGNORE)
+        seen = torch.zeros(len(targets), IGNORE + 1, dtype=torch.bool, device=targets.device)
+        seen.scatter_(1, torch.cat([guesses, targets], 1).flatten(1), True)
+        self._present += seen[:, : len(self.names)].sum(0)
         pixels = F.cross_entropy(outputs, targets, ignore_index=IGNORE, reduction="none")
         losses = pixels.mean((1, 2))
         self._loss.update(losses)
@@ -111,7 +113,7 @@ class MaskMeasurement(Measurement):
     def compute(self) -> dict[str, float]:
         self.confusion = self._counts.compute().cpu().numpy()
         self.images = sum(self._world.gather(self._images))
-        self.present = sum(self._world.gather(self._present.numpy()))
+        self.present = sum(self._world.gather(self._present.cpu().numpy()))
         total = self.total()
         scores = {name: math.nan if total[name] is None else total[name] for name in SCORES}
         return {**scores, "loss": float(self._loss.compute())}
@@ -122,18 +124,11 @@ class MaskMeasurement(Measurement):
         union = true + self.confusion.sum(axis=0) - hits
         return {
             name: {
-                "iou": 100 * hit / either if either else None,
-                "accuracy": 100 * hit / own if own else None,
-                "n": n,
+                "iou": 100 * int(hits[k]) / int(union[k]) if union[k] else None,
+                "accuracy": 100 * int(hits[k]) / int(true[k]) if true[k] else None,
+                "n": int(self.present[k]),
             }
-            for name, hit, own, either, n in zip(
-                self.names,
-                hits.tolist(),
-                true.tolist(),
-                union.tolist(),
-                self.present.tolist(),
-                strict=True,
-            )
+            for k, name in enumerate(self.names)
         }
 
     def total(self) -> dict[str, Any]:
@@ -176,6 +171,7 @@ class Segment(LabelKind):
     task = "segment"
     layout = "train/images and train/masks, or train/instances; or ADE20K's folders"
     heads = ("upernet",)
+    score = "miou"
     tiles = True
 
     config: FinetuneConfig
@@ -222,9 +218,8 @@ class Segment(LabelKind):
         self.config, self.state = config, {"short_side": config.augment.short_side}
         if config.class_weights == "balanced":
             counts = train.counts(COUNTED)
-            present = counts > 0
-            weights = np.where(present, counts.sum() / np.maximum(counts, 1), 0.0)
-            weights = weights / (weights * counts).sum() * counts.sum()
+            fewest = counts[counts > 0].min()  # also of a class that the counted masks lack
+            weights = counts.sum() / (len(counts) * np.maximum(counts, fewest))
             self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
 
     def build_model(
@@ -238,10 +233,7 @@ class Segment(LabelKind):
             with_aux = self.config.aux_weight > 0
             if self.config.decoder_channels != "auto":
                 width = self.config.decoder_channels
-        model = start_segmenter(start, in_chans, len(self.names), width, with_aux, drop_path)
-        if start.state is None and self.config.init == "fan_in":
-            init_backbone(model)
-        return model, dict(start.args)
+        return start_segmenter(start, in_chans, len(self.names), width, with_aux, drop_path)
 
     def write(self, state: Mapping[str, Tensor], config: Mapping[str, Any], out: Path) -> None:
         """Write the backbone as timm's folder, and the whole model in `task` inside it."""
@@ -302,7 +294,7 @@ class Segment(LabelKind):
         if all(side <= WHOLE * most for side, most in sides):
             return model(images_BCHW)
         strips = self._strips(model, images_BCHW, how.img_size)
-        return torch.cat([*strips], dim=1)[None].log()
+        return torch.cat([*strips], dim=1)[None].clamp_min(SMALLEST).log()
 
     def _strips(
         self, model: Callable[[Tensor], Tensor], images_1CHW: Tensor, window: tuple[int, int]
@@ -318,20 +310,16 @@ class Segment(LabelKind):
     def measurement(self, world: World, final: bool = False) -> MaskMeasurement:
         return MaskMeasurement(self.names, world, self.state)
 
-    def rank(self, scores: Mapping[str, float]) -> tuple[float, ...]:
-        """The higher mean IoU, then the lower loss."""
-        found = (scores["miou"], -scores["loss"])
-        return tuple(v if math.isfinite(v) else -math.inf for v in found)
-
-    def chance(self, scores: Sequence[Mapping[str, float]], val: Labels) -> str | None:
+    def chance(self, scores: Sequence[Mapping[str, float]], val: Any) -> str | None:
         """One class everywhere has its share of the pixels as IoU, and 0 for the others."""
-        if max(score["miou"] for score in scores) > 100 / len(self.names):
-            return None
         best = max(score["miou"] for score in scores)
-        return f"mean IoU is {best:.1f} %, no better than one class for all pixels"
-
-    def summary(self, scores: Mapping[str, float]) -> str:
-        return f"mean IoU {scores['miou']:.1f} %, accuracy {scores['accuracy']:.1f} %"
+        if best > 100 / len(self.names):
+            return None
+        counts = val.counts(COUNTED)
+        constant = 100 * counts.max() / (counts.sum() * (counts > 0).sum())
+        if best > constant:
+            return None
+        return f"mean IoU is {best:.1f} %, that of one class for all pixels {constant:.1f} %"
 
     # Predictions
 
@@ -342,25 +330,23 @@ class Segment(LabelKind):
     def show(
         self, image: Image.Image, output: Tensor, target: npt.NDArray[Any]
     ) -> tuple[list[Image.Image], str, str]:
-        guess = output.numpy()
-        truth = np.array(
-            Image.fromarray(target.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
+        guess, truth = (
+            np.array(Image.fromarray(classes).resize(image.size, Image.Resampling.NEAREST))
+            for classes in (output.numpy(), target)
         )
-        wanted = (truth != IGNORE) & (truth > 0)
-        both = ((guess == truth) & wanted).sum()
-        union = (((guess > 0) & (truth != IGNORE)) | wanted).sum()
-        text = f"IoU {100 * both / union:.0f} %" if union else "empty"
-        return [self.overlaid(image, truth), self.overlaid(image, guess)], "left", f"right, {text}"
+        counted = truth != IGNORE
+        text = f"{100 * (guess == truth)[counted].mean():.0f} % right" if counted.any() else "?"
+        return [self.overlay(image, truth), self.overlay(image, guess)], "left", f"right, {text}"
 
-    def overlaid(self, image: Image.Image, classes: npt.NDArray[np.uint8]) -> Image.Image:
+    def overlay(self, image: Image.Image, prediction: Mask) -> Image.Image:
         """Return an RGB image with the classes (H, W) in colours over it.
 
         The first class is left as it is if it is a background.
         """
-        colours = voc_colours(IGNORE + 1)[classes]
-        plain = classes == IGNORE
+        colours = voc_colours(IGNORE + 1)[prediction]
+        plain = prediction == IGNORE
         if self.names[0].lower() in ("background", "0", "other", "unlabeled"):
-            plain |= classes == 0
+            plain |= prediction == 0
         pixels = np.asarray(image.convert("RGB"))
         mixed = np.where(plain[..., None], pixels, (pixels.astype(np.uint16) + colours) // 2)
         return Image.fromarray(mixed.astype(np.uint8))
@@ -374,38 +360,38 @@ class Segment(LabelKind):
     ) -> list[Mask]:
         """Masks of the images' original size.
 
-        With `tile`, the image stays 8-bit and a window is normalised as it is computed, so memory
-        beyond the image and its mask is that of one row of windows.
+        With `tile`, the image stays as it was read and a window is normalised as it is computed, so
+        memory beyond the image and its mask is that of a few rows of windows.
         """
         (geometry,) = batch.geometry
         assert geometry is not None
-        width, height = geometry.size
-        if self.tile is None:
-            scores = resized(self.infer(model, images_BCHW, how).float(), (height, width))
-            return [scores[0].argmax(0).byte().cpu().numpy()]
-        device = next(model.parameters()).device  # type: ignore[attr-defined]
-        strips = self._strips(
-            lambda part: model(prepared(part, how, device)), images_BCHW, (self.tile, self.tile)
-        )
-        mask = torch.cat([strip.argmax(0).byte().cpu() for strip in strips]).numpy()
-        return [np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))]
-
-    def overlay(self, image: Image.Image, prediction: Mask) -> Image.Image:
-        return self.overlaid(image, prediction)
+        size, tile = geometry.size, self.tile
+        if tile is not None:
+            device = next(model.parameters()).device  # type: ignore[attr-defined]
+            if max(images_BCHW.shape[2:]) > tile:
+                strips = self._strips(
+                    lambda part: model(prepared(part, how, device)), images_BCHW, (tile, tile)
+                )
+                mask = torch.cat([strip.argmax(0).byte().cpu() for strip in strips]).numpy()
+                if mask.shape[::-1] == size:
+                    return [mask]
+                return [np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))]
+            images_BCHW = prepared(images_BCHW, how, device)
+        scores = resized(self.infer(model, images_BCHW, how).float(), size[::-1])
+        return [scores[0].argmax(0).byte().cpu().numpy()]
 
     def check_out(self, out: str) -> Path:
+        if out.lower().endswith(".csv"):
+            raise InputError(f"out {out!r} must be a folder: masks are images")
         return check_out_folder(out)
 
     @contextmanager
     def writing(self, out: Path, source: Source, top: int) -> Iterator[Writer]:
         """Write a PNG of class indices for each image."""
-        keys = [source.key(index) for index in range(len(source))]
-        if len({stem(key) for key in keys}) < len(keys):
-            raise InputError("several images differ only in their ending: predict them separately")
-        out.mkdir(parents=True, exist_ok=True)
+        check_png_folder(out, source)
 
         def write(paths: Sequence[str], batch: Batch, masks: Sequence[Mask]) -> None:
             for index, mask in zip(batch.indices.tolist(), masks, strict=True):
-                save_png(Image.fromarray(mask), out, keys[index])
+                save_png(Image.fromarray(mask), out, source.key(index))
 
         yield write
