@@ -13,8 +13,8 @@ from fcmae.config.values import MAX_PIXELS
 from fcmae.data.file_list import refuse_to_replace
 from fcmae.inspect.prologue import print_result, print_table, set_up, write_skipped
 from fcmae.train.processes import World
+from finetune.figures import Examples, below, draw_predictions
 from finetune.labels import find_split
-from finetune.pictures import Examples, below, draw_predictions
 from finetune.tasks.base import Measurement
 from finetune.tuned import load_tuned
 
@@ -52,8 +52,8 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
 
         `not_measured` lists classes without an image. Further `n`, the number of images;
         `unreadable` and `skipped`, the number of others, and the path and reason of each; and what
-        was measured: `task`, `split`, `weights`, and `kept_back`, whether the images are those that
-        the run kept back.
+        was measured: `task`, `split`, `weights`, and `held_out`, whether the images are those that
+        the run held out.
 
     Raises:
         InputError: the weights, the data or `out` is wrong.
@@ -61,7 +61,7 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
     """
     setting = set_up(config, config.source, load_tuned, ".png", ".csv")
     tuned = setting.model
-    split, name, kept_back = find_split(config, tuned)
+    split, name, held_out = find_split(config, tuned)
     refuse_to_replace(setting.out, split.source)
     measurement = tuned.kind.measurement(World(device=setting.device), final=True)
     dataset = tuned.kind.eval_dataset(split, setting.images, MAX_PIXELS)
@@ -81,7 +81,7 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
         "unreadable": len(setting.skipped),
         "skipped": [{"path": name, "reason": reason} for name, reason in setting.skipped],
         "split": name,
-        "kept_back": kept_back,
+        "held_out": held_out,
         "weights": str(tuned.folder),
     }
     print_result(result, config.json, show, lambda result: _print_table(result, measurement))
@@ -109,7 +109,7 @@ def write_scores(measurement: Measurement, worst: Any, out: Path) -> None:
 
 def _print_table(result: dict[str, Any], measurement: Measurement) -> None:
     each, total = measurement.each(), measurement.total()
-    title = "the images that it kept back" if result["kept_back"] else result["split"]
+    title = "the images that it held out" if result["held_out"] else result["split"]
     rows = [(name, *map(_cell, scores.values())) for name, scores in each.items()]
     if len(rows) > MOST_ROWS:
         key = next(iter(each[rows[0][0]]))

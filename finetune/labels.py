@@ -133,18 +133,18 @@ def prefix_of(files: FileList, config: Any) -> str:
 
 class Measured(NamedTuple):
     """Images to measure on, with labels as targets; the name of their split; and whether they are
-    those that a run kept back."""
+    those that a run held out."""
 
     split: Split
     name: str
-    kept_back: bool
+    held_out: bool
 
 
 def find_split(config: Any, tuned: Tuned) -> Measured:
     """Find the images to measure on.
 
     A run that divided its data by `val_fraction`, or what it exported, is measured on the images
-    that it kept back then, whatever was added or removed since. A run remembers its CSV file: it
+    that it held out then, whatever was added or removed since. A run remembers its CSV file: it
     need not be named again for the same data.
 
     Raises:
@@ -160,12 +160,12 @@ def find_split(config: Any, tuned: Tuned) -> Measured:
     if file is None and not folder.is_dir():
         raise InputError(f"data {config.data!r} is not a folder: use one with {config.split}/CLASS")
     divided = asked.val_fraction and config.split == VAL and (file or not (folder / VAL).is_dir())
-    kept_back = bool(divided) and _same(place, labels_file(asked) or asked.data)
-    if divided and not kept_back:
-        _log.warning("all of %s is measured: the run kept back images of other data", place)
-    if kept_back:
+    held_out = bool(divided) and _same(place, labels_file(asked) or asked.data)
+    if divided and not held_out:
+        _log.warning("all of %s is measured: the run held out images of other data", place)
+    if held_out:
         files = FileList.load(run.images(VAL))
-        _log.info("measuring on the %d images that the run kept back", len(files))
+        _log.info("measuring on the %d images that the run held out", len(files))
         labels = _labels(run, VAL, type(kind), files, kind.names)
         split = Split(files, "" if file else prefix_of(files, config), labels)
     elif file is None:
@@ -182,7 +182,7 @@ def find_split(config: Any, tuned: Tuned) -> Measured:
         split = Split(table.source.select(rows), "", labels)
     targets = kind.encode(split.labels)
     folders = [part for part in split.prefix.split("/") if part not in ("", IMAGES)]
-    return Measured(split._replace(labels=targets), "/".join(folders) or name, kept_back)
+    return Measured(split._replace(labels=targets), "/".join(folders) or name, held_out)
 
 
 def _asked(run: RunPaths) -> SimpleNamespace:

@@ -15,7 +15,7 @@ from fcmae.data.decode import read_image
 from fcmae.data.file_list import FileList, refuse_to_replace
 from fcmae.data.sources import Source
 from fcmae.inspect.prologue import set_up, write_skipped
-from finetune.pictures import check_png_folder, save_png
+from finetune.figures import check_png_folder, save_png
 from finetune.tuned import load_tuned
 from sparse.errors import InputError
 

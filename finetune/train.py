@@ -32,6 +32,7 @@ from fcmae.weights.export import timm_config
 from finetune.augment import TrainDataset, recolouring
 from finetune.blocks import speed_up
 from finetune.config import FinetuneConfig
+from finetune.figures import SHOWN, Examples, draw_predictions, write_figures
 from finetune.labels import (
     check_task,
     find_labels,
@@ -46,7 +47,6 @@ from finetune.model import (
     init_convnext,
     set_training,
 )
-from finetune.pictures import SHOWN, Examples, draw_predictions, write_figures
 from finetune.tasks import TASKS
 from finetune.tasks.base import LabelKind, Measurement
 from finetune.tuned import STATE, TASK

@@ -191,13 +191,13 @@ def test_held_out_rows_stay_held_out(tmp_path: Path) -> None:
     labels = write_labels(data, tmp_path / "labels.csv", "multilabel", split=False)
     assert finetune(config(labels, tmp_path / "run", val_fraction=0.25, epochs=1)) == 0
     whole = evaluate(EvaluateConfig(str(tmp_path / "run"), str(labels), workers=0), show=False)
-    assert (whole["n"], whole["kept_back"], whole["split"]) == (9, True, ".")
+    assert (whole["n"], whole["held_out"], whole["split"]) == (9, True, ".")
     labels.write_text("\n".join(labels.read_text().splitlines()[:4]))
     after = evaluate(EvaluateConfig(str(tmp_path / "run"), str(labels), workers=0), show=False)
     assert after == whole
     other = write_labels(data, tmp_path / "other.csv", "multilabel", split=False)
     found = evaluate(EvaluateConfig(str(tmp_path / "run"), str(other), workers=0), show=False)
-    assert (found["n"], found["kept_back"]) == (36, False)
+    assert (found["n"], found["held_out"]) == (36, False)
 
 
 def test_missing_images_are_listed(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_missing_images_are_listed(tmp_path: Path) -> None:
     assert json.loads(line)["path"] == "data/train/class 1/3.png"
     for path in [*(data / "val").rglob("*.png")]:
         path.unlink()
-    with pytest.raises(InputError, match=r"13 of 36 images of .* are not there"):
+    with pytest.raises(InputError, match=r"13 of 36 images of .* are missing"):
         finetune(config(labels, tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 

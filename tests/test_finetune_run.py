@@ -460,7 +460,7 @@ def test_held_out_images_stay_held_out(
     other = evaluate(EvaluateConfig("run", str(classes / "val"), workers=0), show=False)
     assert other["n"] == 12
     assert "warning: all of" in capsys.readouterr().err
-    assert "the run kept back images of" in caplog.text
+    assert "the run held out images of" in caplog.text
 
 
 def test_classes_that_are_not_measured_are_reported(
@@ -479,7 +479,7 @@ def test_classes_that_are_not_measured_are_reported(
     assert result["not_measured"] == ["class 1"]
     assert [*result["per_class"]] == ["class 0", "class 2"]
     said = " ".join(capsys.readouterr().out.split())
-    assert "on the images that it kept back" in said
+    assert "on the images that it held out" in said
     assert "1 of 3 classes not measured" in said
 
 

@@ -290,7 +290,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("noval", [], "val' is not a folder"),
         ("one", [], "train' is not a folder"),
         ("one", ["--val_fraction", "0.5"], "has no folders: expected one per class"),
-        ("novel", ["--val_fraction", "0.5"], "0.5 holds nothing back: every class has one image"),
+        ("novel", ["--val_fraction", "0.5"], "0.5 holds nothing out: every class has one image"),
         ("novel", ["--val_fraction", "1"], "val_fraction 1"),
         ("nowhere", [], "nowhere' does not exist: give a folder"),
         ("more", ["--neighbours", "[0]"], "neighbours [0] must be at least 1, such as [5,20]"),

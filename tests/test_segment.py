@@ -31,9 +31,9 @@ from fcmae.train.processes import World
 from fcmae.weights.export import timm_config
 from finetune.config import FinetuneAugmentConfig, FinetuneConfig
 from finetune.evaluate import evaluate
+from finetune.figures import check_png_folder
 from finetune.labels import resolve_task
 from finetune.model import Start
-from finetune.pictures import check_png_folder
 from finetune.predict import predict
 from finetune.segmenter import (
     BACKBONE,
@@ -511,7 +511,7 @@ def test_held_out_masks_stay_held_out(discs: Path) -> None:
     assert finetune(config_for(discs, val_fraction=0.25, checkpoint_steps=1)) == 0
     run = discs.parent / "run"
     result = evaluate(EvaluateConfig(str(run), data=str(discs)), show=False)
-    assert (result["n"], result["kept_back"]) == (1, True)
+    assert (result["n"], result["held_out"]) == (1, True)
     for folder in ("exported", "best"):
         again = evaluate(EvaluateConfig(str(run / folder), data=str(discs)), show=False)
         assert {**again, "weights": ""} == {**result, "weights": ""}

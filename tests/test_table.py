@@ -89,7 +89,7 @@ def test_numbers_with_missing_ones(tmp_path: Path) -> None:
         ("", "has no column 'path': its first line has nothing"),
         ("file;label\n1;a\n", "has no column 'path': its first line has 'file;label'"),
         ("path,label\n", "has no rows"),
-        ("path,label,label\n1,a,b\n", "has a column twice or without a name: 'path', 'label'"),
+        ("path,label,label\n1,a,b\n", "has a duplicate or unnamed column: 'path', 'label'"),
         ("path,label\n1.png,a\n2.png\n", "line 3 has 1 cells for 2 columns"),
         ("path,label\n1.png,a\nx/../1.png,b\n", "'x/../1.png' twice, in lines 2 and 3"),
         ("path,label\n ,a\n", "line 2 has '' as path"),
@@ -140,10 +140,10 @@ def test_missing_images_are_counted_and_many_are_refused(
     with caplog.at_level(logging.WARNING):
         find_in_table(table, 0.0, read_classes, max_bad=0.05)
     assert "1 of 20 images of" in caplog.text
-    assert "are not there: '3.png'" in caplog.text
+    assert "are missing: '3.png'" in caplog.text
     (tmp_path / "17.png").unlink()
     with pytest.raises(
-        InputError, match=f"2 of 20 .*; paths are absolute or relative to {tmp_path}"
+        InputError, match=f"2 of 20 .*; paths, with /, are absolute or relative to {tmp_path}"
     ):
         find_in_table(table, 0.0, read_classes, max_bad=0.05)
 

@@ -18,7 +18,7 @@ from fcmae.data.sample import Batch
 from fcmae.data.statistics import Preprocessing
 from fcmae.train.processes import ALONE
 from finetune.config import FinetuneAugmentConfig, FinetuneConfig
-from finetune.pictures import SHOWN, Examples
+from finetune.figures import SHOWN, Examples
 from finetune.tasks.base import LabelKind, Measurement
 from finetune.tasks.classify import Classify
 from finetune.tasks.multilabel import Multilabel, best_threshold

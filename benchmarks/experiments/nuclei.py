@@ -134,8 +134,8 @@ def counted(data: Path, out: Path) -> Path:
         for mask in sorted((data / split / "instances").glob("*.png")):
             with Image.open(mask) as image:
                 objects = np.count_nonzero(np.unique(np.array(image)))
-            (file,) = (data / split / "images").glob(f"{mask.stem}.*")
-            rows.append([os.path.abspath(file), objects, split])
+            (picture,) = (data / split / "images").glob(f"{mask.stem}.*")
+            rows.append([os.path.abspath(picture), objects, split])
     with out.open("w", newline="") as file:
         csv.writer(file).writerows([["path", "nuclei", "split"], *rows])
     return out

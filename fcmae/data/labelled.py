@@ -159,7 +159,7 @@ def at_chance(top1: float, labels: Labels) -> bool:
 def split_by_hash(source: Source, labels: Labels, fraction: float) -> tuple[Labels, Labels]:
     """Return the positions to train on and those to validate on, both ascending.
 
-    Of each class, the share `fraction` whose keys have the smallest hashes is held back: at least
+    Of each class, the share `fraction` whose keys have the smallest hashes is held out: at least
     one image of two or more, and never all.
 
     Raises:
@@ -171,7 +171,7 @@ def split_by_hash(source: Source, labels: Labels, fraction: float) -> tuple[Labe
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
         held[members[np.argsort(hashes[members], kind="stable")[:count]]] = True
     if not held.any():
-        raise InputError(f"val_fraction {fraction} holds nothing back: every class has one image")
+        raise InputError(f"val_fraction {fraction} holds nothing out: every class has one image")
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 

@@ -68,7 +68,7 @@ class MaskLayout:
             return root / IMAGES / split, root / self.folder / split
         return root / split / IMAGES, root / split / self.folder
 
-    def there(self, root: Path, split: str) -> bool:
+    def exists(self, root: Path, split: str) -> bool:
         """Return whether both folders exist."""
         return all(folder.is_dir() for folder in self.folders(root, split))
 
@@ -169,8 +169,8 @@ def stem(key: bytes) -> bytes:
 def find_layout(root: Path) -> MaskLayout | None:
     """Return the layout of a folder of images and masks; None if it is not one."""
     for layout in LAYOUTS:
-        alone = not layout.inside and layout.there(root, "")
-        if alone or any(layout.there(root, split) for split in layout.splits):
+        alone = not layout.inside and layout.exists(root, "")
+        if alone or any(layout.exists(root, split) for split in layout.splits):
             return layout
     return None
 
@@ -194,17 +194,17 @@ def find_masks(data: str, val_fraction: float, exclude: str | None = None) -> La
         expected = "train/images and train/masks (or train/instances), and the same in val"
         raise InputError(f"data {data!r} has no masks: expected {expected}")
     train, val = layout.splits
-    train = train if layout.there(root, train) else ""
+    train = train if layout.exists(root, train) else ""
     names = class_names(root, layout, train)
     learnt = find_pairs(root, layout, train, names, exclude)
     if val_fraction:
-        if layout.there(root, val):
+        if layout.exists(root, val):
             shown = f"leave val_fraction at 0, not {val_fraction}"
             raise InputError(f"{data!r} has its own {val}: {shown}")
         parts = split_by_hash(learnt.source, np.zeros(len(learnt.source), np.int64), val_fraction)
         first, second = (select(learnt, part) for part in parts)
         found = LabelledData(first, second, names)
-    elif not train or not layout.there(root, val):
+    elif not train or not layout.exists(root, val):
         images, masks = layout.folders(root, val)
         raise InputError(f"{images} and {masks} are missing: add them, or give --val_fraction 0.2")
     else:

@@ -78,7 +78,7 @@ class Table:
         return f"{self.file}, line {self.lines[row]}"
 
     def check_images(self, rows: Indices, most: float = 1.0) -> None:
-        """Report images that are not there.
+        """Report images that are missing.
 
         Raises:
             InputError: all are missing, or more than the share `most`.
@@ -87,9 +87,10 @@ class Table:
         if not missing:
             return
         names = brief(repr(self.source.name(row)) for row in missing)
-        what = f"{len(missing)} of {len(rows)} images of {self.file} are not there: {names}"
+        what = f"{len(missing)} of {len(rows)} images of {self.file} are missing: {names}"
         if len(missing) == len(rows) or len(missing) > most * len(rows):
-            raise InputError(f"{what}; paths are absolute or relative to {self.source.roots[0]}")
+            where = f"paths, with /, are absolute or relative to {self.source.roots[0]}"
+            raise InputError(f"{what}; {where}")
         _log.warning("%s", what)
 
 
@@ -121,7 +122,8 @@ def read_table(file: str | Path) -> Table:
         raise InputError(f"{path} has no column 'path': its first line has {found}")
     if len(set(heads)) < len(heads) or "" in heads:
         raise InputError(
-            f"{path} has a column twice or without a name: {brief(map(repr, heads), 8)}"
+            f"{path} has a duplicate or unnamed column: {brief(map(repr, heads), 8)}; in pandas, "
+            "write it with to_csv(index=False)"
         )
     if not numbered:
         raise InputError(f"{path} has no rows: expected one for each image")

@@ -46,7 +46,7 @@ class NothingToRead(RunError):
 class Labelled(NamedTuple):
     """Features (N, C) and classes (N,) of the images to learn from and of those to measure on.
 
-    held: whether a training image is held back to choose the penalty (N,), bool; may be all False.
+    held: whether a training image is held out to choose the penalty (N,), bool; may be all False.
     bad: (name, reason) of the images that can't be read.
     """
 

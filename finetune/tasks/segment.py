@@ -39,8 +39,8 @@ from fcmae.train.run_paths import WHOLE_MODEL
 from fcmae.weights.export import write_timm_folder
 from finetune.augment import TrainDataset
 from finetune.config import FinetuneConfig
+from finetune.figures import check_png_folder, save_png
 from finetune.model import Start
-from finetune.pictures import check_png_folder, save_png
 from finetune.segmenter import (
     BACKBONE,
     backbone_state,
@@ -191,8 +191,8 @@ class Segment(LabelKind):
         if layout is None:
             return super().find_split(folder, split, names)
         own = dict(zip((TRAIN, VAL), layout.splits, strict=True)).get(split, split)
-        if not layout.there(folder, own):
-            if layout.inside or not layout.there(folder, ""):
+        if not layout.exists(folder, own):
+            if layout.inside or not layout.exists(folder, ""):
                 images, masks = layout.folders(folder, own)
                 raise InputError(f"{images} and {masks} are missing: give another --split")
             _log.info("%s has no folder %r: all of its images are measured", folder, own)
@@ -211,7 +211,7 @@ class Segment(LabelKind):
                 place, masks = layout.folders(root, split)
                 if place.resolve() == images.resolve() and masks.is_dir():
                     return MaskLabels(files, masks, layout, len(names))
-        raise InputError(f"the masks of {images} are gone: put them back")
+        raise InputError(f"the masks of {images} are missing: restore them")
 
     def prepare(self, config: FinetuneConfig, train: Any, device: torch.device) -> None:
         super().prepare(config, train, device)
