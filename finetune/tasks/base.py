@@ -121,6 +121,11 @@ class LabelKind(ABC):
     # Reading labels
 
     @classmethod
+    def not_labels(cls, path: str | Path) -> InputError:
+        """Return the error for a file or folder without labels of this kind."""
+        return InputError(f"{str(path)!r} has no labels for {cls.task}: expected {cls.layout}")
+
+    @classmethod
     @abstractmethod
     def recognises(cls, labels: Table | Path) -> bool:
         """Return whether a CSV file or a folder holds labels of this kind."""
@@ -130,7 +135,7 @@ class LabelKind(ABC):
         cls, table: Table, rows: Indices, names: tuple[str, ...] | None
     ) -> tuple[Labels, tuple[str, ...]]:
         """Read labels from a CSV file; see `fcmae.data.table.Reader`."""
-        raise InputError(f"task {cls.task} has no labels in CSV files: expected {cls.layout}")
+        raise cls.not_labels(table.file)
 
     @classmethod
     def find_folder(cls, config: FinetuneConfig) -> LabelledData:
@@ -139,9 +144,7 @@ class LabelKind(ABC):
         Raises:
             InputError: there are none, or their labels can't be learned.
         """
-        raise InputError(
-            f"data {config.data!r} has no labels for {cls.task}: expected {cls.layout}"
-        )
+        raise cls.not_labels(config.data)
 
     @classmethod
     def find_split(cls, folder: Path, split: str, names: Sequence[str]) -> Split:
@@ -155,9 +158,7 @@ class LabelKind(ABC):
         Raises:
             InputError: there are none, or they have labels that the model does not know.
         """
-        raise InputError(
-            f"data {str(folder)!r} has no labels for {cls.task}: expected {cls.layout}"
-        )
+        raise cls.not_labels(folder)
 
     @classmethod
     def labels_of(cls, files: FileList, names: Sequence[str]) -> Labels:

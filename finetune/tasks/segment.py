@@ -189,7 +189,7 @@ class Segment(LabelKind):
     def find_split(cls, folder: Path, split: str, names: Sequence[str]) -> Split:
         layout = find_layout(folder)
         if layout is None:
-            return super().find_split(folder, split, names)
+            raise cls.not_labels(folder)
         own = dict(zip((TRAIN, VAL), layout.splits, strict=True)).get(split, split)
         if not layout.exists(folder, own):
             if layout.inside or not layout.exists(folder, ""):
