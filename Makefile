@@ -18,8 +18,8 @@ setup: $(VENV)/minkowski.stamp ## create .venv with everything in it; does nothi
 demo: setup ## sample images, pretrain, convert, fine-tune, evaluate, reconstruct; DEMO_DIR=demo
 	$(BIN)/python benchmarks/demo.py --out $(DEMO_DIR)
 
-test: setup ## run the tests except the slow ones; ARGS="-k loss" is passed on to pytest
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test: setup ## run the tests except the slow ones, two at a time; ARGS="-k loss" is passed on to pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 slow: setup ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -322,7 +322,7 @@ def test_the_backbone_is_timms_and_comes_back_out() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "resnet18", "vgg11_bn", "mobilenetv3_small_100",
+        "resnet18", "mobilenetv3_small_100", pytest.param("vgg11_bn", marks=pytest.mark.slow),
         pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
         pytest.param("densenet121", marks=pytest.mark.slow),
     ],
