@@ -126,10 +126,11 @@ def draw_predictions(kind: "LabelKind", shown: Sequence[Shown], title: str | Non
     return figure
 
 
-def pixels_of(figure: Any) -> npt.NDArray[np.uint8]:
-    """Return a figure of matplotlib as pixels (H, W, 3)."""
+def pixels_of(figure: Any, dpi: float = 100) -> npt.NDArray[np.uint8]:
+    """Return a figure of matplotlib as pixels (H, W, 3), `dpi` for each inch."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -137,7 +138,7 @@ def pixels_of(figure: Any) -> npt.NDArray[np.uint8]:
 
 def below(figures: Sequence[Any]) -> Image.Image:
     """Return figures as one image, one below the other, each at the left; None is skipped."""
-    drawn = [pixels_of(figure) for figure in figures if figure is not None]
+    drawn = [pixels_of(figure, dpi=150) for figure in figures if figure is not None]
     width = max(part.shape[1] for part in drawn)
     wide = [
         np.pad(part, ((0, 0), (0, width - part.shape[1]), (0, 0)), constant_values=255)
@@ -182,10 +183,10 @@ def check_png_folder(folder: Path, source: Source) -> None:
     if (folder.parent / IMAGES).is_dir() and folder.name in {layout.folder for layout in LAYOUTS}:
         raise InputError(f"{folder} is a folder of labels: give another one")
     paths = [png_path(folder, key) for key in keys]
-    there = {os.path.realpath(path) for path in paths if path.exists()}
-    if isinstance(source, FileList) and there:
+    existing = {os.path.realpath(path) for path in paths if path.exists()}
+    if isinstance(source, FileList) and existing:
         images = {os.path.realpath(source.path(index)) for index in range(len(source))}
-        if replaced := {os.fsencode(path) for path in there} & images:
+        if replaced := {os.fsencode(path) for path in existing} & images:
             raise InputError(f"{os.fsdecode(replaced.pop())!r} is an image: give another folder")
 
 

@@ -117,12 +117,12 @@ def stored_labels(
 
 
 def report_added(stored: Sequence[FileList], exclude: str) -> None:
-    """Log the number of images that were added to the folders of a run since it began."""
+    """Log how many images in the folders of a run are not part of it."""
     roots = sorted({root for files in stored for root in files.roots})
     there = sum(len(find_images(root, exclude)) for root in roots if os.path.isdir(root))
     added = there - sum(map(len, stored))
     if added > 0:
-        _log.info("%d files added since the run began are ignored", added)
+        _log.info("%d images are ignored: added since the run began, or skipped then", added)
 
 
 def prefix_of(files: FileList, config: Any) -> str:

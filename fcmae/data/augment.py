@@ -67,7 +67,7 @@ def jittered_geometry(
 
 
 def scale_to(short_side: int | None, size: tuple[int, int]) -> float:
-    """Return the factor that makes an image of (width, height) this short; None leaves it."""
+    """Return the factor that gives an image of (width, height) this shorter side; 1 for None."""
     return 1.0 if short_side is None else short_side / min(size)
 
 

@@ -335,7 +335,7 @@ class Segment(LabelKind):
             for classes in (output.numpy(), target)
         )
         counted = truth != IGNORE
-        text = f"{100 * (guess == truth)[counted].mean():.0f} % right" if counted.any() else "?"
+        text = f"{100 * (guess == truth)[counted].mean():.0f} % correct" if counted.any() else "?"
         return [self.overlay(image, truth), self.overlay(image, guess)], "left", f"right, {text}"
 
     def overlay(self, image: Image.Image, prediction: Mask) -> Image.Image:
