@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,20 +77,26 @@ def main() -> int:
     size = ["--img_size", options.img_size, "--precision", options.precision]
     run = study.out / f"pretrain-{options.epochs}"
     crops = ["--augment.crop_scale", "[0.08,0.6]", "--augment.vflip", "true"]
-    if not (run / "exported" / "config.json").is_file():
-        study.pretrain(
-            run.name, data / "train" / "images", *size, "--epochs", options.epochs,
-            "--engine", "patch", "--picture_epochs", 0, *crops,
-        )  # fmt: skip
+    lock = Lock()
+
+    def pretrained() -> Path:
+        """The run that every pretrained side starts from: the first one that asks trains it."""
+        with lock:
+            if not (run / "exported" / "config.json").is_file():
+                study.pretrain(
+                    run.name, data / "train" / "images", *size, "--epochs", options.epochs,
+                    "--engine", "patch", "--picture_epochs", 0, *crops,
+                )  # fmt: skip
+        return run
+
     cells = {}
     for share in options.shares:
         masks = mask_share(data, share, study.out / f"labels-{share}")
         places = {"masks": masks, "numbers": counted(masks, study.out / f"counts-{share}.csv")}
         for question in options.questions:
-            for side, weights in zip(SIDES, (run, "none"), strict=True):
-                given = [*size, "--weights", weights]
+            for side, weights in zip(SIDES, (pretrained, lambda: "none"), strict=True):
                 cells[question, share, side] = partial(
-                    _side, study, question, share, side, places[question], given
+                    _side, study, question, share, side, places[question], weights, size
                 )
     found = study.together(cells)
     print("| | labels | rate, epochs: pretrained | scratch | test: pretrained | scratch | gain |")
@@ -142,10 +149,17 @@ def counted(data: Path, out: Path) -> Path:
 
 
 def _side(
-    study: Study, question: str, share: int, side: str, data: Path, common: list[Any]
+    study: Study,
+    question: str,
+    share: int,
+    side: str,
+    data: Path,
+    weights: Callable[[], object],
+    size: list[object],
 ) -> dict[str, Any]:
     """Search, then repeat the best with all seeds; return its settings and scores."""
     asked = QUESTIONS[question]
+    common = [*size, "--weights", weights()]
 
     def tried(rate: float, epochs: int, seed: int = SEEDS[0]) -> dict[str, float]:
         name = f"{question}/{share}/{side}/rate-{rate:g}-epochs-{epochs}-seed-{seed}"
