@@ -68,7 +68,7 @@ QUESTIONS = {
 
 
 def main() -> int:
-    parser = arguments(__doc__ or "", "nuclei", img_size=128, epochs=200, side=256)
+    parser = arguments(__doc__ or "", "nuclei", img_size=128, epochs=600, side=256)
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=[*QUESTIONS])
     parser.add_argument("--shares", type=int, nargs="+", choices=SHARES, default=SHARES)
     options = parser.parse_args()
@@ -85,7 +85,8 @@ def main() -> int:
             if not (run / "exported" / "config.json").is_file():
                 study.pretrain(
                     run.name, data / "train" / "images", *size, "--epochs", options.epochs,
-                    "--engine", "patch", "--picture_epochs", 0, *crops,
+                    "--batch_size", 32, "--decoder.dim", 128, "--engine", "patch",
+                    "--picture_epochs", 0, *crops,
                 )  # fmt: skip
         return run
 
