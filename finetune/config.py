@@ -62,12 +62,13 @@ class FinetuneAugmentConfig(AugmentBase):
     """Alpha of cutmix, which pastes a part of another image; 0 disables it, 1 is strong."""
 
     scale_jitter: list[float] = setting([0.5, 2.0], above=0, below=inf, length=2, ascending=True)
-    """Range of the random factor by which images with masks are resized before they are cropped;
-    crop_scale and crop_ratio do not apply to them."""
+    """Range of the random factor by which images with masks or objects are resized before they are
+    cropped; crop_scale and crop_ratio do not apply to them."""
 
     short_side: int | None = setting(None, at_least=32)
-    """Resize images with masks to this shorter side in pixels, in training and evaluation, before
-    scale_jitter. null leaves their size. The papers use 512 for ADE20K."""
+    """Resize images with masks or objects to this shorter side in pixels, in training and
+    evaluation, before scale_jitter. null leaves their size. The papers use 512 for ADE20K and 800
+    for COCO."""
 
     random_erasing: float = setting(0.0, at_least=0, at_most=1)
     """Fraction of the samples in which a random box is erased, 0 to 1. The paper uses 0.25. A mask
@@ -100,7 +101,8 @@ class FinetuneConfig(LabelsConfig, TrainingConfig):
 
     task: str = setting("auto", group=DATA)
     """Kind of label: classify (a class per image), multilabel (several), regress (numbers), segment
-    (a class per pixel), or auto, which recognises the layout of data or labels."""
+    (a class per pixel), detect (boxes), instances (a mask per object), or auto, which recognises
+    the layout of data or labels."""
 
     weights: str = setting("none", path=f"none, {WEIGHTS}", words=("none",), group=MODEL)
     """Pretrained weights: a converted folder, a pretraining run (converted automatically), a
@@ -125,13 +127,18 @@ class FinetuneConfig(LabelsConfig, TrainingConfig):
     """Loss of standardised numbers; huber is linear beyond one standard deviation, so it limits the
     effect of outliers."""
 
-    head: Literal["auto", "upernet"] = setting("auto", group=MODEL)
-    """What is put on the backbone. auto takes upernet for masks, the only one so far, and a linear
-    layer for the other tasks."""
+    head: Literal["auto", "upernet", "faster", "mask", "cascade"] = setting("auto", group=MODEL)
+    """What is put on the backbone: upernet for masks, faster (R-CNN) or cascade for boxes, mask
+    (R-CNN) or cascade for objects with masks. auto takes the first of these, and a linear layer for
+    the other tasks."""
 
     decoder_channels: Literal["auto"] | int = setting("auto", at_least=8, group=MODEL)
-    """Width of the decoder for masks. auto takes twice that of the first stage, at most 512; the
-    papers use 512."""
+    """Width of the decoder for masks or of the feature pyramid for objects. auto takes twice that
+    of the first stage, at most 512 or 256, which the papers use."""
+
+    anchor_size: Literal["auto"] | int = setting("auto", at_least=1, group=MODEL)
+    """Side in pixels of the smallest boxes that a detector starts from; the papers use 32. auto
+    takes 4 to 32, so that at most a tenth of the objects are smaller."""
 
     aux_weight: float = setting(0.4, at_least=0, below=inf, group=OPTIMISATION)
     """Weight of the loss of the auxiliary head for masks; 0 builds none."""

@@ -25,6 +25,7 @@ HEADINGS = {
     "top1": "top-1 %", "top5": "top-5 %", "top5_of": "top 5 of", "balanced": "balanced %",
     "ap": "AP %", "map": "mAP %", "f1": "F1 %", "mae": "MAE", "rmse": "RMSE", "r2": "R²",
     "miou": "mean IoU %", "iou": "IoU %", "accuracy": "accuracy %", "n": "images",
+    "ap50": "AP50 %", "ap75": "AP75 %", "box_ap": "AP of boxes %", "objects": "objects",
 }  # fmt: skip
 
 _log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
         - regress: `mae`, `rmse` and `r2`, each {target: number or None}, and `values`, the known
           numbers of each target.
         - segment: `miou` and `accuracy`; `per_class`, {name: {iou, accuracy, n}}.
+        - detect, instances: COCO's `ap`, `ap50` and `ap75`, of masks for instances, with `box_ap`;
+          `per_class`, {name: {ap, ap50, objects, n}}.
 
         `not_measured` lists classes without an image. Further `n`, the number of images;
         `unreadable` and `skipped`, the number of others, and the path and reason of each; and what
@@ -71,7 +74,7 @@ def evaluate(config: EvaluateConfig, show: bool = True) -> dict[str, Any]:
     for batch, images in setting.batches(split, dataset=dataset):
         assert batch.targets is not None
         outputs = tuned.kind.infer(tuned.model, images, setting.images)
-        losses = measurement.update(outputs, batch.targets.to(setting.device))
+        losses = measurement.update(outputs, batch.targets_on(setting.device))
         if examples is not None:
             examples.add(batch, images, outputs, losses)
     measurement.compute()

@@ -17,7 +17,7 @@ from torch import Tensor
 from fcmae.atomic import atomic_write, out_file
 from fcmae.data.file_list import FileList
 from fcmae.data.masks import IMAGES, LAYOUTS, stem
-from fcmae.data.sample import Batch
+from fcmae.data.sample import Batch, each_target
 from fcmae.data.sources import Source
 from fcmae.data.statistics import Preprocessing
 from fcmae.train.run_folder import RunFolder
@@ -36,7 +36,7 @@ WIDTH = 12.0
 THUMBNAIL = 320
 """Longest side of an image in a figure, in pixels."""
 
-Shown = tuple[Image.Image, Tensor, npt.NDArray[Any]]
+Shown = tuple[Image.Image, Any, Any]
 """A small RGB image, the model's output for it (`LabelKind.to_show`) and its target."""
 
 _log = logging.getLogger(__name__)
@@ -62,13 +62,14 @@ class Examples:
     def add(self, batch: Batch, images_BCHW: Tensor, outputs: Tensor, losses_B: Tensor) -> None:
         """Look at a batch: its normalised images, the model's outputs and each image's loss."""
         assert batch.targets is not None
+        targets = each_target(batch.targets)
         losses = losses_B.float().nan_to_num(math.inf).tolist()
         for n, (index, loss) in enumerate(zip(batch.indices.tolist(), losses, strict=True)):
             among_worst = len(self._worst) < SHOWN or loss > self._worst[0][0]
             if not among_worst and index not in self._chosen:
                 continue
             image = thumbnail(images_BCHW[n], self._how)
-            shown = image, self._kind.to_show(outputs[n]), batch.targets[n].numpy().copy()
+            shown = image, self._kind.to_show(outputs[n]), _kept(targets[n])
             if index in self._chosen:
                 self.chosen.append(shown)
             if among_worst:
@@ -198,6 +199,16 @@ def save_png(image: Image.Image, folder: Path, key: bytes) -> None:
     """
     with out_file(png_path(folder, key)) as temporary:
         image.save(temporary, format="PNG")
+
+
+def _kept(target: Any) -> Any:
+    """A target that does not share the batch's memory: numpy, but for objects their tensors."""
+    if isinstance(target, Tensor):
+        return target.numpy().copy()
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in target.items()
+    }
 
 
 def _short(text: str, most: int = 34) -> str:

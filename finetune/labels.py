@@ -1,11 +1,13 @@
 """The labels of a run or of a command: which file or folder, which kind, which images."""
 
+import json
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -13,7 +15,8 @@ from fcmae.atomic import atomic_write
 from fcmae.config.files import read_yaml
 from fcmae.data.file_list import FileList, find_images
 from fcmae.data.labelled import TRAIN, VAL, LabelledData, Labels, Split
-from fcmae.data.masks import IMAGES
+from fcmae.data.masks import IMAGES, MaskLabels
+from fcmae.data.objects import ObjectLabels
 from fcmae.data.table import Table, find_in_table, read_table
 from fcmae.train.checkpoint import STATE, SavedCheckpoint, list_checkpoints
 from fcmae.train.resume import stored_files
@@ -84,13 +87,26 @@ def find_labels(
 
 
 def save_labels(data: LabelledData, paths: RunPaths) -> None:
-    """Store the labels of a run beside its lists of images; masks stay where they are."""
+    """Store the labels of a run beside its lists of images, and list objects with faults; masks
+    stay where they are."""
+    faults = [
+        {"split": part, "image": image, "reason": what}
+        for part, split in ((TRAIN, data.train), (VAL, data.val))
+        if isinstance(split.labels, ObjectLabels)
+        for image, what in split.labels.faults
+    ]
+    if faults:
+        with atomic_write(paths.bad_labels) as path:
+            path.write_text("".join(f"{json.dumps(fault)}\n" for fault in faults))
     for part, split in ((TRAIN, data.train), (VAL, data.val)):
-        if not isinstance(split.labels, np.ndarray):
+        if isinstance(split.labels, MaskLabels):
             paths.labels(part).unlink(missing_ok=True)  # of an earlier run that saved nothing else
             continue
         with atomic_write(paths.labels(part)) as path, path.open("wb") as file:
-            np.save(file, split.labels)
+            if isinstance(split.labels, ObjectLabels):
+                np.savez_compressed(file, **split.labels.arrays())  # type: ignore[arg-type]
+            else:
+                np.save(file, split.labels)
 
 
 def stored_labels(
@@ -216,7 +232,9 @@ def _labels(
         return kind.labels_of(files, names)
     try:
         labels = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        if not isinstance(labels, np.ndarray):
+            labels = ObjectLabels.stored(files, names, labels)
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
         raise InputError(f"labels {str(path)!r} are damaged ({error}): restore them") from error
     if len(labels) != len(files):
         raise InputError(f"labels {str(path)!r} are not of this run: restore them or start over")

@@ -23,8 +23,9 @@ _log = logging.getLogger(__name__)
 
 
 def predict(config: PredictConfig) -> Path:
-    """Predict labels of images, and return the CSV file or the folder of masks written. Columns of
-    the file after `path`:
+    """Predict labels of images, and return the file or the folder of masks written.
+
+    Columns of a CSV file after `path`:
 
     - classify: `label`, `score`, `label2`, `score2`, …, the most probable classes and the model's
       probabilities, from 0 to 1;
@@ -39,8 +40,8 @@ def predict(config: PredictConfig) -> Path:
         InputError: the weights, the images or `out` is wrong.
         RunError: no image could be read, or `out` could not be written.
     """
-    if config.out.lower().endswith(".csv"):  # what is wrong with any kind, before a model is loaded
-        check_out_file(config.out)
+    if config.out.lower().endswith((".csv", ".json")):
+        check_out_file(config.out)  # what is wrong with any kind, before a model is loaded
     else:
         check_out_folder(config.out)
     setting = set_up(config, config.source, load_tuned)
@@ -48,7 +49,8 @@ def predict(config: PredictConfig) -> Path:
     out, split = kind.check_out(config.out), setting.find_images()
     refuse_to_replace(out, split.source)
     if config.tile is not None and not kind.tiles:
-        raise InputError(f"tile {config.tile} is for masks, and the task is {kind.task}: omit it")
+        what = f"tile {config.tile} is for masks and objects"
+        raise InputError(f"{what}, and the task is {kind.task}: omit it")
     kind.tile = config.tile
     overlays = None if config.overlay is None else check_out_folder(config.overlay)
     if overlays is not None:

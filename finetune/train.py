@@ -50,7 +50,6 @@ from finetune.model import (
 from finetune.tasks import TASKS
 from finetune.tasks.base import LabelKind, Measurement
 from finetune.tuned import STATE, TASK
-from sparse.devices import to_device
 from sparse.encoder import check_compiler
 from sparse.errors import InputError, RunError, brief
 
@@ -245,7 +244,7 @@ class Finetuning(Task):
         images = normalise(batch.images, how.mean, how.std, device)
         images = images.contiguous(memory_format=torch.channels_last)
         assert batch.targets is not None
-        return self.kind.loss(forward, images, to_device(batch.targets, device))
+        return self.kind.loss(forward, images, batch.targets_on(device))
 
     def after_step(self, step: int) -> None:
         if self.ema is not None:
@@ -327,7 +326,7 @@ class Finetuning(Task):
                 raise Interrupted
             bad += batch.bad
             if batch.targets is not None:  # else none of its images can be read
-                targets = to_device(batch.targets, device)
+                targets = batch.targets_on(device)
                 for name, model in models.items():
                     with run.autocast():
                         outputs = self.kind.infer(model, images, self._how)

@@ -19,7 +19,7 @@ from fcmae.data.order import check_parts
 from fcmae.train.plan import asked_rate, make_plan
 from finetune.config import FinetuneConfig
 from finetune.model import Start, timm_name
-from finetune.segmenter import AUX_CHANNELS, BACKBONE
+from finetune.segmenter import AUX_CHANNELS, Segmenter
 from finetune.tasks.segment import Segment
 from finetune.train import finetune
 
@@ -182,7 +182,7 @@ def test_model_for_ade20k_has_the_papers_shape_and_layers(
             Start(timm_name(config.model), {}), 3, (config.img_size,) * 2, config.drop_path
         )
     millions, blocks = ADE20K[name][-2:]
-    backbone: Any = model.get_submodule(BACKBONE[:-1])
+    backbone: Any = model.get_submodule(Segmenter.inside[:-1])
     assert sum(p.numel() for p in backbone.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
     state = model.state_dict()
     assert state["net.segmentation_head.0.weight"].shape[:2] == (ADE_CLASSES, 512)
@@ -194,14 +194,14 @@ def test_model_for_ade20k_has_the_papers_shape_and_layers(
     depths = kind.layer_depths(model, config.optim.layer_group)
     layers = sum(blocks) // 3
     assert layers == (6 if name == "convnext_tiny" else 12)
-    assert depths[f"{BACKBONE}stem_0.weight"] == layers + 1
+    assert depths[f"{Segmenter.inside}stem_0.weight"] == layers + 1
     of_blocks = [
-        depths[f"{BACKBONE}stages_{stage}.blocks.{block}.conv_dw.weight"]
+        depths[f"{Segmenter.inside}stages_{stage}.blocks.{block}.conv_dw.weight"]
         for stage in range(4)
         for block in range(blocks[stage])
     ]
     assert of_blocks == [layers - block // 3 for block in range(sum(blocks))]
-    assert {depth for key, depth in depths.items() if not key.startswith(BACKBONE)} == {0}
+    assert {depth for key, depth in depths.items() if not key.startswith(Segmenter.inside)} == {0}
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from fcmae.data.statistics import Preprocessing
 from fcmae.train.checkpoint import list_checkpoints
 from fcmae.train.processes import World
 from fcmae.weights.export import timm_config
+from finetune.backbone import backbone_state, feature_depths
 from finetune.config import FinetuneAugmentConfig, FinetuneConfig
 from finetune.evaluate import evaluate
 from finetune.figures import check_png_folder
@@ -36,10 +37,7 @@ from finetune.labels import resolve_task
 from finetune.model import Start
 from finetune.predict import predict
 from finetune.segmenter import (
-    BACKBONE,
     Segmenter,
-    backbone_state,
-    segmenter_depths,
     start_segmenter,
 )
 from finetune.tasks.segment import MaskDataset, Segment
@@ -97,8 +95,10 @@ def test_masks_are_found_in_three_layouts(discs: Path, tmp_path: Path) -> None:
     ):
         found = Segment.find_split(tmp_path / layout, split, data.names)
         assert (found.prefix, len(found.source), len(found.labels)) == (prefix, count, count)
-    for layout in ("discs", "cells", "ade"):
+    for layout in ("discs", "ade"):
         assert resolve_task("auto", tmp_path / layout) is Segment
+    with pytest.raises(InputError, match=r"choose --task segment .*; --task instances"):
+        resolve_task("auto", tmp_path / "cells")
     with pytest.raises(InputError, match=r"ade/images/test .* missing: give another --split"):
         Segment.find_split(tmp_path / "ade", "test", data.names)
 
@@ -309,7 +309,7 @@ def test_the_backbone_is_timms_and_comes_back_out() -> None:
     with torch.no_grad():
         features = model.net.encoder.model(images)
         assert torch.equal(features[-1], whole.forward_features(images))
-    back = backbone_state(model.state_dict(), "convnextv2_atto", 3, SMALL)
+    back = backbone_state(model.state_dict(), Segmenter.inside, "convnextv2_atto", 3, SMALL)
     assert back.keys() == whole.state_dict().keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in whole.state_dict().items())
     other = Start(
@@ -340,10 +340,10 @@ def test_other_backbones_take_any_size_and_come_back_out(name: str, tmp_path: Pa
     loaded: Any = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     backbone = {name.replace(".", "_"): tensor for name, tensor in loaded.state_dict().items()}
     state = model.state_dict()
-    own = [key for key in state if key.startswith(BACKBONE)]
+    own = [key for key in state if key.startswith(Segmenter.inside)]
     assert own
     for key in own:
-        flat = key.removeprefix(BACKBONE).replace(".", "_")
+        flat = key.removeprefix(Segmenter.inside).replace(".", "_")
         assert torch.equal(backbone[flat], state[key]), key
     again = start_segmenter(
         Start(name, args, load_file(tmp_path / "out/task/model.safetensors"), whole=True),
@@ -359,12 +359,12 @@ def test_a_vit_is_refused() -> None:
 
 def test_layer_decay_counts_the_backbones_blocks() -> None:
     model = segmenter(depths=[1, 1, 2, 1], dims=SMALL["dims"])
-    depths = segmenter_depths(model, "single")
+    depths = feature_depths(model, "single")
     assert depths["net.segmentation_head.0.weight"] == depths["aux.0.weight"] == 0
-    assert depths[f"{BACKBONE}stages_3.blocks.0.conv_dw.weight"] == 1
-    assert depths[f"{BACKBONE}stages_2.blocks.0.conv_dw.weight"] == 3
-    assert depths[f"{BACKBONE}stages_0.blocks.0.conv_dw.weight"] == 5
-    assert depths[f"{BACKBONE}stem_0.weight"] == 5
+    assert depths[f"{Segmenter.inside}stages_3.blocks.0.conv_dw.weight"] == 1
+    assert depths[f"{Segmenter.inside}stages_2.blocks.0.conv_dw.weight"] == 3
+    assert depths[f"{Segmenter.inside}stages_0.blocks.0.conv_dw.weight"] == 5
+    assert depths[f"{Segmenter.inside}stem_0.weight"] == 5
 
 
 # Scores
@@ -574,4 +574,4 @@ def test_a_run_learns_discs_and_everything_follows_from_it(
     state = load_file(run / "exported/task/model.safetensors")
     name = "blocks.0.mlp.fc1.weight"
     tensor = exported.state_dict()[f"stages.2.{name}"]
-    assert torch.equal(tensor, state[f"{BACKBONE}stages_2.{name}"])
+    assert torch.equal(tensor, state[f"{Segmenter.inside}stages_2.{name}"])

@@ -23,12 +23,15 @@ class Geometry:
         size: (width, height) of the image in pixels, after the EXIF orientation.
         box: the crop before it was resized.
         flip_h, flip_v: whether the crop was then mirrored left to right, and top to bottom.
+        shape: (height, width) that the crop was resized to, if that is less than the sample's: the
+            rest of the sample, at the right and the bottom, is padding.
     """
 
     size: tuple[int, int]
     box: Box
     flip_h: bool = False
     flip_v: bool = False
+    shape: tuple[int, int] | None = None
 
 
 def random_geometry(
@@ -52,18 +55,25 @@ def jittered_geometry(
     augment: AugmentBase,
     scale: float,
     jitter: Sequence[float],
+    pad: bool = False,
 ) -> Geometry:
     """Draw a crop of (H, W) pixels from an image resized by a random factor, and its flips.
 
-    The factor is `scale` times a number between both of `jitter`, log-uniform, and large enough for
-    the resized image to hold the crop, so nothing is padded. Flips as in `random_geometry`.
+    The factor is `scale` times a number between both of `jitter`, log-uniform. With `pad`, an image
+    that does not fill the crop is padded; else the factor is large enough for it to do so. Flips as
+    in `random_geometry`.
     """
-    width, height = size
+    (width, height), (h, w) = size, img_size
     draw, left, top = rng.uniform(seed, rng.CROP, epoch, index, np.arange(3)).tolist()
     wanted = scale * jitter[0] * (jitter[1] / jitter[0]) ** draw
-    box_w, box_h = covered(size, img_size, wanted)
+    factor = wanted if pad else covering(size, img_size, wanted)
+    box_w, box_h = (
+        min(whole, max(1, round(side / factor))) for whole, side in ((width, w), (height, h))
+    )
     box = int(left * (width - box_w + 1)), int(top * (height - box_h + 1)), box_w, box_h
-    return replace(random_geometry(seed, epoch, index, size, augment), box=box)
+    shape = max(1, round(min(h, height * factor))), max(1, round(min(w, width * factor)))
+    padded = shape if pad and shape != (h, w) else None
+    return replace(random_geometry(seed, epoch, index, size, augment), box=box, shape=padded)
 
 
 def scale_to(short_side: int | None, size: tuple[int, int]) -> float:
@@ -75,13 +85,6 @@ def covering(size: tuple[int, int], img_size: tuple[int, int], scale: float) -> 
     """Return a factor for an image of (width, height): `scale`, or the smallest one at which the
     image is as large as (H, W) pixels."""
     return max(scale, img_size[1] / size[0], img_size[0] / size[1])
-
-
-def covered(size: tuple[int, int], img_size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Return (width, height) of the part of an image that (H, W) pixels show; see `covering`."""
-    (width, height), (h, w) = size, img_size
-    scale = covering(size, img_size, scale)
-    return min(width, max(1, round(w / scale))), min(height, max(1, round(h / scale)))
 
 
 def crop_box(seed: int, epoch: int, index: int, size: tuple[int, int], augment: AugmentBase) -> Box:

@@ -77,11 +77,12 @@ class WholeDataset(EvalDataset):
 
     Args:
         split, images, max_pixels, raw: see `EvalDataset`.
-        short_side: resize images to this shorter side, in pixels; None leaves them. Images smaller
-            than `images.img_size` are enlarged to cover it.
+        short_side: resize images to this shorter side, in pixels; None leaves them.
+        covers: whether images smaller than `images.img_size` are enlarged to cover it.
     """
 
     short_side: int | None = None
+    covers: bool = True
 
     def batch_size(self, most: int) -> int:
         return 1
@@ -90,9 +91,11 @@ class WholeDataset(EvalDataset):
         split, images = self.split, self.images
         opened = read_image(split.source.open(index), len(images.mean), self.max_pixels)
         width, height = opened.size
-        scale = covering(opened.size, images.img_size, scale_to(self.short_side, opened.size))
+        scale = scale_to(self.short_side, opened.size)
+        if self.covers:
+            scale = covering(opened.size, images.img_size, scale)
         geometry = Geometry(opened.size, (0, 0, width, height))
-        size = (round(height * scale), round(width * scale))
+        size = max(1, round(height * scale)), max(1, round(width * scale))
         pixels = opened.resized(geometry.box, size, interpolation=images.interpolation)
         return Sample(pixels, index, target=split.target(index, geometry), geometry=geometry)
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +28,7 @@ from fcmae.data.augment import Geometry, random_geometry
 from fcmae.data.decode import BadImage, read_image
 from fcmae.data.labelled import Split
 from fcmae.data.order import Key
+from fcmae.data.resize import Pixels
 from fcmae.data.sample import Sample, collate
 from fcmae.data.statistics import Preprocessing
 from fcmae.model.mask import grid_of, random_mask
@@ -77,12 +78,26 @@ class CropDataset(Dataset[Sample]):
         opened = read_image(split.source.open(place), len(images.mean), config.max_pixels)
         cut = self.geometry(epoch, index, opened.size)
         size, fast = images.img_size, config.augment.fast_decode
-        pixels = opened.resized(cut.box, size, cut.flip_h, cut.flip_v, fast, images.interpolation)
+        pixels = opened.resized(
+            cut.box, cut.shape or size, cut.flip_h, cut.flip_v, fast, images.interpolation
+        )
+        if cut.shape is not None:
+            pixels = padded(pixels, size, images.mean)
         return Sample(pixels, place, target=split.target(place, cut, size), geometry=cut)
 
     def geometry(self, epoch: int, index: int, size: tuple[int, int]) -> Geometry:
         """Draw the crop of an image of (width, height) pixels."""
         return random_geometry(self.config.seed, epoch, index, size, self.config.augment)
+
+
+def padded(image_CHW: Pixels, size: tuple[int, int], mean: Sequence[float]) -> Pixels:
+    """Return an image of (H, W) pixels, the mean beyond the given ones at the right and bottom."""
+    unit = 255 if image_CHW.dtype == np.uint8 else 1
+    fill = np.array(mean) * unit
+    fill = (fill.round() if unit == 255 else fill).astype(image_CHW.dtype)
+    canvas = np.broadcast_to(fill[:, None, None], (len(fill), *size)).copy()
+    canvas[:, : image_CHW.shape[1], : image_CHW.shape[2]] = image_CHW
+    return canvas
 
 
 class PretrainDataset(CropDataset):

@@ -126,7 +126,7 @@ class MaskLabels:
         Raises:
             BadImage: it can't be read, or has other numbers than the classes.
         """
-        return self.layout.unpack(_numbers(self.path(index)), self.classes)
+        return self.layout.unpack(mask_numbers(self.path(index)), self.classes)
 
     def path(self, index: int) -> bytes:
         """Return the mask's path."""
@@ -274,7 +274,7 @@ def _highest(masks: Sequence[bytes]) -> int:
     highest = 0
     for path in masks:
         try:
-            numbers = _numbers(path)
+            numbers = mask_numbers(path)
         except BadImage:
             continue
         highest = max(highest, int(numbers[numbers != IGNORE].max(initial=0)))
@@ -341,7 +341,7 @@ def check_masks(labels: MaskLabels, names: Sequence[str]) -> None:
     )
 
 
-def _numbers(path: bytes) -> npt.NDArray[Any]:
+def mask_numbers(path: bytes) -> npt.NDArray[Any]:
     """Return the numbers (H, W) in a mask's file.
 
     Raises:

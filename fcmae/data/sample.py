@@ -29,7 +29,7 @@ class Sample:
         index: position of the image that was read.
         mask: (h, w) bool, one entry per patch, True = hidden.
         valid: (H, W) bool, True where a pixel counts; None if all do.
-        target: the label: a class, or an array.
+        target: the label: a class, an array, or objects (`ObjectLabels.cut`).
         geometry: how the crop was cut, to transform masks, boxes and predictions.
         bad: (name, reason) of the images that could not be read for this sample.
     """
@@ -52,7 +52,8 @@ class Batch:
         indices: (B,) int64, positions of the images that were read.
         masks: (B, h, w) bool, True = hidden.
         valid: (B, H, W) bool, True where a pixel counts.
-        targets: (B, …), the labels.
+        targets: (B, …), the labels; of objects a dictionary: theirs end to end, and `counts` (B,),
+            how many each image has; see `each_target`.
         sites: the layout of the encoder's sites for `masks`, if it is made ahead.
         geometry: how each crop was cut.
         bad: (name, reason) of images that could not be read.
@@ -63,7 +64,7 @@ class Batch:
     indices: Tensor
     masks: Tensor | None = None
     valid: Tensor | None = None
-    targets: Tensor | None = None
+    targets: Any = None
     sites: Layout | None = None
     geometry: list[Geometry | None] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -76,9 +77,14 @@ class Batch:
         """Return the batch with each of its tensors moved, as into memory of another kind."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         parts: dict[str, Any] = {name: move(tensor) for name, tensor in tensors.items()}
+        parts["targets"] = _moved(self.targets, move)
         if self.sites is not None:
             parts["sites"] = replace(self.sites, tables=move(self.sites.tables))
         return replace(self, **parts)
+
+    def targets_on(self, device: torch.device) -> Any:
+        """Return the targets with their tensors on a device."""
+        return _moved(self.targets, lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory, from which copies to a GPU are asynchronous."""
@@ -118,11 +124,46 @@ def collate(
     return batch.moved(Tensor.share_memory_) if share else batch
 
 
-def _joined(values: Sequence[Any]) -> Tensor | None:
-    """Stacked values; None if there are none."""
+def _moved(targets: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor moved, or a dictionary with its tensors moved."""
+    if isinstance(targets, dict):
+        return {name: _moved(value, move) for name, value in targets.items()}
+    return move(targets) if isinstance(targets, Tensor) else targets
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """Stacked values, or those of dictionaries end to end; None if there are none.
+
+    End to end, since a worker opens a file for each tensor that it sends.
+    """
     if not values or values[0] is None:
         return None
+    if isinstance(values[0], dict):
+        joined: dict[str, Any] = {"counts": torch.tensor([len(value["boxes"]) for value in values])}
+        for name, first in values[0].items():
+            parts = [value[name] for value in values]
+            if isinstance(first, list):
+                joined[name] = [item for part in parts for item in part]
+            else:
+                joined[name] = torch.from_numpy(np.concatenate(parts))
+        return joined
     return torch.from_numpy(np.stack([np.asarray(value) for value in values]))
+
+
+def each_target(targets: Any) -> Sequence[Any]:
+    """Return the label of each image: the rows of a tensor, or a dictionary of its objects."""
+    if isinstance(targets, Tensor):
+        return list(targets)
+    counts = targets["counts"].tolist()
+    ends = np.cumsum(counts).tolist()
+    return [
+        {
+            name: value[n : n + 1] if name == "size" else value[end - count : end]
+            for name, value in targets.items()
+            if name != "counts"
+        }
+        for n, (count, end) in enumerate(zip(counts, ends, strict=True))
+    ]
 
 
 def as_float(image: Pixels) -> npt.NDArray[np.float32]:

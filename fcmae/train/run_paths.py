@@ -22,6 +22,7 @@ class RunPaths:
         exported: the model for timm, written when the run ends.
         best: the best weights of fine-tuning so far, as a timm folder.
         bad_images: each image that could not be read, and why.
+        bad_labels: each object whose label was changed or left out, and why.
         nonfinite: each batch whose loss or gradient was not finite, with its images.
         near_duplicates: images that nearly equal one of the validation set.
         figures: plots of the validation images' scores and predictions, as .png.
@@ -37,6 +38,7 @@ class RunPaths:
         self.exported = root / "exported"
         self.best = root / "best"
         self.bad_images = root / BAD_IMAGES
+        self.bad_labels = root / "bad_labels.jsonl"
         self.nonfinite = root / "nonfinite.jsonl"
         self.near_duplicates = root / "near_duplicates.jsonl"
         self.figures = root / "figures"
@@ -46,5 +48,5 @@ class RunPaths:
         return self.root / f"images-{part}.npz"
 
     def labels(self, part: str) -> Path:
-        """The labels of these images, an array (N, …)."""
+        """The labels of these images, an array (N, …) or the arrays of objects."""
         return self.root / f"labels-{part}.npy"

@@ -28,6 +28,7 @@ from fcmae.data.labelled import (
     majority_share,
 )
 from fcmae.data.masks import find_layout
+from fcmae.data.object_files import find_place
 from fcmae.data.sources import Indices
 from fcmae.data.table import LABEL, Table, read_classes
 from fcmae.train.processes import World
@@ -133,7 +134,8 @@ class Classify(LabelKind):
     def recognises(cls, labels: Table | Path) -> bool:
         if isinstance(labels, Table):
             return LABEL in labels.columns
-        return find_layout(labels) is None
+        places = (find_place(labels, split) for split in (TRAIN, ""))
+        return find_layout(labels) is None and not any(places)
 
     @classmethod
     def read(

@@ -35,26 +35,19 @@ from fcmae.data.sources import Source
 from fcmae.data.statistics import Preprocessing
 from fcmae.data.table import Table
 from fcmae.train.processes import World
-from fcmae.train.run_paths import WHOLE_MODEL
-from fcmae.weights.export import write_timm_folder
 from finetune.augment import TrainDataset
 from finetune.config import FinetuneConfig
 from finetune.figures import check_png_folder, save_png
 from finetune.model import Start
-from finetune.segmenter import (
-    BACKBONE,
-    backbone_state,
-    segmenter_depths,
-    start_segmenter,
-)
+from finetune.segmenter import Segmenter, start_segmenter
 from finetune.tasks.base import (
-    LabelKind,
     Measurement,
     Writer,
     confusion_rows,
     draw_confusion,
     mean_of,
 )
+from finetune.tasks.features import OnFeatures
 from finetune.tiling import blended
 from sparse.errors import InputError
 
@@ -165,7 +158,7 @@ class MaskDataset(TrainDataset):
         )
 
 
-class Segment(LabelKind):
+class Segment(OnFeatures):
     """A class for each pixel. The state has `short_side`; see `WholeDataset`."""
 
     task = "segment"
@@ -173,6 +166,7 @@ class Segment(LabelKind):
     heads = ("upernet",)
     score = "miou"
     tiles = True
+    inside = Segmenter.inside
 
     config: FinetuneConfig
     _weights: Tensor | None = None
@@ -234,26 +228,6 @@ class Segment(LabelKind):
             if self.config.decoder_channels != "auto":
                 width = self.config.decoder_channels
         return start_segmenter(start, in_chans, len(self.names), width, with_aux, drop_path)
-
-    def write(self, state: Mapping[str, Tensor], config: Mapping[str, Any], out: Path) -> None:
-        """Write the backbone as timm's folder, and the whole model in `task` inside it."""
-        write_timm_folder(state, config, out / WHOLE_MODEL)
-        dropped = ("label_names", "task", "task_state")
-        backbone = {key: value for key, value in config.items() if key not in dropped}
-        backbone["num_classes"] = backbone["pretrained_cfg"]["num_classes"] = 0
-        name, args = config["architecture"], config.get("model_args", {})
-        channels = len(config["pretrained_cfg"]["mean"])
-        write_timm_folder(backbone_state(state, name, channels, args), backbone, out)
-
-    def scale_head(self, model: nn.Module, scale: float) -> None:
-        """Keep the decoder's own initial weights."""
-
-    def freeze(self, model: nn.Module) -> None:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.startswith(BACKBONE))
-
-    def layer_depths(self, model: Any, layer_group: str) -> dict[str, int]:
-        return segmenter_depths(model, layer_group)
 
     def train_dataset(
         self, split: Split, images: Preprocessing, config: FinetuneConfig

@@ -1,0 +1,242 @@
+"""Objects that a detector found: in the pixels of their image, as COCO's results, and measured.
+
+What is found in an image is a dictionary of `boxes` (N, 4) float64, `labels` (N,) from 1, `scores`
+(N,), all numpy, and with masks `masks`, a list of `Rle`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.ops import box_iou
+
+from fcmae.data.objects import Rle, coco_masks, decode, encode_part
+from finetune.detector import MOST_FOUND
+
+AGREE = 0.5
+"""Two boxes of a class are one object if they share this part of the smaller one's area."""
+
+CERTAIN = 0.5
+"""Probability above which an object counts, where a run has chosen no threshold."""
+
+Found = dict[str, Any]
+
+
+def fitted(output: Mapping[str, Any], size: tuple[int, int]) -> Found:
+    """Return what a model found, in the pixels of an image of another size (H, W).
+
+    Args:
+        output: of the model for one image, and `shape`, the (H, W) it was given.
+        size: of the image that boxes and masks are for.
+    """
+    (h, w), (height, width) = output["shape"], size
+    scale = torch.tensor([width / w, height / h] * 2)
+    boxes = output["boxes"].float().cpu() * scale
+    found: Found = {
+        "boxes": boxes.double().numpy(),
+        "labels": output["labels"].cpu().numpy(),
+        "scores": output["scores"].float().cpu().numpy(),
+    }
+    if "masks" in output:
+        masks = output["masks"].float().cpu()
+        found["masks"] = [_pasted(mask, box, size) for mask, box in zip(masks, boxes, strict=True)]
+    return found
+
+
+def _pasted(mask_1hw: Tensor, box: Tensor, size: tuple[int, int]) -> Rle:
+    """A mask's probabilities put into its box, as pixels of at least 1/2.
+
+    Only the surroundings of the box are computed.
+    """
+    margin = 2 + (box[2:] - box[:2]).max().item() / mask_1hw.shape[-1]
+    left, top = (max(0, int(side - margin)) for side in box[:2].tolist())
+    right, bottom = (
+        min(most, int(side + margin) + 1)
+        for side, most in zip(box[2:].tolist(), size[::-1], strict=True)
+    )
+    moved = (box - torch.tensor([left, top] * 2))[None]
+    shape = bottom - top, right - left
+    part = paste_masks_in_image(mask_1hw[None], moved, shape)[0, 0] >= 0.5
+    return encode_part(part.numpy(), left, top, size)
+
+
+def kept(found: Found, which: npt.NDArray[Any]) -> Found:
+    """Return some of the objects, by their places or by a mask of them."""
+    places = np.flatnonzero(which) if which.dtype == np.bool_ else which
+    part = {name: found[name][places] for name in ("boxes", "labels", "scores")}
+    if "masks" in found:
+        part["masks"] = [found["masks"][place] for place in places.tolist()]
+    return part
+
+
+def certain(found: Found, thresholds: Sequence[float] | None) -> Found:
+    """Return the objects with at least the score that their class needs."""
+    least = np.array(thresholds)[found["labels"] - 1] if thresholds else CERTAIN
+    return kept(found, found["scores"] >= least)
+
+
+def merged(parts: Sequence[Found], size: tuple[int, int]) -> Found:
+    """Join what was found in overlapping windows: an object that several saw counts once.
+
+    From the highest score on, an object takes those of other windows that are of its class and
+    share `AGREE` of the smaller box with it. It gets the box and the mask around all of them.
+
+    Args:
+        parts: of each window, in the pixels of the whole image.
+        size: (H, W) of the image.
+    """
+    window = np.repeat(np.arange(len(parts)), [len(part["scores"]) for part in parts])
+    whole: Found = {
+        name: np.concatenate([part[name] for part in parts])
+        for name in ("boxes", "labels", "scores")
+    }
+    if "masks" in parts[0]:
+        whole["masks"] = [mask for part in parts for mask in part["masks"]]
+    boxes, labels = whole["boxes"], whole["labels"]
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    free, firsts = np.ones(len(labels), bool), []
+    for first in np.argsort(-whole["scores"], kind="stable").tolist():
+        if not free[first]:
+            continue
+        firsts.append(first)
+        free[first] = False
+        others = np.flatnonzero(free & (labels == labels[first]) & (window != window[first]))
+        low = np.maximum(boxes[others, :2], boxes[first, :2])
+        high = np.minimum(boxes[others, 2:], boxes[first, 2:])
+        shared = (high - low).clip(0).prod(1)
+        same = others[shared > AGREE * np.minimum(areas[others], areas[first])]
+        if not len(same):
+            continue
+        free[same] = False
+        group = [first, *same.tolist()]
+        boxes[first] = [*boxes[group, :2].min(0), *boxes[group, 2:].max(0)]
+        if "masks" in whole:
+            whole["masks"][first] = coco_masks().merge([whole["masks"][n] for n in group])
+    return kept(whole, np.array(firsts, np.int64))
+
+
+def entries(found: Found, image: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return objects as entries of COCO's results.
+
+    Args:
+        found: in the pixels of the image.
+        image: keys that each entry gets, such as `image_id`.
+    """
+    result = []
+    for n, box in enumerate(found["boxes"].tolist()):
+        sides = [box[2] - box[0], box[3] - box[1]]
+        entry = {
+            **image, "category_id": int(found["labels"][n]), "bbox": [box[0], box[1], *sides],
+            "score": float(found["scores"][n]),
+        }  # fmt: skip
+        if "masks" in found:
+            rle = found["masks"][n]
+            entry["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+        result.append(entry)
+    return result
+
+
+def label_image(found: Found, size: tuple[int, int]) -> npt.NDArray[np.uint16]:
+    """Return the number of the object at each pixel (H, W), from 1 by score, or 0.
+
+    Where objects overlap, it is the one with the higher score.
+    """
+    numbers = np.zeros(size, np.uint16)
+    order = np.argsort(-found["scores"], kind="stable")
+    for number in range(len(order), 0, -1):
+        numbers[decode(found["masks"][order[number - 1]]) > 0] = number
+    return numbers
+
+
+def errors(found: Found, target: Mapping[str, Any]) -> float:
+    """Return 1 - F1 of the objects with a score of at least `CERTAIN` in an image: matched to true
+    ones of their class from the highest score on, at an IoU of the boxes of at least 0.5."""
+    sure = certain(found, None)
+    wanted = ~target["crowd"].numpy()
+    boxes, labels = target["boxes"][wanted].double(), target["labels"].numpy()[wanted]
+    if not len(boxes) + len(sure["labels"]):
+        return 0.0
+    ious = box_iou(torch.from_numpy(sure["boxes"]), boxes).numpy()
+    ious[sure["labels"][:, None] != labels] = 0
+    hits = 0
+    for row in np.argsort(-sure["scores"], kind="stable"):
+        if ious.shape[1] and ious[row].max() >= 0.5:
+            ious[:, ious[row].argmax()] = 0
+            hits += 1
+    return 1 - 2 * hits / (len(boxes) + len(sure["labels"]))
+
+
+class Precision(NamedTuple):
+    """COCO's precision, -1 where it does not exist, and scores, at each (IoU, recall, class)."""
+
+    precision: npt.NDArray[np.float64]
+    scores: npt.NDArray[np.float64]
+
+    def mean(self, iou: int | None = None, place: int | None = None) -> float | None:
+        """Average precision in percent, perhaps at one IoU (0: 0.50, 5: 0.75) or of one class."""
+        part = self.precision if iou is None else self.precision[[iou]]
+        part = part if place is None else part[:, :, [place]]
+        return 100 * float(part[part > -1].mean()) if (part > -1).any() else None
+
+    def thresholds(self) -> list[float]:
+        """The score of each class with the highest F1 at an IoU of 0.5."""
+        recall = np.linspace(0, 1, self.precision.shape[1])[:, None]
+        precision = self.precision[0].clip(0)
+        f1 = 2 * precision * recall / (precision + recall).clip(1e-9)
+        best, classes = f1.argmax(0), np.arange(f1.shape[1])
+        chosen = np.where(f1[best, classes] > 0, self.scores[0, best, classes], CERTAIN)
+        return [float(value) for value in chosen]
+
+
+def average_precision(
+    found: Sequence[Found], targets: Sequence[Mapping[str, Any]], classes: int, masks: bool
+) -> Precision:
+    """Return COCO's precision of what was found in images, for up to 500 objects in each.
+
+    Args:
+        found: in each image.
+        targets: see `ObjectLabels.cut`, of whole images.
+        classes: their number.
+        masks: whether masks are compared, not boxes.
+    """
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    images: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for number, (target, part) in enumerate(zip(targets, found, strict=True), 1):
+        height, width = target["size"][0].tolist()
+        images.append({"id": number, "height": height, "width": width})
+        results += entries(part, {"image_id": number})
+        for n, box in enumerate(target["boxes"].double().tolist()):
+            sides = [box[2] - box[0], box[3] - box[1]]
+            item = {
+                "id": len(objects) + 1, "image_id": number, "bbox": [box[0], box[1], *sides],
+                "category_id": int(target["labels"][n]), "iscrowd": int(target["crowd"][n]),
+                "area": sides[0] * sides[1],
+            }  # fmt: skip
+            if masks:
+                item["segmentation"] = target["masks"][n]
+            objects.append(item)
+    categories = [{"id": number, "name": str(number)} for number in range(1, classes + 1)]
+    if not results:  # the library needs one
+        there = np.bincount([n["category_id"] for n in objects if not n["iscrowd"]],
+                            minlength=classes + 1)[1:] > 0  # fmt: skip
+        empty = np.where(there, 0.0, -1.0) * np.ones((10, 101, 1))
+        return Precision(empty, np.full_like(empty, CERTAIN))
+    truth = COCO({"images": images, "annotations": objects, "categories": categories})
+    judge = COCOeval_faster(
+        truth, truth.loadRes(results), "segm" if masks else "bbox", print_function=_say_nothing
+    )
+    judge.params.maxDets = [1, 10, MOST_FOUND]
+    judge.evaluate()
+    judge.accumulate()
+    return Precision(*(judge.eval[name][:, :, :, 0, -1] for name in ("precision", "scores")))
+
+
+def _say_nothing(*_words: Any) -> None:
+    pass
