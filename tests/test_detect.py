@@ -88,7 +88,7 @@ def test_every_parameter_learns(head: str, masks: bool) -> None:
     loss = model.train()(images, targets(masks=masks))
     loss.backward()
     assert loss.ndim == 0
-    assert math.isfinite(loss)
+    assert loss.isfinite()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     model.heads.score_thresh = 0.0
     found_in = model.eval()(torch.randn(2, 3, 50, 70))
@@ -108,12 +108,13 @@ def test_the_loss_is_that_of_torchvision(masks: bool) -> None:
         model.pyramid, 3, image_mean=[0] * 3, image_std=[1] * 3, min_size=64, max_size=96
     )
     plain.rpn, plain.roi_heads = model.rpn, model.heads
+    plain.transform.torch_choice = lambda sides: sides[0]  # it draws from torch's stream
     images, wanted = torch.randn(2, 3, 64, 96), targets(masks=masks)
     torch.manual_seed(1)
     own = model(images, wanted)
     torch.manual_seed(1)
     expected = sum(plain.train()([*images], wanted).values())
-    assert float(own) == pytest.approx(float(expected), rel=1e-6)
+    assert own.item() == pytest.approx(expected.item(), rel=1e-6)
     model.eval()
     plain.eval()
     with torch.no_grad():
@@ -198,7 +199,9 @@ def test_the_stages_of_a_cascade(monkeypatch: pytest.MonkeyPatch) -> None:
         scores, deltas = (part[: len(boxes)] for part in outputs[number])
         labels = [2 if iou(box, truth[0])[0] >= least else 0 for box in boxes]
         assert number or labels == [2, 2, 0, 2]
-        entropy = [-float(row.log_softmax(0)[label]) for row, label in zip(scores, labels)]
+        entropy = [
+            -float(row.log_softmax(0)[label]) for row, label in zip(scores, labels, strict=True)
+        ]
         assert float(losses[f"class_{number}"]) == pytest.approx(
             weight * sum(entropy) / len(labels), rel=1e-5
         )
@@ -306,7 +309,10 @@ def test_precision_is_that_of_coco(
     np.testing.assert_allclose(own.precision, precision, atol=1e-6)
     np.testing.assert_allclose(own.scores, scores, atol=1e-6)
     assert own.mean() == pytest.approx(100 * precision[precision > -1].mean(), abs=1e-6)
+    # Its own thresholds are rounded to float32, which decides where an IoU is exactly 0.6.
     metric = MeanAveragePrecision(
+        iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+        rec_thresholds=np.linspace(0, 1, 101).tolist(),
         iou_type="segm" if masks else "bbox", backend="faster_coco_eval", class_metrics=True,
         max_detection_thresholds=[1, 10, 500],
     )  # fmt: skip
@@ -472,6 +478,11 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return data.parent / "run"
 
 
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
 def kind_of(run: Path) -> str:
     return json.loads((run / "exported/task/config.json").read_text())["task"]
 
@@ -548,9 +559,9 @@ def test_scores_equal_those_of_the_written_results(
     assert heads == ["path", *load_tuned(str(run), CPU).kind.names]
     assert len(rows) == 3
     for index, row in enumerate(rows):
-        assert Image.open(tmp_path / "o" / f"{index}.png").size == SIZE
+        assert pixels(tmp_path / "o" / f"{index}.png").shape == (*SIZE[::-1], 3)
         if task == "instances":
-            numbers = np.array(Image.open(tmp_path / "results.instances" / f"{index}.png"))
+            numbers = pixels(tmp_path / "results.instances" / f"{index}.png")
             assert numbers.shape == SIZE[::-1]
             assert len(np.unique(numbers)) - 1 <= int(row[1])
 
@@ -562,10 +573,10 @@ def test_evaluation_is_drawn_and_reported(run: Path, tmp_path: Path) -> None:
     with (tmp_path / "scores.csv").open(newline="") as opened:
         rows = [*csv.reader(opened)]
     assert rows[0] == ["name", "ap", "ap50", "objects", "n"]
-    assert np.asarray(Image.open(tmp_path / "scores.png")).std() > 0
+    assert pixels(tmp_path / "scores.png").std() > 0
     page = report(ReportConfig([str(run)], out=str(tmp_path / "page.html"))).read_text()
-    assert "data:image/png" in page
-    assert "val_ap" in page or "AP" in page
+    assert page.count("data:image/jpeg") == 3  # scores, some images, those with the highest loss
+    assert "validation AP %" in page
 
 
 def test_windows_find_what_the_whole_image_has(run: Path, tmp_path: Path) -> None:
@@ -624,7 +635,7 @@ def test_two_processes_measure_the_same(run: Path, tmp_path: Path) -> None:
 
 
 def trajectory(kind: str, folder: Path) -> list[float]:
-    """Losses of six steps on rectangles."""
+    """Losses of twelve steps on rectangles."""
     data = write_data(folder / "data", kind)
     given = {"epochs": 6, "val_epochs": 6, "checkpoint_steps": None, "task": kind}
     assert finetune(config_for(data, **given, optim={"base_lr": 0.05})) == 0
@@ -634,8 +645,9 @@ def trajectory(kind: str, folder: Path) -> list[float]:
 @pytest.mark.parametrize("kind", ["detect", "instances"])
 def test_losses_equal_the_golden_ones(kind: str, tmp_path: Path) -> None:
     golden = json.loads(Path(__file__).with_name("golden_losses.json").read_text())[kind]
-    assert len(golden) == 6
-    assert trajectory(kind, tmp_path) == pytest.approx(golden, rel=2e-4)
+    assert len(golden) == 12
+    # Wider than for other kinds: where a rounding moves a box past a threshold, a sample changes.
+    assert trajectory(kind, tmp_path) == pytest.approx(golden, rel=5e-3)
 
 
 def test_bad_input(run: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from finetune.train import finetune
 from sparse.engines.minkowski import why_unavailable
 from tests.cli import metrics
 from tests.conftest import write_classes, write_masks, write_pictures
+from tests.test_detect import trajectory as detect_trajectory
 from tests.test_finetune_kinds import KINDS, config, write_labels
 from tests.test_segment import trajectory as segment_trajectory
 
@@ -74,6 +75,9 @@ def write_golden() -> None:
         for split in ("train", "val"):
             write_masks(Path(folder) / "discs" / split, "masks")
         losses["segment"] = segment_trajectory(Path(folder) / "discs")
+    for kind in ("detect", "instances"):
+        with tempfile.TemporaryDirectory() as folder:
+            losses[kind] = detect_trajectory(kind, Path(folder))
     GOLDEN.write_text(json.dumps(losses, indent=1) + "\n")
 
 

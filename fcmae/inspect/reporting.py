@@ -47,6 +47,8 @@ CURVES: list[tuple[str, str, str | None, list[str]]] = [
     ("ema_map", "validation mAP %, averaged weights", None, ["last", "best"]),
     ("val_miou", "validation mean IoU %", None, ["last", "best"]),
     ("ema_miou", "validation mean IoU %, averaged weights", None, ["last", "best"]),
+    ("val_ap", "validation AP %", None, ["last", "best"]),
+    ("ema_ap", "validation AP %, averaged weights", None, ["last", "best"]),
     ("val_r2", "validation R²", None, ["last", "best"]),
     ("ema_r2", "validation R², averaged weights", None, ["last", "best"]),
     ("lr", "learning rate", None, []),
