@@ -17,7 +17,9 @@ from fcmae.config.parsing import parse
 from fcmae.config.pretraining import PretrainConfig
 from fcmae.data.order import check_parts
 from fcmae.train.plan import asked_rate, make_plan
+from finetune.backbone import feature_depths
 from finetune.config import FinetuneConfig
+from finetune.detector import Detector, Pyramid
 from finetune.model import Start, timm_name
 from finetune.segmenter import AUX_CHANNELS, Segmenter
 from finetune.tasks.segment import Segment
@@ -56,6 +58,23 @@ V1: dict[str, tuple[Any, ...]] = {
     "22k_1k/large": (30, 512, 5e-5, 1e-8, 0.8, 0, 0.0, 0.3, 0.001, None),
     "22k_1k/xlarge": (30, 512, 5e-5, 1e-8, 0.8, 0, 0.0, 0.4, 0.001, 0.9999),
 }
+
+# Official configs of V1, of which the last columns are published: millions of weights, AP of boxes
+# and of masks; middles of the ranges of V2 (arXiv 2301.00808, appendix A.3). 0: not known here.
+# rate, layer decay, drop path, batch, side, weights, boxes, masks
+COCO: dict[str, tuple[float, ...]] = {
+    "mask_convnext_tiny": (1e-4, 0.95, 0.4, 16, 1344, 48, 46.2, 41.7),
+    "cascade_convnext_tiny": (2e-4, 0.7, 0.4, 16, 1344, 86, 50.4, 43.7),
+    "cascade_convnext_small": (2e-4, 0.7, 0.6, 16, 1344, 108, 51.9, 45.0),
+    "cascade_convnext_base": (2e-4, 0.8, 0.7, 16, 1344, 146, 52.7, 45.6),
+    "cascade_convnext_base_22k": (1e-4, 0.8, 0.6, 16, 1344, 146, 54.0, 46.9),
+    "cascade_convnext_large": (1e-4, 0.7, 0.7, 16, 1344, 255, 54.8, 47.6),
+    "cascade_convnext_xlarge": (1e-4, 0.7, 0.8, 16, 1344, 407, 55.2, 47.7),
+    "mask_convnextv2_base": (1e-4, 0.925, 0.35, 32, 1024, 0, 52.9, 46.4),
+    "mask_convnextv2_large": (1e-4, 0.925, 0.35, 32, 1024, 0, 0, 0),
+    "mask_convnextv2_huge": (1e-4, 0.925, 0.35, 32, 1024, 0, 0, 0),
+}
+COCO_IMAGES, COCO_CLASSES = 118_287, 80
 
 SUBSTITUTES = {"convnext_xlarge": "convnext_atto", "convnextv2_huge": "atto"}
 """Models too large to train here, and what is trained instead: weights, gradients and optimizer
@@ -99,7 +118,7 @@ def models() -> dict[str, str]:
 
 
 def test_all_recipes_are_here() -> None:
-    for folder, names in (("ade20k", ADE20K), ("v1", V1)):
+    for folder, names in (("ade20k", ADE20K), ("v1", V1), ("coco", COCO)):
         found = (CONFIGS / "finetune" / folder).rglob("*.yaml")
         assert {path.relative_to(CONFIGS / "finetune" / folder) for path in found} == {
             Path(f"{name}.yaml") for name in names
@@ -143,6 +162,91 @@ def test_recipe_for_ade20k_equals_the_papers(name: str) -> None:
     middle = (plan.warmup + plan.total_steps) // 2
     assert plan.learning_rate(middle) == pytest.approx(rate / 2)
     assert plan.learning_rate((middle + plan.total_steps) // 2) == pytest.approx(rate / 4)
+
+
+@pytest.mark.parametrize("name", COCO)
+def test_recipe_for_coco_equals_the_papers(name: str) -> None:
+    path = CONFIGS / "finetune/coco" / f"{name}.yaml"
+    config, text = load(path), path.read_text(encoding="utf-8")
+    optim, augment = config.optim, config.augment
+    rate, decay, drop_path, batch, side, _, boxes, masks = COCO[name]
+    assert asked_rate(config) == pytest.approx(rate)
+    assert (optim.layer_decay, config.drop_path, config.batch_size) == (decay, drop_path, batch)
+    assert (optim.weight_decay, optim.betas, optim.clip_grad) == (0.05, [0.9, 0.999], None)
+    assert (config.task, config.head, config.img_size) == ("instances", name.split("_")[0], side)
+    assert (config.decoder_channels, config.anchor_size, config.ema_decay) == (256, 32, None)
+    jitter = {16: (800, [0.6, 1.0]), 32: (768, [0.1, 2.0])}[batch]
+    assert (augment.short_side, augment.scale_jitter) == jitter
+    if boxes:
+        assert f"{boxes} % AP of boxes, {masks} % of masks" in text
+    plan = make_plan(config, COCO_IMAGES, config.epochs)
+    assert (plan.epochs, plan.warmup) == (36, 500 if batch == 16 else 250)
+    rates = [plan.learning_rate(epoch * plan.steps_per_epoch) for epoch in (26, 27, 32, 33, 35)]
+    assert rates == pytest.approx([rate, rate / 10, rate / 10, rate / 100, rate / 100])
+
+
+@pytest.mark.parametrize("name", COCO)
+def test_model_for_coco_has_the_papers_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, against the published number in millions."""
+    monkeypatch.setattr("timm.models.convnext.trunc_normal_", lambda *_, **__: None)  # slow
+    config = load(CONFIGS / "finetune/coco" / f"{name}.yaml")
+    with torch.device("meta"):
+        pyramid = Pyramid(timm_name(config.model), {}, 3, config.decoder_channels)
+        model = Detector(pyramid, COCO_CLASSES, config.head, True, config.anchor_size)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert millions == pytest.approx(COCO[name][5] or millions, abs=1)
+    depths = feature_depths(model, config.optim.layer_group)
+    assert max(depths.values()) == (6 if name.endswith("convnext_tiny") else 12) + 1
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images to train on and one to validate on, in COCO 2017's layout, with 80 classes."""
+    root, rng = tmp_path_factory.mktemp("coco"), np.random.default_rng(0)
+    (root / "annotations").mkdir()
+    categories = [{"id": 1 + n + n // 10, "name": f"class {n}"} for n in range(COCO_CLASSES)]
+    for split, count in (("train", 2), ("val", 1)):
+        images, things = [], []
+        (root / f"{split}2017").mkdir()
+        for number in range(count):
+            name = f"{number:012}.jpg"
+            pixels = rng.integers(0, 256, (72, 80, 3), np.uint8)
+            Image.fromarray(pixels).save(root / f"{split}2017" / name)
+            images.append({"id": number, "file_name": name, "width": 80, "height": 72})
+            things += [
+                {"id": 2 * number + n + 1, "image_id": number, "iscrowd": 0,
+                 "category_id": categories[7 * n]["id"], "bbox": [10, 8, 40, 30],
+                 "segmentation": [[10, 8, 50, 8, 50, 38, 10, 38]]}
+                for n in range(2)
+            ]  # fmt: skip
+        content = {"images": images, "annotations": things, "categories": categories}
+        file = root / "annotations" / f"instances_{split}2017.json"
+        file.write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COCO)
+def test_recipe_for_coco_trains_a_step(name: str, coco: Path, tmp_path: Path) -> None:
+    """The larger models are replaced by small ones; the test above makes them."""
+    run, path = tmp_path / "run", CONFIGS / "finetune/coco" / f"{name}.yaml"
+    argv = [
+        "--config", str(path), "--data", str(coco), "--out", str(run), "--device", "cpu",
+        "--img_size", "64", "--augment.short_side", "64", "--batch_size", "2", "--epochs", "1",
+        "--decoder_channels", "16", "--workers", "0", "--trackers", "[]", "--log_steps", "1",
+    ]  # fmt: skip
+    if not name.endswith("convnext_tiny"):
+        argv += ["--model", "atto" if "v2" in name else "convnext_atto"]
+    config = parse(FinetuneConfig, argv, "usage")
+    assert config is not None
+    assert finetune(config) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (step,) = (row for row in rows if "grad_norm" in row)
+    guessing = math.log(COCO_CLASSES + 1)  # the head's classes; a cascade has 1.75 heads
+    assert guessing < step["loss"] < 5 * guessing
+    assert step["grad_norm"] > 0
+    exported = json.loads((run / "exported/task/config.json").read_text())
+    assert (exported["num_classes"], exported["task_state"]["head"]) == (COCO_CLASSES, config.head)
 
 
 @pytest.mark.parametrize("name", V1)

@@ -30,8 +30,9 @@ class OptimConfig(Config):
     warmup_epochs: float | None = setting(None, at_least=0, below=inf)
     """Epochs of linear warm-up. null uses 10 % of all steps, at most 40 epochs."""
 
-    schedule: Literal["cosine", "linear"] = "cosine"
-    """How the learning rate falls to zero after warm-up. The papers use linear for masks."""
+    schedule: Literal["cosine", "linear", "step"] = "cosine"
+    """How the learning rate falls after warm-up: to zero, or with step to a tenth at 3/4 and at
+    11/12 of the run. The papers use linear for masks and step for boxes."""
 
     clip_grad: float | None = setting(None, above=0, below=inf, example="1.0")
     """Clip the gradient to this norm, over all parameters. null does not clip."""

@@ -11,6 +11,9 @@ BASE_BATCH = 256
 
 WARMUP_SHARE = 0.1
 WARMUP_EPOCHS = 40
+DROPS = (3 / 4, 11 / 12)
+"""Parts of a run after which the schedule `step` divides the rate by 10: 27 and 33 of 36 epochs."""
+
 STEEPEST = 4
 """How much faster the rate may rise in a short run than over its least number of steps."""
 
@@ -20,7 +23,7 @@ class Plan:
     """The learning rate rises to `peak` in `warmup` steps and falls to zero.
 
     Attributes:
-        schedule: how it falls: cosine or linear.
+        schedule: how it falls: cosine, linear or step.
     """
 
     steps_per_epoch: int
@@ -37,6 +40,8 @@ class Plan:
         """Learning rate of a step, from 0."""
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
+        if self.schedule == "step":
+            return self.peak * 0.1 ** sum(step >= part * self.total_steps for part in DROPS)
         progress = (step - self.warmup) / max(self.total_steps - self.warmup, 1)
         if self.schedule == "linear":
             return self.peak * (1 - progress)
