@@ -1,10 +1,11 @@
 """A step of our fine-tuning compared with a plain loop around the same model, the same recipe.
 
-    .venv/bin/python -m benchmarks.finetune_step [--task segment] [--model NAME] [--rounds 30]
+    .venv/bin/python -m benchmarks.finetune_step [--task TASK] [--model NAME] [--rounds 30]
 
 AdamW with layer decay, drop path 0.1, averaged weights; batches in memory. `classify` has label
-smoothing 0.1, `segment` UPerNet with its auxiliary head, cross-entropy and Dice. Ours runs in
-`Loop`, with its gradient norm, gate, votes and records. Steps in turns; medians and their ratio.
+smoothing 0.1, `segment` UPerNet with its auxiliary head, cross-entropy and Dice, `detect` Faster
+and `instances` Mask R-CNN with ten objects in each image. Ours runs in `Loop`, with its gradient
+norm, gate, votes and records. Steps in turns; medians and their ratio.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.ratios import summary
 from fcmae.data.file_list import FileList
-from fcmae.data.sample import Batch, normalise
+from fcmae.data.sample import Batch, each_target, normalise
 from fcmae.data.statistics import Preprocessing, imagenet_mean_std
 from fcmae.train.loop import Loop
 from fcmae.train.optimizer import make_optimizer
@@ -40,7 +41,9 @@ from finetune.tasks import TASKS
 from finetune.tasks.base import LabelKind
 from finetune.train import Finetuning, make_ema
 
+TASKS_HERE = ("classify", "segment", "detect", "instances")
 CLASSES = 10
+OBJECTS = 10
 EPOCHS = 30
 MEAN, STD = imagenet_mean_std(3)
 CPU = torch.device("cpu")
@@ -50,9 +53,12 @@ class Done(Exception):
     """All rounds have been timed."""
 
 
-def plain_loss(model: nn.Module, images: Tensor, targets: Tensor, config: FinetuneConfig) -> Tensor:
+def plain_loss(model: nn.Module, images: Tensor, targets: Any, config: FinetuneConfig) -> Tensor:
     """The loss of a typical loop."""
-    found: Any = model(images)
+    if isinstance(targets, dict):
+        found: Any = model(images, each_target(targets))
+        return found
+    found = model(images)
     if config.task == "classify":
         return cross_entropy(found, targets, label_smoothing=config.augment.label_smoothing)
     (scores, aux), dice = found, DiceLoss("multiclass", ignore_index=255)
@@ -63,19 +69,35 @@ def plain_loss(model: nn.Module, images: Tensor, targets: Tensor, config: Finetu
 
 def plain_step(
     model: nn.Module, kind: LabelKind, config: FinetuneConfig
-) -> Callable[[Tensor, Tensor], None]:
+) -> Callable[[Tensor, Any], None]:
     """A typical training step."""
     optimizer = make_optimizer(model, config.optim, kind.layer_depths(model, "single"))
     ema = ModelEmaV3(model, decay=config.ema_decay or 0.0, foreach=True)
     model.train()
 
-    def step(images: Tensor, targets: Tensor) -> None:
+    def step(images: Tensor, targets: Any) -> None:
         plain_loss(model, normalise(images, MEAN, STD, CPU), targets, config).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update(model)
 
     return step
+
+
+def random_targets(task: str, batch: int, side: int) -> Any:
+    """Random labels of a batch of images of SIDE × SIDE pixels."""
+    if task in ("classify", "segment"):
+        return torch.randint(CLASSES, (batch,) if task == "classify" else (batch, side, side))
+    corners = torch.rand(batch * OBJECTS, 2) * side / 2
+    boxes = torch.cat([corners, corners + side / 4], 1)
+    labels = torch.randint(1, CLASSES + 1, (len(boxes),))
+    targets = {"counts": torch.full((batch,), OBJECTS), "boxes": boxes, "labels": labels}
+    if task == "instances":
+        masks = torch.zeros(len(boxes), side, side, dtype=torch.uint8)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = 1
+        targets["masks"] = masks
+    return targets
 
 
 def make_loop(model: nn.Module, kind: LabelKind, config: FinetuneConfig, steps: int) -> Loop:
@@ -93,22 +115,23 @@ def make_loop(model: nn.Module, kind: LabelKind, config: FinetuneConfig, steps: 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--task", choices=["classify", "segment"], default="classify")
+    parser.add_argument(
+        "--task", choices=["classify", "segment", "detect", "instances"], default="classify"
+    )
     parser.add_argument("--model", default="convnextv2_atto")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--img_size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
-    optim = FinetuneOptimConfig(layer_decay=0.75)
     config = FinetuneConfig(
-        data="-", out="-", task=options.task, batch_size=options.batch_size, optim=optim
-    )
+        data="-", out="-", task=options.task, batch_size=options.batch_size, anchor_size=32,
+        optim=FinetuneOptimConfig(layer_decay=0.75),
+    )  # fmt: skip
     shape = (options.batch_size, 3, options.img_size, options.img_size)
     images = torch.randint(256, shape, dtype=torch.uint8)
-    size = shape[:1] if options.task == "classify" else (shape[0], *shape[2:])
-    targets = torch.randint(CLASSES, size)
+    targets = random_targets(options.task, options.batch_size, options.img_size)
     kind = TASKS[options.task]([str(number) for number in range(CLASSES)])
-    kind.prepare(config, targets[:0].numpy(), CPU)
+    kind.prepare(config, np.zeros(0), CPU)
     start = Start(options.model, {}, origin="-")
     ours, _ = kind.build_model(start, 3, shape[2:], config.drop_path)
     theirs = plain_step(copy.deepcopy(ours), kind, config)

@@ -16,6 +16,7 @@ from fcmae.config.files import read_yaml
 from fcmae.data.file_list import FileList, find_images
 from fcmae.data.labelled import TRAIN, VAL, LabelledData, Labels, Split
 from fcmae.data.masks import IMAGES, MaskLabels
+from fcmae.data.object_files import VOC_IMAGES
 from fcmae.data.objects import ObjectLabels
 from fcmae.data.table import Table, find_in_table, read_table
 from fcmae.train.checkpoint import STATE, SavedCheckpoint, list_checkpoints
@@ -198,6 +199,8 @@ def find_split(config: Any, tuned: Tuned) -> Measured:
         split = Split(table.source.select(rows), "", labels)
     targets = kind.encode(split.labels)
     folders = [part for part in split.prefix.split("/") if part not in ("", IMAGES)]
+    if folders == [VOC_IMAGES]:  # of all splits
+        folders = [config.split]
     return Measured(split._replace(labels=targets), "/".join(folders) or name, held_out)
 
 

@@ -230,7 +230,7 @@ def test_a_cascade_averages_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "_stage", lambda number, *_: (logits[number], torch.zeros(1, 12)))
     box = torch.tensor([[10.0, 10, 50, 40]])
     (part,), _ = heads({}, [box], [(64, 96)])
-    mean = sum(score.softmax(1) for score in logits) / 3
+    mean = torch.stack(logits).softmax(2).mean(0)
     assert part["labels"].tolist() == [2, 1]
     torch.testing.assert_close(part["scores"], mean[0, [2, 1]])
     torch.testing.assert_close(part["boxes"], box.repeat(2, 1))
@@ -503,7 +503,8 @@ def test_a_run_writes_all_its_files(run: Path) -> None:
     assert (run / "figures/worst.png").is_file()
     backbone = timm.create_model(f"local-dir:{run / 'exported'}", pretrained=True, num_classes=0)
     tuned = load_tuned(str(run), CPU)
-    own = tuned.model.backbone.state_dict()
+    model: Any = tuned.model
+    own = model.backbone.state_dict()
     for name, tensor in backbone.state_dict().items():
         flat = name.replace(".", "_")
         match = [value for key, value in own.items() if key.replace(".", "_") == flat]
@@ -660,7 +661,7 @@ def test_bad_input(run: Path, tmp_path: Path) -> None:
         ({"optim": {"layer_decay": 0.9}, "model": "resnet18"}, "use --optim.layer_decay 1"),
     ):
         with pytest.raises(InputError, match=reason):
-            finetune(config_for(data, task=task, out=tmp_path / "new", **changes))  # type: ignore[arg-type]
+            finetune(config_for(data, task=task, out=tmp_path / "new", **changes))
     images = str(data / "val")
     with pytest.raises(InputError, match=r"must be a file ending in .json"):
         predict(PredictConfig(str(run), images=images, out=str(tmp_path / "x.csv")))

@@ -69,7 +69,7 @@ def coco_file(masks: bool = True) -> dict[str, Any]:
         {"id": 10 + n, "file_name": name, "width": SIZE[0], "height": SIZE[1]}
         for n, name in enumerate(THINGS)
     ]
-    things = []
+    things: list[dict[str, Any]] = []
     for n, inside in enumerate(THINGS.values()):
         for name, (left, top, right, bottom) in inside:
             polygon = [left, top, right, top, right, bottom, left, bottom]
@@ -240,7 +240,7 @@ def test_a_part_of_a_folder_is_held_out(tmp_path: Path) -> None:
 def test_labels_are_stored(tmp_path: Path) -> None:
     for name in ("coco", "yolo", "label images"):
         labels = found(WRITERS[name](tmp_path / name), masks=name != "yolo")
-        np.savez(tmp_path / "stored.npz", **labels.arrays())  # type: ignore[arg-type]
+        np.savez(tmp_path / "stored.npz", **labels.arrays())
         with np.load(tmp_path / "stored.npz") as arrays:
             again = ObjectLabels.stored(labels.files, labels.names, arrays)
         for index in range(3):

@@ -175,7 +175,7 @@ def test_recipe_for_coco_equals_the_papers(name: str) -> None:
     assert (optim.weight_decay, optim.betas, optim.clip_grad) == (0.05, [0.9, 0.999], None)
     assert (config.task, config.head, config.img_size) == ("instances", name.split("_")[0], side)
     assert (config.decoder_channels, config.anchor_size, config.ema_decay) == (256, 32, None)
-    jitter = {16: (800, [0.6, 1.0]), 32: (768, [0.1, 2.0])}[batch]
+    jitter = (800, [0.6, 1.0]) if batch == 16 else (768, [0.1, 2.0])
     assert (augment.short_side, augment.scale_jitter) == jitter
     if boxes:
         assert f"{boxes} % AP of boxes, {masks} % of masks" in text

@@ -1,10 +1,9 @@
-"""Does pretraining pay off for masks and for numbers? Nuclei in microscopy images.
+"""Does pretraining pay off for masks, numbers and objects? Nuclei in microscopy images.
 
-Segments nuclei, and counts them, after FCMAE on the unlabelled training images and from scratch,
-with 10 % and with all of the labels. Images are cut to at most SIDE × SIDE pixels at their centre:
-whole ones take hours. Both sides get the same search on val with one seed: the rate at the shortest
-length, then longer ones while they are better. The best setting runs with all seeds, which draw the
-same crops on both sides, and is evaluated on test.
+Segments nuclei, counts them, and finds each with its mask, after FCMAE on the unlabelled training
+images and from scratch, with 10 % and with all of the labels. Images are cut to at most SIDE × SIDE
+pixels at their centre: whole ones take hours. Both sides get the same search: see
+`benchmarks.experiments.sides`.
 
     python -m benchmarks.experiments.nuclei --data FOLDER
 
@@ -15,61 +14,44 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from benchmarks.experiments.folders import built, mask_share
-from benchmarks.experiments.study import Study, arguments, tune
+from benchmarks.experiments.sides import SIDES, Question, both_sides, print_table
+from benchmarks.experiments.study import Study, arguments
 from fcmae.data.file_list import find_images
 
 SHARES = (10, 100)
-SIDES = ("pretrained", "scratch")
-SEEDS = range(5)
 WHOLE_CROPS = ["--augment.crop_scale", "[1,1]", "--augment.crop_ratio", "[1,1]"]
-
-
-class Question(NamedTuple):
-    """What is learned.
-
-    Attributes:
-        score: what `evaluate --json` says of it.
-        unit: the score's name.
-        rates: first rates of the search: base_lr, for a batch of 256.
-        epochs: lengths to try, by the share of the labels in percent.
-        options: of `fcmae finetune`.
-    """
-
-    score: Callable[[dict[str, Any]], float]
-    unit: str
-    rates: tuple[float, ...]
-    epochs: dict[int, tuple[int, ...]]
-    options: list[object]
-
+VFLIP = ["--augment.vflip", "true"]
 
 QUESTIONS = {
     "masks": Question(
         lambda found: float(found["per_class"]["object"]["iou"]), "IoU of nuclei, %",
         (1.6e-2, 3.2e-2, 6.4e-2), {10: (40, 80, 160), 100: (8, 16, 32)},
-        ["--augment.vflip", "true", "--decoder_channels", 40],
+        ["--task", "segment", *VFLIP, "--decoder_channels", 40],
     ),
     "numbers": Question(
         lambda found: float(found["r2"]["nuclei"]), "R² of the number of nuclei",
         (8e-3, 1.6e-2, 3.2e-2), {10: (60, 120, 240), 100: (10, 20, 40)},
         # A crop would hide some of the nuclei that the number counts.
-        ["--augment.vflip", "true", *WHOLE_CROPS, "--augment.crop_pct", 1],
+        [*VFLIP, *WHOLE_CROPS, "--augment.crop_pct", 1], digits=3,
+    ),
+    "objects": Question(
+        lambda found: float(found["ap50"]), "AP50 of nuclei's masks, %",
+        (1.6e-2, 3.2e-2, 6.4e-2), {10: (40, 80, 160), 100: (8, 16, 32)},
+        ["--task", "instances", *VFLIP],
     ),
 }  # fmt: skip
 
 
 def main() -> int:
     parser = arguments(__doc__ or "", "nuclei", img_size=128, epochs=600, side=256)
-    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=[*QUESTIONS])
+    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=["masks", "numbers"])
     parser.add_argument("--shares", type=int, nargs="+", choices=SHARES, default=SHARES)
     options = parser.parse_args()
     study = Study(options)
@@ -90,30 +72,15 @@ def main() -> int:
                 )  # fmt: skip
         return run
 
-    cells = {}
+    questions = {}
     for share in options.shares:
         masks = mask_share(data, share, study.out / f"labels-{share}")
-        places = {"masks": masks, "numbers": counted(masks, study.out / f"counts-{share}.csv")}
-        for question in options.questions:
-            for side, weights in zip(SIDES, (pretrained, lambda: "none"), strict=True):
-                cells[question, share, side] = partial(
-                    _side, study, question, share, side, places[question], weights, size
-                )
-    found = study.together(cells)
-    print("| | labels | rate, epochs: pretrained | scratch | test: pretrained | scratch | gain |")
-    print("|---|---:|---|---|---:|---:|---:|")
-    for question in options.questions:
-        for share in options.shares:
-            sides = [found[question, share, side] for side in SIDES]
-            settings = [f"{side['rate']:g}, {side['epochs']}" for side in sides]
-            tests = [np.array(side["test"]) for side in sides]
-            gains = tests[0] - tests[1]
-            digits = 1 if question == "masks" else 3
-            scores = [f"{t.mean():.{digits}f} ± {t.std(ddof=1):.{digits}f}" for t in tests]
-            error = gains.std(ddof=1) / np.sqrt(len(gains))
-            gain = f"{gains.mean():+.{digits}f}, standard error {error:.{digits}f}"
-            cells_of_row = [QUESTIONS[question].unit, f"{share} %", *settings, *scores, gain]
-            print(f"| {' | '.join(cells_of_row)} |")
+        counts = counted(masks, study.out / f"counts-{share}.csv")
+        for name in options.questions:
+            place = counts if name == "numbers" else masks
+            questions[name, share] = QUESTIONS[name], place
+    found = both_sides(study, questions, dict(zip(SIDES, (pretrained, None), strict=True)), size)
+    print_table(found, questions)
     return 0
 
 
@@ -147,36 +114,6 @@ def counted(data: Path, out: Path) -> Path:
     with out.open("w", newline="") as file:
         csv.writer(file).writerows([["path", "nuclei", "split"], *rows])
     return out
-
-
-def _side(
-    study: Study,
-    question: str,
-    share: int,
-    side: str,
-    data: Path,
-    weights: Callable[[], object],
-    size: list[object],
-) -> dict[str, Any]:
-    """Search, then repeat the best with all seeds; return its settings and scores."""
-    asked = QUESTIONS[question]
-    common = [*size, "--weights", weights()]
-
-    def tried(rate: float, epochs: int, seed: int = SEEDS[0]) -> dict[str, float]:
-        name = f"{question}/{share}/{side}/rate-{rate:g}-epochs-{epochs}-seed-{seed}"
-        given = [
-            *common, *asked.options, "--batch_size", 16, "--optim.base_lr", rate,
-            "--epochs", epochs, "--val_epochs", max(1, epochs // 2), "--seed", seed,
-        ]  # fmt: skip
-        found: dict[str, float] = study.once(
-            name, lambda: study.finetune(f"runs/{name}", data, *given, score=asked.score)
-        )
-        return found
-
-    rate, epochs, _ = tune(study, asked.rates, asked.epochs[share], tried)
-    seeds = study.together({seed: partial(tried, rate, epochs, seed) for seed in SEEDS})
-    scores = {split: [found[split] for found in seeds.values()] for split in ("val", "test")}
-    return {"rate": rate, "epochs": epochs, **scores}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from sparse.errors import InputError, brief
 ALIASES = {VAL: (VAL, "valid", "validation")}
 """Names that folders and files of a split may have, if not its own."""
 
+VOC_IMAGES = "JPEGImages"
+
 OBJECT = "object"
 """The class of all objects in label images."""
 
@@ -99,10 +101,10 @@ def find_place(root: Path, split: str) -> Place | None:
             places = [root / given, root / "images" / given, root / name, root / "images" / name]
             images = next((place for place in places if place.is_dir()), root / given)
             return Place(COCO, files[0], images)
-        if (root / "Annotations").is_dir() and (root / "JPEGImages").is_dir():
+        if (root / "Annotations").is_dir() and (root / VOC_IMAGES).is_dir():
             file = root / "ImageSets" / "Main" / f"{name}.txt"
             if not name or file.is_file():
-                return Place(VOC, file if name else root / "Annotations", root / "JPEGImages")
+                return Place(VOC, file if name else root / "Annotations", root / VOC_IMAGES)
         for images, labels in (
             (root / "images" / name, root / "labels" / name),
             (folder / "images", folder / "labels"),
@@ -151,7 +153,13 @@ def find_objects(
         first, second = train, read_split(root, VAL, train.names, masks, max_bad, exclude)
     for part, labels in ((TRAIN, first), (VAL, second)):
         check_objects(labels, f"{part} of {data}")
-    return LabelledData(Split(first.files, "", first), Split(second.files, "", second), first.names)
+    return LabelledData(split_of(first, root), split_of(second, root), first.names)
+
+
+def split_of(labels: ObjectLabels, root: Path) -> Split:
+    """Return images with objects, named in messages by their path in the folder `root`."""
+    inside = os.path.relpath(labels.files.roots[0], root)
+    return Split(labels.files, "" if inside == "." else f"{inside}/", labels)
 
 
 def read_split(

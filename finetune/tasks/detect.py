@@ -29,6 +29,7 @@ from fcmae.data.object_files import (
     has_polygons,
     image_ids,
     read_split,
+    split_of,
 )
 from fcmae.data.objects import ObjectLabels, coco_masks, decode, enclosing
 from fcmae.data.sample import Batch, each_target
@@ -200,8 +201,7 @@ class Detect(OnFeatures):
         if find_place(folder, split) is None and find_place(folder, "") is not None:
             _log.info("%s has no split %r: all of its images are measured", folder, split)
             split = ""
-        labels = read_split(folder, split, tuple(names), cls.masks)
-        return Split(labels.files, f"{split}/" if split else "", labels)
+        return split_of(read_split(folder, split, tuple(names), cls.masks), folder)
 
     def prepare(self, config: FinetuneConfig, train: Any, device: torch.device) -> None:
         super().prepare(config, train, device)

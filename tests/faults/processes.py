@@ -71,19 +71,28 @@ def pretrain(out: Path, *options: object) -> list[str]:
 
 
 @cache
-def discs() -> Path:
-    """Twelve images of a disc to segment, and four to validate on."""
+def discs(masks: str = "masks") -> Path:
+    """Twelve images of a disc to segment, and four to validate on; or to find, in `instances`."""
     for split, count in (("train", 12), ("val", 4)):
-        write_masks(home() / "discs" / split, "masks", count)
-    return home() / "discs"
+        write_masks(home() / f"discs-{masks}" / split, masks, count)
+    return home() / f"discs-{masks}"
 
 
 def segment(out: Path, *options: object) -> list[str]:
     """Fine-tuning on masks with the steps of `pretrain`."""
+    return tuned(out, discs(), "segment", *options)
+
+
+def instances(out: Path, *options: object) -> list[str]:
+    """Fine-tuning on objects with masks, with the steps of `pretrain`."""
+    return tuned(out, discs("instances"), "instances", *options)
+
+
+def tuned(out: Path, data: Path, task: str, *options: object) -> list[str]:
     given = {
-        "data": discs(), "out": out, "model": "test_convnext", "weights": "none", "img_size": 64,
-        "batch_size": 4, "decoder_channels": 16, "epochs": EPOCHS, "val_epochs": EPOCHS,
-        "workers": 0, "log_steps": 1, "checkpoint_steps": 2,
+        "data": data, "task": task, "out": out, "model": "test_convnext", "weights": "none",
+        "img_size": 64, "batch_size": 4, "decoder_channels": 16, "epochs": EPOCHS,
+        "val_epochs": EPOCHS, "workers": 0, "log_steps": 1, "checkpoint_steps": 2,
     }  # fmt: skip
     words = [word for key, value in given.items() for word in (f"--{key}", value)]
     return ["finetune", *map(str, [*words, *options])]
@@ -189,8 +198,8 @@ def signalled(number: int, random: Generator, folder: Path, train: Command = pre
     processes = 2 if number % 10 == 7 else 1
     out = folder / "run"
     command = train(out)
-    if moment == "evaluation" and train is segment:
-        command = segment(out, "--val_epochs", 1, "--epochs", 4)
+    if moment == "evaluation" and train is not pretrain:
+        command = train(out, "--val_epochs", 1, "--epochs", 4)
     elif moment == "evaluation":
         finetune = ["finetune", "--data", classes(), "--out", out, "--epochs", 4, "--img_size", 32,
                    "--batch_size", 8, "--workers", 0, "--log_steps", 1, "--weights", "none",

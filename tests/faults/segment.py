@@ -1,4 +1,4 @@
-"""Faults of runs that learn masks: the trials of pretraining, and masks that are broken."""
+"""Faults of runs that learn masks or objects: those of pretraining, and labels that are broken."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from tests.conftest import write_masks
 from tests.faults.campaign import Generator, Row
 from tests.faults.disk import damaged
 from tests.faults.processes import (
+    Command,
     finish,
+    instances,
     killed,
     not_finite,
     segment,
@@ -28,15 +30,21 @@ def checkpoints() -> Path:
     return undisturbed(train=segment)[0] / "checkpoints"
 
 
-def broken(number: int, random: Generator, folder: Path) -> str:
+def broken(
+    number: int,
+    random: Generator,
+    folder: Path,
+    train: Command = segment,
+    masks: str = "masks",
+) -> str:
     """300 images, 6 of them broken and 6 with a broken mask: all named, the same weights twice."""
     data = folder / "data"
-    write_masks(data / "train", "masks", 300)
-    write_masks(data / "val", "masks", 4)
+    write_masks(data / "train", masks, 300)
+    write_masks(data / "val", masks, 4)
     chosen = [int(index) for index in random.choice(np.arange(32, 300), 12, replace=False)]
     for place, index in enumerate(chosen):
         image, mask = (data / "train" / kind / f"{index}.{end}" for kind, end in
-                       (("images", "jpg"), ("masks", "png")))  # fmt: skip
+                       (("images", "jpg"), (masks, "png")))  # fmt: skip
         file = image if place % 2 else mask
         match place % 6:
             case 0:
@@ -52,7 +60,7 @@ def broken(number: int, random: Generator, folder: Path) -> str:
     for run, workers in (("a", 2), ("b", 0)):
         out = folder / run
         options = ["--data", data, "--epochs", 1, "--checkpoint_steps", 100]
-        finish(segment(out, *options, "--workers", workers))
+        finish(train(out, *options, "--workers", workers))
         lines = map(json.loads, (out / "bad_images.jsonl").read_text().splitlines())
         found = sorted(line["path"] for line in lines)
         assert found == names, found
@@ -74,4 +82,10 @@ ROWS = (
         partial(worker_lost, train=segment)),
     Row("segment-broken", "300 images, 6 broken and 6 with a broken mask: exactly these are named, "
         "every run uses the same replacements", 3, broken),
+    Row("objects-kill", "as `kill`, of a run that learns objects with masks", 20,
+        partial(killed, train=instances)),
+    Row("objects-signal", "as `signal`, of a run that learns objects with masks", 20,
+        partial(signalled, train=instances)),
+    Row("objects-broken", "300 images, 6 broken and 6 with a broken label image: as in "
+        "`segment-broken`", 3, partial(broken, train=instances, masks="instances")),
 )  # fmt: skip
