@@ -476,6 +476,10 @@ def test_label_images_of_another_size(tmp_path: Path) -> None:
     Image.new("L", (20, 20)).save(root / "train/instances/0.png")
     with pytest.raises(BadImage, match="the label image has 20×20 pixels, its image 60×40"):
         whole(found(root, masks=True), 0)
+    for file in (root / "val/instances").iterdir():
+        Image.new("L", SIZE).save(file)
+    with pytest.raises(InputError, match=r"val of .* has no object"):
+        found(root, masks=True)
     (root / "train/instances/0.png").unlink()
     with pytest.raises(InputError, match=r"1 images in .* have no masks in"):
         found(root, masks=True)

@@ -13,9 +13,10 @@ from xml.etree import ElementTree
 import numpy as np
 import yaml
 
+from fcmae.data.decode import BadImage
 from fcmae.data.file_list import FileList, find_images
 from fcmae.data.labelled import TRAIN, VAL, LabelledData, Split, check_names, split_by_hash
-from fcmae.data.masks import LAYOUTS, find_pairs, stem
+from fcmae.data.masks import LAYOUTS, find_pairs, mask_numbers, stem
 from fcmae.data.objects import ObjectLabels, encode_shape, joined
 from sparse.errors import InputError, brief
 
@@ -202,11 +203,20 @@ def read_split(
 def check_objects(labels: ObjectLabels, where: str) -> None:
     """Raise InputError if no object can be learned or found."""
     if labels.folder:
-        return  # each has been looked at as a pair; an empty one counts as an image without objects
-    if not len(labels.boxes):
+        there = any(_has_object(labels, index) for index in range(len(labels)))
+    else:
+        there = len(labels.boxes) > 0
+    if not there:
         raise InputError(f"{where} has no object: label some, or choose other images")
-    if labels.crowd.all():
+    if labels.crowd.all() and not labels.folder:
         raise InputError(f"every object in {where} is a crowd: label single ones")
+
+
+def _has_object(labels: ObjectLabels, index: int) -> bool:
+    try:
+        return bool(mask_numbers(labels.label_image(index)).any())
+    except BadImage:
+        return False  # training reports it
 
 
 def image_ids(images: str) -> dict[bytes, int]:
