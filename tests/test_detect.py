@@ -49,7 +49,7 @@ from finetune.train import finetune
 from finetune.tuned import load_tuned
 from sparse.errors import InputError
 from tests.test_finetune_run import assert_same_run, metrics
-from tests.test_objects import SIZE, coco_file, found, write_coco, write_label_images
+from tests.test_objects import SIZE, coco_file, found, write_coco, write_label_images, write_voc
 
 CPU = torch.device("cpu")
 SMALL = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
@@ -667,6 +667,13 @@ def test_bad_input(run: Path, tmp_path: Path) -> None:
         predict(PredictConfig(str(run), images=images, out=str(tmp_path / "x.csv")))
     with pytest.raises(InputError, match="has no objects of split 'night'"):
         evaluate(EvaluateConfig(str(run), data=str(data), split="night"))
+    other_data = write_voc(tmp_path / "voc")
+    with pytest.raises(InputError, match="has no objects of split 'night'"):
+        evaluate(EvaluateConfig(str(run), data=str(other_data), split="night"))
+    if task == "detect":
+        numbers = str(write_label_images(tmp_path / "numbers"))
+        with pytest.raises(InputError, match="classes that training does not have: 'object'"):
+            evaluate(EvaluateConfig(str(run), data=numbers))
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

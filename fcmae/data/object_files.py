@@ -15,7 +15,15 @@ import yaml
 
 from fcmae.data.decode import BadImage
 from fcmae.data.file_list import FileList, find_images
-from fcmae.data.labelled import TRAIN, VAL, LabelledData, Split, check_names, split_by_hash
+from fcmae.data.labelled import (
+    TRAIN,
+    VAL,
+    LabelledData,
+    Split,
+    check_known,
+    check_names,
+    split_by_hash,
+)
 from fcmae.data.masks import LAYOUTS, find_pairs, mask_numbers, stem
 from fcmae.data.objects import ObjectLabels, encode_shape, joined
 from sparse.errors import InputError, brief
@@ -187,15 +195,13 @@ def read_split(
     if masks and place.format in (VOC, YOLO):
         raise InputError(f"{place.format} files in {root} have no masks: use --task detect")
     if place.format == LABELS:
-        return _label_images(root, split, place, exclude)
+        labels = _label_images(root, split, place, exclude)
+        check_known(root, labels.names, names or labels.names, "training")
+        return labels
     found = READERS[place.format](root, place, exclude)
     if not found.things:
         raise InputError(f"{place.labels} names no images")
-    if names is not None and (unknown := {*found.names} - {*names}):
-        raise InputError(
-            f"{place.labels} has classes that training does not have: "
-            f"{brief(map(repr, sorted(unknown)))}"
-        )
+    check_known(place.labels, found.names, names or found.names, "training")
     _check_files(found, place, max_bad)
     return _labels_of(found, place, tuple(names or found.names), masks)
 

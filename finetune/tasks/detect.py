@@ -19,7 +19,7 @@ from fcmae.data.augment import Geometry, jittered_geometry, scale_to
 from fcmae.data.decode import BadImage, read_image
 from fcmae.data.evaluation import EvalDataset, WholeDataset, prepared
 from fcmae.data.file_list import FileList
-from fcmae.data.labelled import LabelledData, Split
+from fcmae.data.labelled import TRAIN, LabelledData, Split
 from fcmae.data.masks import mask_numbers, voc_colours
 from fcmae.data.object_files import (
     COCO,
@@ -189,7 +189,7 @@ class Detect(OnFeatures):
     def recognises(cls, labels: Table | Path) -> bool:
         if not isinstance(labels, Path):
             return False
-        place = find_place(labels, "train") or find_place(labels, "")
+        place = find_place(labels, TRAIN) or find_place(labels, "")
         return place is not None and place.format != LABELS
 
     @classmethod
@@ -198,7 +198,8 @@ class Detect(OnFeatures):
 
     @classmethod
     def find_split(cls, folder: Path, split: str, names: Sequence[str]) -> Split:
-        if find_place(folder, split) is None and find_place(folder, "") is not None:
+        divided = find_place(folder, split) or find_place(folder, TRAIN)
+        if divided is None and find_place(folder, "") is not None:
             _log.info("%s has no split %r: all of its images are measured", folder, split)
             split = ""
         return split_of(read_split(folder, split, tuple(names), cls.masks), folder)
@@ -383,7 +384,7 @@ class Instances(Detect):
     def recognises(cls, labels: Table | Path) -> bool:
         if not isinstance(labels, Path):
             return False
-        place = find_place(labels, "train") or find_place(labels, "")
+        place = find_place(labels, TRAIN) or find_place(labels, "")
         if place is None or place.format == LABELS:
             return place is not None
         return place.format == COCO and has_polygons(place.labels)
