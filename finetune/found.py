@@ -1,7 +1,7 @@
 """Objects that a detector found: in the pixels of their image, as COCO's results, and measured.
 
 What is found in an image is a dictionary of `boxes` (N, 4) float64, `labels` (N,) from 1, `scores`
-(N,), all numpy, and with masks `masks`, a list of `Rle`.
+(N,), all numpy, and with masks `masks`, a list of `Part`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_iou
 
-from fcmae.data.objects import Rle, coco_masks, decode, encode_part
+from fcmae.data.objects import encode_part
 from finetune.detector import MOST_FOUND
 
 AGREE = 0.5
@@ -24,6 +24,19 @@ CERTAIN = 0.5
 """Probability above which an object counts, where a run has chosen no threshold."""
 
 Found = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """A mask of which only a part (h, w) can be true: its place in the image, and the part."""
+
+    left: int
+    top: int
+    mask: npt.NDArray[np.bool_]
+
+    def within(self, array_HW: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the part of an array of the image's size that the mask is for, as a view."""
+        h, w = self.mask.shape
+        return array_HW[self.top : self.top + h, self.left : self.left + w]
 
 
 def fitted(output: Mapping[str, Any], size: tuple[int, int]) -> Found:
@@ -47,7 +60,7 @@ def fitted(output: Mapping[str, Any], size: tuple[int, int]) -> Found:
     return found
 
 
-def _pasted(mask_1hw: Tensor, box: Tensor, size: tuple[int, int]) -> Rle:
+def _pasted(mask_1hw: Tensor, box: Tensor, size: tuple[int, int]) -> Part:
     """A mask's probabilities put into its box, as pixels of at least 1/2.
 
     Only the surroundings of the box are computed.
@@ -61,7 +74,7 @@ def _pasted(mask_1hw: Tensor, box: Tensor, size: tuple[int, int]) -> Rle:
     moved = (box - torch.tensor([left, top] * 2))[None]
     shape = bottom - top, right - left
     part = paste_masks_in_image(mask_1hw[None], moved, shape)[0, 0] >= 0.5
-    return encode_part(part.numpy(), left, top, size)
+    return Part(left, top, part.numpy())
 
 
 def kept(found: Found, which: npt.NDArray[Any]) -> Found:
@@ -79,7 +92,7 @@ def certain(found: Found, thresholds: Sequence[float] | None) -> Found:
     return kept(found, found["scores"] >= least)
 
 
-def merged(parts: Sequence[Found], size: tuple[int, int]) -> Found:
+def merged(parts: Sequence[Found]) -> Found:
     """Join what was found in overlapping windows: an object that several saw counts once.
 
     From the highest score on, an object takes those of other windows that are of its class and
@@ -87,7 +100,6 @@ def merged(parts: Sequence[Found], size: tuple[int, int]) -> Found:
 
     Args:
         parts: of each window, in the pixels of the whole image.
-        size: (H, W) of the image.
     """
     window = np.repeat(np.arange(len(parts)), [len(part["scores"]) for part in parts])
     whole: Found = {
@@ -115,15 +127,26 @@ def merged(parts: Sequence[Found], size: tuple[int, int]) -> Found:
         group = [first, *same.tolist()]
         boxes[first] = [*boxes[group, :2].min(0), *boxes[group, 2:].max(0)]
         if "masks" in whole:
-            whole["masks"][first] = coco_masks().merge([whole["masks"][n] for n in group])
+            whole["masks"][first] = _union([whole["masks"][n] for n in group])
     return kept(whole, np.array(firsts, np.int64))
 
 
-def entries(found: Found, image: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _union(masks: Sequence[Part]) -> Part:
+    left, top = min(mask.left for mask in masks), min(mask.top for mask in masks)
+    bottom = max(mask.top + mask.mask.shape[0] for mask in masks)
+    right = max(mask.left + mask.mask.shape[1] for mask in masks)
+    whole = np.zeros((bottom - top, right - left), bool)
+    for mask in masks:
+        mask._replace(left=mask.left - left, top=mask.top - top).within(whole)[mask.mask] = True
+    return Part(left, top, whole)
+
+
+def entries(found: Found, size: tuple[int, int], image: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return objects as entries of COCO's results.
 
     Args:
         found: in the pixels of the image.
+        size: (H, W) of the image.
         image: keys that each entry gets, such as `image_id`.
     """
     result = []
@@ -134,7 +157,8 @@ def entries(found: Found, image: Mapping[str, Any]) -> list[dict[str, Any]]:
             "score": float(found["scores"][n]),
         }  # fmt: skip
         if "masks" in found:
-            rle = found["masks"][n]
+            left, top, mask = found["masks"][n]
+            rle = encode_part(mask, left, top, size)
             entry["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
         result.append(entry)
     return result
@@ -148,7 +172,8 @@ def label_image(found: Found, size: tuple[int, int]) -> npt.NDArray[np.uint16]:
     numbers = np.zeros(size, np.uint16)
     order = np.argsort(-found["scores"], kind="stable")
     for number in range(len(order), 0, -1):
-        numbers[decode(found["masks"][order[number - 1]]) > 0] = number
+        part: Part = found["masks"][order[number - 1]]
+        part.within(numbers)[part.mask] = number
     return numbers
 
 
@@ -211,7 +236,7 @@ def average_precision(
     for number, (target, part) in enumerate(zip(targets, found, strict=True), 1):
         height, width = target["size"][0].tolist()
         images.append({"id": number, "height": height, "width": width})
-        results += entries(part, {"image_id": number})
+        results += entries(part, (height, width), {"image_id": number})
         for n, box in enumerate(target["boxes"].double().tolist()):
             sides = [box[2] - box[0], box[3] - box[1]]
             item = {

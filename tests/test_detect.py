@@ -33,6 +33,7 @@ from finetune.config import FinetuneConfig
 from finetune.detector import CODERS, CascadeHeads, Detector, start_detector
 from finetune.evaluate import evaluate
 from finetune.found import (
+    Part,
     average_precision,
     certain,
     entries,
@@ -258,7 +259,7 @@ def some(seed: int, images: int = 4) -> tuple[list[Any], list[Any]]:
         guesses.append({
             "boxes": boxes, "labels": np.where(stream.uniform(size=8) < 0.1, 1, given),
             "scores": stream.uniform(0.05, 1, 8).astype(np.float32),
-            "masks": [filled(box, size) for box in boxes],
+            "masks": [Part(0, 0, decode(filled(box, size)) > 0) for box in boxes],
         })  # fmt: skip
     return guesses, wanted
 
@@ -287,7 +288,9 @@ def by_pycocotools(guesses: list[Any], wanted: list[Any], kind: str, most: int =
     }  # fmt: skip
     truth.createIndex()
     written = [
-        entry for n, guess in enumerate(guesses) for entry in entries(guess, {"image_id": n})
+        entry
+        for n, guess in enumerate(guesses)
+        for entry in entries(guess, (70, 80), {"image_id": n})
     ]
     result = truth.loadRes(json.loads(json.dumps(written)))
     judge = COCOeval(truth, result, kind)
@@ -318,8 +321,11 @@ def test_precision_is_that_of_coco(
     )  # fmt: skip
     for guess, target in zip(guesses, wanted, strict=True):
         maps = [
-            torch.from_numpy(np.stack([decode(rle) for rle in part["masks"]])).bool()
-            for part in (guess, target)
+            torch.from_numpy(np.stack(masks)).bool()
+            for masks in (
+                [part.mask for part in guess["masks"]],
+                [decode(rle) for rle in target["masks"]],
+            )
         ]
         given = {key: torch.from_numpy(guess[key]) for key in ("boxes", "labels", "scores")}
         truth = {"boxes": target["boxes"], "labels": target["labels"], "iscrowd": target["crowd"]}
@@ -404,38 +410,43 @@ def test_found_objects_are_fitted_to_the_image() -> None:
     np.testing.assert_allclose(large["boxes"], boxes.numpy() * [3, 2, 3, 2], rtol=1e-6)
     same = fitted(output, (48, 64))
     expected = paste_masks_in_image(masks, boxes, (48, 64))[:, 0] >= 0.5
-    for rle, wanted in zip(same["masks"], expected.numpy(), strict=True):
-        # Borders of a mask are placed to whole pixels from 0 there, from the box's corner here.
-        assert (decode(rle) != wanted).mean() < 0.01
+    for part, wanted in zip(same["masks"], expected.numpy(), strict=True):
+        mask = np.zeros((48, 64), bool)
+        part.within(mask)[:] = part.mask
+        # Borders of a mask are placed to whole pixels from 0 there, from the part's corner here.
+        assert (mask != wanted).mean() < 0.01
     sure = certain(same, None)
     assert sure["labels"].tolist() == [1, 2]
     assert certain(same, [0.2, 0.7])["labels"].tolist() == [1, 1]
     numbers = label_image(sure, (48, 64))
     assert set(np.unique(numbers)) == {0, 1, 2}
-    assert (numbers[decode(sure["masks"][0]) > 0] == 1).all()
+    first = sure["masks"][0]
+    assert (first.within(numbers)[first.mask] == 1).all()
 
 
 def test_objects_of_several_windows_are_merged_once() -> None:
-    size = (70, 80)
-
-    def seen(boxes: list[list[float]], labels: list[int], scores: list[float]) -> Any:
+    def seen(boxes: list[list[int]], labels: list[int], scores: list[float]) -> Any:
         return {
             "boxes": np.array(boxes, float).reshape(-1, 4), "labels": np.array(labels),
-            "scores": np.array(scores), "masks": [filled(box, size) for box in boxes],
+            "scores": np.array(scores),
+            "masks": [Part(box[0], box[1], np.ones((box[3] - box[1], box[2] - box[0]), bool))
+                      for box in boxes],
         }  # fmt: skip
 
     one = seen([[10, 10, 40, 30], [2, 40, 12, 50], [60, 5, 70, 15]], [1, 1, 1], [0.9, 0.8, 0.3])
     # Its first is the rest of one's first; the second is of another class; the third touches only.
     two = seen([[20, 10, 55, 30], [2, 40, 12, 50], [69, 5, 79, 15]], [1, 2, 1], [0.7, 0.6, 0.5])
-    whole = merged([one, two], size)
+    whole = merged([one, two])
     assert whole["boxes"].tolist() == [
         [10, 10, 55, 30], [2, 40, 12, 50], [2, 40, 12, 50], [69, 5, 79, 15], [60, 5, 70, 15],
     ]  # fmt: skip
     assert whole["scores"].tolist() == [0.9, 0.8, 0.6, 0.5, 0.3]
-    around = decode(filled([10, 10, 40, 30], size)) | decode(filled([20, 10, 55, 30], size))
-    assert (decode(whole["masks"][0]) == around).all()
-    assert len(merged([one], size)["labels"]) == 3
-    assert merged([kept(one, np.zeros(0, np.int64))], size)["boxes"].shape == (0, 4)
+    assert whole["masks"][0][:2] == (10, 10)
+    assert whole["masks"][0].mask.shape == (20, 45)
+    assert whole["masks"][0].mask.all()
+    assert whole["masks"][4] is one["masks"][2]
+    assert len(merged([one])["labels"]) == 3
+    assert merged([kept(one, np.zeros(0, np.int64))])["boxes"].shape == (0, 4)
 
 
 def test_anchors_suit_the_objects(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from finetune.detector import WIDEST, Detector, start_detector
 from finetune.figures import check_png_folder, save_png
 from finetune.found import (
     Found,
+    Part,
     Precision,
     average_precision,
     certain,
@@ -164,6 +165,11 @@ class ObjectMeasurement(Measurement):
         return figure
 
 
+def _resized(mask_HW: Any, size: tuple[int, int]) -> Any:
+    """A mask of (width, height) pixels, the nearest of the given ones."""
+    return np.asarray(Image.fromarray(mask_HW).resize(size, Image.Resampling.NEAREST)) > 0
+
+
 def _on_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, Tensor) else value
 
@@ -276,7 +282,8 @@ class Detect(OnFeatures):
         }
         if "masks" in target:
             truth["masks"] = [
-                mask for mask, there in zip(target["masks"], wanted, strict=True) if there
+                Part(0, 0, _resized(decode(target["masks"][n]), image.size))
+                for n in np.flatnonzero(wanted).tolist()
             ]
         counts = [f"{len(part['labels'])} objects" for part in (truth, guess)]
         return [self.overlay(image, truth), self._drawn(image, guess)], *counts  # type: ignore[return-value]
@@ -290,11 +297,10 @@ class Detect(OnFeatures):
         colours = voc_colours(256)
         if "masks" in found:
             pixels = np.array(drawn)
-            for number, rle in enumerate(found["masks"]):
-                mask = Image.fromarray(decode(rle)).resize(drawn.size, Image.Resampling.NEAREST)
-                inside = np.asarray(mask) > 0
+            for number, part in enumerate(found["masks"]):
+                inside = part.within(pixels)
                 colour = colours[1 + number % 255].astype(np.uint16)
-                pixels[inside] = (pixels[inside] + colour) // 2
+                inside[part.mask] = (inside[part.mask] + colour) // 2
             drawn = Image.fromarray(pixels)
         pen, line = ImageDraw.Draw(drawn), max(1, min(image.size) // 250)
         for box, label in zip(found["boxes"].tolist(), found["labels"].tolist(), strict=True):
@@ -331,7 +337,7 @@ class Detect(OnFeatures):
                 shift = torch.tensor([left, top] * 2, dtype=torch.float32)
                 output |= {"boxes": output["boxes"].float().cpu() + shift, "shape": shape}
                 parts.append(fitted(output, size))
-        return [merged(parts, size)]
+        return [merged(parts)]
 
     def check_out(self, out: str) -> Path:
         return check_out_file(out, ".json")
@@ -353,14 +359,14 @@ class Detect(OnFeatures):
             ):
                 key = source.key(index)
                 image = {"image_id": ids.get(key, index), "file_name": source.name(index)}
-                results.extend(entries(found, image))
+                assert cut is not None
+                size = cut.size[::-1]
+                results.extend(entries(found, size, image))
                 sure = certain(found, self.state.get("thresholds"))
                 numbers = np.bincount(sure["labels"], minlength=len(self.names) + 1)[1:]
                 counts.append([path, *numbers.tolist()])
                 if self.masks:
-                    assert cut is not None
-                    drawn = Image.fromarray(label_image(sure, cut.size[::-1]))
-                    save_png(drawn, folder, key)
+                    save_png(Image.fromarray(label_image(sure, size)), folder, key)
 
         yield write
         with out_file(out) as file:
