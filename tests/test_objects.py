@@ -276,6 +276,14 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
             "another size than the image", 2,
         ),
         (lambda f: f["annotations"][0].update(segmentation={"counts": 1}), "can't be read", 2),
+        (
+            lambda f: f["annotations"][0].update(segmentation={"size": [40, 60], "counts": "zzz"}),
+            "can't be read", 2,
+        ),
+        (
+            lambda f: f["annotations"][0].update(segmentation={"size": [40, 60], "counts": [3, 9]}),
+            "can't be read", 2,
+        ),
     ],
 )  # fmt: skip
 def test_faults_are_counted(

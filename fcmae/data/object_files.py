@@ -25,7 +25,7 @@ from fcmae.data.labelled import (
     split_by_hash,
 )
 from fcmae.data.masks import LAYOUTS, find_pairs, mask_numbers, stem
-from fcmae.data.objects import ObjectLabels, encode_shape, joined
+from fcmae.data.objects import ObjectLabels, decode, encode_shape, joined
 from sparse.errors import InputError, brief
 
 ALIASES = {VAL: (VAL, "valid", "validation")}
@@ -324,7 +324,7 @@ def _problem(shape: str, size: tuple[int, int] | None) -> str:
         elif size is not None and tuple(segmentation["size"][::-1]) != size:
             return "left out, since the mask has another size than the image"
         else:
-            encode_shape(segmentation, tuple(segmentation["size"][::-1]))
+            decode(encode_shape(segmentation, tuple(segmentation["size"][::-1])))
     except (TypeError, ValueError, KeyError, AttributeError, IndexError):
         return "left out, since its mask can't be read"
     return ""
