@@ -17,7 +17,7 @@ from torch import Tensor
 from fcmae.atomic import atomic_write, out_file
 from fcmae.data.file_list import FileList
 from fcmae.data.masks import IMAGES, LAYOUTS, stem
-from fcmae.data.sample import Batch, each_target
+from fcmae.data.sample import Batch, each_target, map_tensors
 from fcmae.data.sources import Source
 from fcmae.data.statistics import Preprocessing
 from fcmae.train.run_folder import RunFolder
@@ -69,7 +69,11 @@ class Examples:
             if not among_worst and index not in self._chosen:
                 continue
             image = thumbnail(images_BCHW[n], self._how)
-            shown = image, self._kind.to_show(outputs[n]), _kept(targets[n])
+            shown = (
+                image,
+                self._kind.to_show(outputs[n]),
+                map_tensors(targets[n], lambda kept: kept.numpy().copy()),
+            )
             if index in self._chosen:
                 self.chosen.append(shown)
             if among_worst:
@@ -199,16 +203,6 @@ def save_png(image: Image.Image, folder: Path, key: bytes) -> None:
     """
     with out_file(png_path(folder, key)) as temporary:
         image.save(temporary, format="PNG")
-
-
-def _kept(target: Any) -> Any:
-    """A target that does not share the batch's memory: numpy, but for objects their tensors."""
-    if isinstance(target, Tensor):
-        return target.numpy().copy()
-    return {
-        name: value.clone() if isinstance(value, Tensor) else value
-        for name, value in target.items()
-    }
 
 
 def _short(text: str, most: int = 34) -> str:

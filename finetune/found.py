@@ -181,11 +181,11 @@ def errors(found: Found, target: Mapping[str, Any]) -> float:
     """Return 1 - F1 of the objects with a score of at least `CERTAIN` in an image: matched to true
     ones of their class from the highest score on, at an IoU of the boxes of at least 0.5."""
     sure = certain(found, None)
-    wanted = ~target["crowd"].numpy()
-    boxes, labels = target["boxes"][wanted].double(), target["labels"].numpy()[wanted]
+    wanted = ~target["crowd"]
+    boxes, labels = target["boxes"][wanted].astype(np.float64), target["labels"][wanted]
     if not len(boxes) + len(sure["labels"]):
         return 0.0
-    ious = box_iou(torch.from_numpy(sure["boxes"]), boxes).numpy()
+    ious = box_iou(*map(torch.from_numpy, (sure["boxes"], boxes))).numpy()
     ious[sure["labels"][:, None] != labels] = 0
     hits = 0
     for row in np.argsort(-sure["scores"], kind="stable"):
@@ -224,7 +224,7 @@ def average_precision(
 
     Args:
         found: in each image.
-        targets: see `ObjectLabels.cut`, of whole images.
+        targets: see `ObjectLabels.cut`, of whole images, all numpy.
         classes: their number.
         masks: whether masks are compared, not boxes.
     """
@@ -237,7 +237,7 @@ def average_precision(
         height, width = target["size"][0].tolist()
         images.append({"id": number, "height": height, "width": width})
         results += entries(part, (height, width), {"image_id": number})
-        for n, box in enumerate(target["boxes"].double().tolist()):
+        for n, box in enumerate(target["boxes"].tolist()):
             sides = [box[2] - box[0], box[3] - box[1]]
             item = {
                 "id": len(objects) + 1, "image_id": number, "bbox": [box[0], box[1], *sides],

@@ -120,16 +120,16 @@ def stored_labels(
     """
     names = tuple(start.state["settings"]["label_names"])
     train, val = (stored_files(None, start, part) for part in (TRAIN, VAL))
-    if labels_file(config) is None:
-        folder = Path(config.data).expanduser()
-        if not folder.is_dir():
-            raise InputError(f"data {config.data!r} is not a folder any more: put a link there")
-        report_added([train, val], exclude=config.out)
+    if labels_file(config) is None and not Path(config.data).expanduser().is_dir():
+        raise InputError(f"data {config.data!r} is not a folder any more: put a link there")
     paths = RunPaths(start.path.parent.parent)
     first, second = (
         Split(files, prefix_of(files, config), _labels(paths, part, kind, files, names))
         for part, files in ((TRAIN, train), (VAL, val))
     )
+    # A folder of photographs with objects may be that of all splits.
+    if labels_file(config) is None and not isinstance(first.labels, ObjectLabels):
+        report_added([train, val], exclude=config.out)
     return LabelledData(first, second, names)
 
 

@@ -251,9 +251,8 @@ def some(seed: int, images: int = 4) -> tuple[list[Any], list[Any]]:
         boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
         size = (70, 80)
         wanted.append({
-            "boxes": torch.tensor(truth), "labels": torch.tensor(labels),
-            "crowd": torch.tensor(stream.uniform(size=6) < 0.15),
-            "size": torch.tensor([size]), "masks": [filled(box, size) for box in truth],
+            "boxes": truth, "labels": labels, "crowd": stream.uniform(size=6) < 0.15,
+            "size": np.array([size]), "masks": [filled(box, size) for box in truth],
         })  # fmt: skip
         given = np.concatenate([labels, labels[:2]])
         guesses.append({
@@ -328,7 +327,8 @@ def test_precision_is_that_of_coco(
             )
         ]
         given = {key: torch.from_numpy(guess[key]) for key in ("boxes", "labels", "scores")}
-        truth = {"boxes": target["boxes"], "labels": target["labels"], "iscrowd": target["crowd"]}
+        truth = {key: torch.from_numpy(target[key]) for key in ("boxes", "labels")}
+        truth["iscrowd"] = torch.from_numpy(target["crowd"])
         metric.update([{**given, "masks": maps[0]}], [{**truth, "masks": maps[1]}])
     expected = metric.compute()
     assert own.mean() == pytest.approx(100 * float(expected["map"]), abs=1e-4)
@@ -370,7 +370,7 @@ def f1_at(guesses: list[Any], wanted: list[Any], label: int, score: float) -> fl
         free = [True] * len(truth)
         for n in np.argsort(-sure["scores"]):
             values = [
-                iou(torch.from_numpy(sure["boxes"][n]), box)[0] * is_free
+                iou(*map(torch.from_numpy, (sure["boxes"][n], box)))[0] * is_free
                 for box, is_free in zip(truth, free, strict=True)
             ]
             if values and max(values) >= 0.5:
@@ -381,8 +381,8 @@ def f1_at(guesses: list[Any], wanted: list[Any], label: int, score: float) -> fl
 
 
 def test_errors_of_an_image() -> None:
-    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [40, 0, 50, 10]])
-    target = {"boxes": boxes, "labels": torch.tensor([1, 1, 2]), "crowd": torch.zeros(3).bool()}
+    boxes = np.array([[0.0, 0, 10, 10], [20, 20, 30, 30], [40, 0, 50, 10]])
+    target = {"boxes": boxes, "labels": np.array([1, 1, 2]), "crowd": np.zeros(3, bool)}
     guess = {
         "boxes": np.array([[0.0, 0, 10, 9], [0, 0, 10, 10], [20, 20, 30, 30], [40, 0, 50, 10]]),
         "labels": np.array([1, 1, 2, 2]), "scores": np.array([0.9, 0.8, 0.7, 0.4]),
@@ -391,7 +391,7 @@ def test_errors_of_an_image() -> None:
     assert errors(guess, target) == pytest.approx(1 - 2 * 1 / (3 + 3))
     nothing = kept(guess, np.zeros(0, np.int64))
     assert errors(nothing, target) == 1
-    empty = {"boxes": boxes[:0], "labels": boxes[:0, 0].long(), "crowd": boxes[:0, 0].bool()}
+    empty = {name: value[:0] for name, value in target.items()}
     assert errors(nothing, empty) == 0
 
 
@@ -453,9 +453,9 @@ def test_anchors_suit_the_objects(tmp_path: Path) -> None:
     labels = found(write_coco(tmp_path / "coco"))
     sides = np.sqrt([20 * 20, 6 * 6, 12 * 9])
     expected = max(side for side in ANCHORS if side <= np.quantile(sides, 0.1))
-    assert _anchor(labels, None) == expected == 4
-    assert _anchor(labels, 160) == 16  # images of 40 pixels four times as large
-    assert _anchor(found(write_label_images(tmp_path / "numbers"), masks=True), None) == 4
+    assert _anchor(labels, None, 3) == expected == 4
+    assert _anchor(labels, 160, 3) == 16  # images of 40 pixels four times as large
+    assert _anchor(found(write_label_images(tmp_path / "numbers"), masks=True), None, 3) == 4
 
 
 # Runs

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -277,8 +277,8 @@ def _labels_of(found: Found, place: Place, names: tuple[str, ...], masks: bool) 
             kept.append(thing)
             boxes.append(box)
         starts.append(len(kept))
-    for what, images in _by_kind(faults).items():
-        _log.warning("%d objects in %s: %s", len(images), place.labels, what)
+    for what, count in Counter(what for _, what in faults).items():
+        _log.warning("%d objects in %s: %s", count, place.labels, what)
     keys = sorted(found.things)
     blob, shape_starts = joined(thing.shape.encode() if masks else b"" for thing in kept)
     return ObjectLabels(
@@ -328,13 +328,6 @@ def _problem(shape: str, size: tuple[int, int] | None) -> str:
     except (TypeError, ValueError, KeyError, AttributeError, IndexError):
         return "left out, since its mask can't be read"
     return ""
-
-
-def _by_kind(faults: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    kinds: dict[str, list[str]] = {}
-    for image, what in faults:
-        kinds.setdefault(what, []).append(image)
-    return kinds
 
 
 def has_polygons(file: Path) -> bool:

@@ -77,14 +77,14 @@ class Batch:
         """Return the batch with each of its tensors moved, as into memory of another kind."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         parts: dict[str, Any] = {name: move(tensor) for name, tensor in tensors.items()}
-        parts["targets"] = _moved(self.targets, move)
+        parts["targets"] = map_tensors(self.targets, move)
         if self.sites is not None:
             parts["sites"] = replace(self.sites, tables=move(self.sites.tables))
         return replace(self, **parts)
 
     def targets_on(self, device: torch.device) -> Any:
         """Return the targets with their tensors on a device."""
-        return _moved(self.targets, lambda tensor: to_device(tensor, device))
+        return map_tensors(self.targets, lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory, from which copies to a GPU are asynchronous."""
@@ -124,11 +124,11 @@ def collate(
     return batch.moved(Tensor.share_memory_) if share else batch
 
 
-def _moved(targets: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """A tensor moved, or a dictionary with its tensors moved."""
-    if isinstance(targets, dict):
-        return {name: _moved(value, move) for name, value in targets.items()}
-    return move(targets) if isinstance(targets, Tensor) else targets
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Return a tensor, or a dictionary's tensors, changed; all else as it is."""
+    if isinstance(value, dict):
+        return {name: map_tensors(part, change) for name, part in value.items()}
+    return change(value) if isinstance(value, Tensor) else value
 
 
 def _joined(values: Sequence[Any]) -> Any:

@@ -15,12 +15,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from fcmae.atomic import check_out_file, out_file
+from fcmae.config.values import MAX_PIXELS
 from fcmae.data.augment import Geometry, jittered_geometry, scale_to
 from fcmae.data.decode import BadImage, read_image
 from fcmae.data.evaluation import EvalDataset, WholeDataset, prepared
 from fcmae.data.file_list import FileList
 from fcmae.data.labelled import TRAIN, LabelledData, Split
-from fcmae.data.masks import mask_numbers, voc_colours
+from fcmae.data.masks import voc_colours
 from fcmae.data.object_files import (
     COCO,
     LABELS,
@@ -31,8 +32,8 @@ from fcmae.data.object_files import (
     read_split,
     split_of,
 )
-from fcmae.data.objects import ObjectLabels, coco_masks, decode, enclosing
-from fcmae.data.sample import Batch, each_target
+from fcmae.data.objects import ObjectLabels, coco_masks, decode
+from fcmae.data.sample import Batch, each_target, map_tensors
 from fcmae.data.sources import Source
 from fcmae.data.statistics import Preprocessing
 from fcmae.data.table import Table
@@ -69,7 +70,7 @@ SMALL_PART = 0.1
 """Part of the objects that may be smaller than the smallest anchors."""
 
 LOOKED_AT = 100
-"""Images whose objects are measured for `anchor_size: auto`, if their labels need the images."""
+"""Images whose objects are measured for `anchor_size: auto`."""
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class ObjectMeasurement(Measurement):
     def update(self, outputs: Any, targets: Any) -> Tensor:
         losses = []
         for output, target in zip(outputs, each_target(targets), strict=True):
-            plain = {name: _on_cpu(value) for name, value in target.items()}
+            plain = map_tensors(target, lambda value: value.cpu().numpy())
             found = fitted(output, tuple(plain["size"][0].tolist()))
             losses.append(errors(found, plain))
             self._own.append((found, plain, losses[-1]))
@@ -170,10 +171,6 @@ def _resized(mask_HW: Any, size: tuple[int, int]) -> Any:
     return np.asarray(Image.fromarray(mask_HW).resize(size, Image.Resampling.NEAREST)) > 0
 
 
-def _on_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value
-
-
 class Detect(OnFeatures):
     """A box and a class for each object.
 
@@ -216,11 +213,11 @@ class Detect(OnFeatures):
         if config.class_weights != "none":
             raise InputError(f"class_weights balanced is not for task {self.task}: use none")
         self.config = config
-        anchor = config.anchor_size
+        anchor, short_side = config.anchor_size, config.augment.short_side
         self.state = {
             "head": self.heads[0] if config.head == "auto" else config.head,
-            "short_side": config.augment.short_side,
-            "anchor": _anchor(train, config.augment.short_side) if anchor == "auto" else anchor,
+            "short_side": short_side,
+            "anchor": _anchor(train, short_side, config.in_chans) if anchor == "auto" else anchor,
         }
 
     def build_model(
@@ -265,7 +262,7 @@ class Detect(OnFeatures):
     # Predictions
 
     def to_show(self, output: Any) -> Any:
-        return {name: _on_cpu(value) for name, value in output.items()}
+        return map_tensors(output, Tensor.cpu)
 
     def show(
         self, image: Image.Image, output: Any, target: Any
@@ -273,11 +270,11 @@ class Detect(OnFeatures):
         size = image.height, image.width
         height, width = target["size"][0].tolist()
         guess = certain(fitted(output, size), self.state.get("thresholds"))
-        wanted = ~target["crowd"].numpy()
+        wanted = ~target["crowd"]
         scale = np.array([image.width / width, image.height / height] * 2)
         truth: Found = {
-            "boxes": target["boxes"].double().numpy()[wanted] * scale,
-            "labels": target["labels"].numpy()[wanted],
+            "boxes": target["boxes"][wanted] * scale,
+            "labels": target["labels"][wanted],
             "scores": np.ones(int(wanted.sum())),
         }
         if "masks" in target:
@@ -396,24 +393,17 @@ class Instances(Detect):
         return place.format == COCO and has_polygons(place.labels)
 
 
-def _anchor(labels: ObjectLabels, short_side: int | None) -> int:
+def _anchor(labels: ObjectLabels, short_side: int | None, in_chans: int) -> int:
     """The largest of `ANCHORS` that at most a tenth of the objects are smaller than."""
     sizes: list[float] = []
-    whole = not labels.folder and not labels.relative and short_side is None
-    if whole:
-        sides = labels.boxes[~labels.crowd][:, 2:] - labels.boxes[~labels.crowd][:, :2]
-        sizes = np.sqrt(sides.prod(1)).tolist()
-    for index in [] if whole else np.unique(np.linspace(0, len(labels) - 1, LOOKED_AT, dtype=int)):
+    for index in np.unique(np.linspace(0, len(labels) - 1, LOOKED_AT, dtype=int)).tolist():
         try:
-            size = read_image(labels.files.open(index), 3, 1 << 40).size
-            if labels.folder:
-                boxes = enclosing(mask_numbers(labels.label_image(index)))
-            else:
-                boxes = labels.cut(index, Geometry(size, (0, 0, *size)), None)["boxes"]
+            size = read_image(labels.files.open(index), in_chans, MAX_PIXELS).size
+            boxes = labels.cut(index, Geometry(size, (0, 0, *size)), None)["boxes"]
         except BadImage:
             continue  # training reports it
-        scale = scale_to(short_side, size)
-        sizes += (scale * np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1))).tolist()
+        sides = (boxes[:, 2:] - boxes[:, :2]) * scale_to(short_side, size)
+        sizes += np.sqrt(sides.prod(1)).tolist()
     small = float(np.quantile(sizes, SMALL_PART)) if sizes else ANCHORS[-1]
     chosen = max((side for side in ANCHORS if side <= small), default=ANCHORS[0])
     _log.info("anchors from %d pixels: a tenth of the objects are smaller than %.0f", chosen, small)
