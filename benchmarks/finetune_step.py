@@ -115,9 +115,7 @@ def make_loop(model: nn.Module, kind: LabelKind, config: FinetuneConfig, steps: 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--task", choices=["classify", "segment", "detect", "instances"], default="classify"
-    )
+    parser.add_argument("--task", choices=TASKS_HERE, default="classify")
     parser.add_argument("--model", default="convnextv2_atto")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--img_size", type=int, default=224)

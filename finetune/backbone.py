@@ -45,6 +45,7 @@ def start_on_features(
     """
     rate: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     any_size = {"strict_img_size": False}  # of timm's Swin
+    refused: Exception | None = None
     for optional in (rate, {}, rate | any_size, any_size):
         args = start.args | optional
         try:
@@ -54,8 +55,9 @@ def start_on_features(
             break
         except (RuntimeError, ValueError, LookupError, AttributeError, TypeError,
                 AssertionError) as error:  # fmt: skip
-            refused = error
+            refused = refused or error
     else:
+        assert refused is not None
         raise InputError(
             f"model {start.name!r} has no features for {what} ({first_line(refused)}): use a "
             "ConvNeXt or ResNet"

@@ -19,7 +19,7 @@ from fcmae.config.training import AugmentBase, OptimConfig, TrainingConfig
 
 @dataclass
 class FinetuneOptimConfig(OptimConfig):
-    """AdamW with layer-wise rates, warm-up and decay to zero, both per step."""
+    """AdamW with layer-wise rates, warm-up, and decay after it, both per step."""
 
     base_lr: float = 1.6e-2
     """Learning rate of the head for a batch of 256; the actual rate is base_lr * batch_size / 256:
@@ -136,7 +136,7 @@ class FinetuneConfig(LabelsConfig, TrainingConfig):
     """Width of the decoder for masks or of the feature pyramid for objects. auto takes twice that
     of the first stage, at most 512 or 256, which the papers use."""
 
-    anchor_size: Literal["auto"] | int = setting("auto", at_least=1, group=MODEL)
+    anchor_size: Literal["auto"] | int = setting("auto", at_least=4, group=MODEL)
     """Side in pixels of the smallest boxes that a detector starts from; the papers use 32. auto
     takes 4 to 32, so that at most a tenth of the objects are smaller."""
 

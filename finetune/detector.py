@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import timm
@@ -20,16 +19,20 @@ from torchvision.models.detection.faster_rcnn import (
 )
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
-from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image, generalized_box_iou_loss
+from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, maskrcnn_inference
+from torchvision.ops import (
+    FeaturePyramidNetwork,
+    clip_boxes_to_image,
+    generalized_box_iou_loss,
+    roi_align,
+)
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from finetune.backbone import start_on_features
 from finetune.model import Start
-from sparse.errors import InputError
-from sparse.sizes import PATCH
 
 STRIDES = (4, 8, 16, 32)
+LAST_STRIDE = 64
 WIDEST = 256
 """Channels of the pyramid in the papers."""
 
@@ -47,9 +50,6 @@ LOSS_WEIGHTS = (1.0, 0.5, 0.25)
 GIOU = 10.0
 """Settings of the three stages of a cascade, and the weight of its box loss (arXiv 2201.03545,
 appendix A.3: those of the official configs)."""
-
-SMALLEST = 1e-12
-"""Least mean probability of a class, for its logarithm to be finite."""
 
 
 class Pyramid(nn.Module):
@@ -83,7 +83,7 @@ class Pyramid(nn.Module):
         self.body: Any = timm.create_model(
             name, features_only=True, in_chans=in_chans, out_indices=levels, **args
         )
-        channels = every.feature_info.channels()[-len(STRIDES) :]
+        channels = [every.feature_info.channels()[level] for level in levels]
         self.out_channels = width or min(2 * channels[0], WIDEST)
         self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in channels)
         self.fpn = FeaturePyramidNetwork(channels, self.out_channels, LastLevelMaxPool())
@@ -103,8 +103,8 @@ class Detector(nn.Module):
     Args:
         pyramid: the features.
         classes: their number, without the background.
-        head: faster, mask or cascade.
-        masks: whether to predict masks; a mask head always does.
+        head: faster, mask or cascade; the first two differ in `masks` only.
+        masks: whether to predict masks.
         anchor: side in pixels of the smallest anchors; those of the next level are twice as large.
 
     Attributes:
@@ -122,7 +122,7 @@ class Detector(nn.Module):
         hidden = HIDDEN * width // WIDEST
         sizes = tuple((anchor << level,) for level in range(len(STRIDES) + 1))
         given: dict[str, Any] = {
-            "rpn_anchor_generator": AnchorGenerator(sizes, (RATIOS,) * len(sizes)),
+            "rpn_anchor_generator": Anchors(sizes, (RATIOS,) * len(sizes)),
             "box_head": TwoMLPHead(width * 7**2, hidden),
             "box_predictor": FastRCNNPredictor(hidden, outputs),
             "box_detections_per_img": MOST_FOUND,
@@ -131,10 +131,9 @@ class Detector(nn.Module):
             given["mask_head"] = MaskRCNNHeads(width, (width,) * 4, 1)
             given["mask_predictor"] = MaskRCNNPredictor(width, width, outputs)
         net = (MaskRCNN if masks else FasterRCNN)(pyramid, **given)
-        self.rpn, self.heads = net.rpn, net.roi_heads
-        if head == "cascade":
-            self.heads = CascadeHeads(net.roi_heads, width, hidden, outputs)
-        # Boxes in bfloat16 would be off by pixels.
+        self.rpn = net.rpn
+        self.heads = StagedHeads(net.roi_heads, head == "cascade", width, hidden, outputs)
+        # In bfloat16, differences of boxes would be rounded once more.
         for part in self.modules():
             if part is self.rpn.head or isinstance(part, FastRCNNPredictor | MaskRCNNPredictor):
                 part.register_forward_hook(_as_float)
@@ -149,7 +148,7 @@ class Detector(nn.Module):
     def forward(self, images_BCHW: Tensor, targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Return the loss, if the model is training; else what it finds in each image.
 
-        Sides that are not multiples of 32 are padded with zeros.
+        Sides that are not multiples of 64, the stride of the last level, are padded with zeros.
 
         Args:
             images_BCHW: normalised.
@@ -160,13 +159,21 @@ class Detector(nn.Module):
             masks `masks` (N, 1, 28, 28), probabilities inside the boxes.
         """
         h, w = images_BCHW.shape[2:]
-        padded = F.pad(images_BCHW, (0, -w % PATCH, 0, -h % PATCH))
+        padded = F.pad(images_BCHW, (0, -w % LAST_STRIDE, 0, -h % LAST_STRIDE))
         levels, sizes = self.pyramid(padded), [(h, w)] * len(images_BCHW)
         proposals, losses = self.rpn(ImageList(padded, sizes), levels, targets)
         found, further = self.heads(levels, proposals, sizes, targets)
         if not self.training:
             return found
         return torch.stack([*losses.values(), *further.values()]).sum()
+
+
+class Anchors(AnchorGenerator):
+    """Anchors in float32, whatever the features are in: bfloat16 has 8 bits for a position."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        empty = feature_maps[0].new_empty((), dtype=torch.float32)
+        return super().forward(image_list, [empty.expand(map_.shape) for map_ in feature_maps])
 
 
 def _as_float(_module: nn.Module, _args: Any, outputs: Any) -> Any:
@@ -176,39 +183,47 @@ def _as_float(_module: nn.Module, _args: Any, outputs: Any) -> Any:
     return type(outputs)(_as_float(_module, _args, part) for part in outputs)
 
 
-class CascadeHeads(RoIHeads):
-    """Three stages of box heads, each trained on the boxes of the one before it and with a higher
-    threshold for a match (Cascade R-CNN, arXiv 1712.00726), with the papers' settings: four
-    convolutions and a layer of units, GIoU loss on decoded boxes, a box for each class, scores and
-    masks averaged over the stages.
+class StagedHeads(RoIHeads):
+    """Box and mask heads in stages, each trained on the boxes of the one before it.
+
+    One stage is that of Faster and Mask R-CNN, with torchvision's box head and losses. Three are a
+    cascade (Cascade R-CNN, arXiv 1712.00726): each with a higher threshold for a match, and with
+    the papers' settings, four convolutions and a layer of units, GIoU loss on decoded boxes, a box
+    for each class. Scores before softmax, and masks, are averaged over the stages.
 
     Args:
-        plain: torchvision's heads, whose pooling, sampling and limits are kept, and whose mask head
-            is repeated for each stage.
+        plain: torchvision's heads, whose parts, sampling and limits are kept.
+        cascade: whether there are three stages.
         width: channels of the pyramid.
         hidden: units of the last layer before the outputs.
         outputs: classes and the background.
     """
 
-    def __init__(self, plain: RoIHeads, width: int, hidden: int, outputs: int) -> None:
+    def __init__(
+        self, plain: RoIHeads, cascade: bool, width: int, hidden: int, outputs: int
+    ) -> None:
         sampler = plain.fg_bg_sampler
         super().__init__(
             plain.box_roi_pool, None, None, IOUS[0], IOUS[0], sampler.batch_size_per_image,
             sampler.positive_fraction, None, plain.score_thresh, plain.nms_thresh,
             plain.detections_per_img,
         )  # fmt: skip
-        head = partial(
-            FastRCNNConvFCHead, (width, 7, 7), [width] * 4, [hidden], norm_layer=nn.BatchNorm2d
-        )
-        self.box_heads = nn.ModuleList(head() for _ in IOUS)
-        self.predictors = nn.ModuleList(FastRCNNPredictor(hidden, outputs) for _ in IOUS)
-        self.matchers = [Matcher(iou, iou, allow_low_quality_matches=False) for iou in IOUS]
-        self.coders = [BoxCoder(weights) for weights in CODERS]
-        self.mask_heads, self.mask_predictors = nn.ModuleList(), nn.ModuleList()
-        self.pool_masks = plain.mask_roi_pool
-        if plain.has_mask():
-            self.mask_heads.extend(MaskRCNNHeads(width, (width,) * 4, 1) for _ in IOUS)
-            self.mask_predictors.extend(MaskRCNNPredictor(width, width, outputs) for _ in IOUS)
+        self.cascade, self.pool_masks = cascade, plain.mask_roi_pool
+        self.stages = [*zip(IOUS, CODERS, LOSS_WEIGHTS, strict=True)][: None if cascade else 1]
+        self.coders = [BoxCoder(weights) for _, weights, _ in self.stages]
+        heads, predictors, masks, mask_predictors = (nn.ModuleList() for _ in range(4))
+        for _ in self.stages:
+            heads.append(
+                FastRCNNConvFCHead((width, 7, 7), [width] * 4, [hidden], nn.BatchNorm2d)
+                if cascade
+                else plain.box_head
+            )
+            predictors.append(FastRCNNPredictor(hidden, outputs))
+            if plain.has_mask():
+                masks.append(MaskRCNNHeads(width, (width,) * 4, 1))
+                mask_predictors.append(MaskRCNNPredictor(width, width, outputs))
+        self.box_heads, self.predictors = heads, predictors
+        self.mask_heads, self.mask_predictors = masks, mask_predictors
 
     def has_mask(self) -> bool:
         return len(self.mask_heads) > 0
@@ -234,12 +249,20 @@ class CascadeHeads(RoIHeads):
         targets: list[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         losses = {}
-        for stage, weight in enumerate(LOSS_WEIGHTS):
-            self.proposal_matcher, self.box_coder = self.matchers[stage], self.coders[stage]
-            boxes, matched, labels, _ = self.select_training_samples(proposals, targets)
+        for stage, (iou, _, weight) in enumerate(self.stages):
+            self.proposal_matcher = Matcher(iou, iou, allow_low_quality_matches=False)
+            self.box_coder = self.coders[stage]
+            boxes, matched, labels, moves = self.select_training_samples(proposals, targets)
             scores, deltas = self._stage(stage, features, boxes, image_shapes)
-            every, given = torch.cat(labels), torch.cat(boxes)
-            decoded = self._decoded(stage, deltas, given)
+            if self.has_mask():
+                losses[f"mask_{stage}"] = weight * self._mask_loss(
+                    stage, features, boxes, image_shapes, targets, labels, matched
+                )
+            if not self.cascade:
+                losses["class_0"], losses["box_0"] = fastrcnn_loss(scores, deltas, labels, moves)
+                break
+            every = torch.cat(labels)
+            decoded = self._decoded(stage, deltas, torch.cat(boxes))
             pos = every > 0
             wanted = torch.cat([
                 target["boxes"][index] if len(target["boxes"]) else part
@@ -249,10 +272,6 @@ class CascadeHeads(RoIHeads):
             giou = generalized_box_iou_loss(guessed, wanted[pos], reduction="sum") / len(every)
             losses[f"class_{stage}"] = weight * F.cross_entropy(scores, every)
             losses[f"box_{stage}"] = weight * GIOU * giou
-            if self.has_mask():
-                losses[f"mask_{stage}"] = weight * self._mask_loss(
-                    stage, features, boxes, image_shapes, targets, labels, matched
-                )
             # A box of the background is refined as the most probable class.
             best = torch.where(pos, every, scores[:, 1:].argmax(1) + 1)
             counts = [len(part) for part in boxes]
@@ -271,18 +290,17 @@ class CascadeHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
         total: Tensor | float = 0.0
-        for stage in range(len(IOUS)):
+        for stage in range(len(self.stages)):
             scores, deltas = self._stage(stage, features, proposals, image_shapes)
-            total = total + scores.softmax(1) / len(IOUS)
-            if stage + 1 < len(IOUS):
+            total = total + scores / len(self.stages)
+            if stage + 1 < len(self.stages):
                 decoded = self._decoded(stage, deltas, torch.cat(proposals))
                 best = scores[:, 1:].argmax(1) + 1
                 counts = [len(part) for part in proposals]
                 proposals = self._refined(decoded, best, counts, image_shapes)
         self.box_coder = self.coders[-1]
         assert isinstance(total, Tensor)
-        logits = total.clamp_min(SMALLEST).log()
-        found = self.postprocess_detections(logits, deltas, proposals, image_shapes)
+        found = self.postprocess_detections(total, deltas, proposals, image_shapes)
         result = [
             {"boxes": boxes, "scores": scores, "labels": labels}
             for boxes, scores, labels in zip(*found, strict=True)
@@ -339,8 +357,21 @@ class CascadeHeads(RoIHeads):
         own = [part[pos] for part, pos in zip(matched, there, strict=True)]
         pooled = self.pool_masks(features, kept, image_shapes)
         logits = self.mask_predictors[stage](self.mask_heads[stage](pooled))
-        masks, classes = ([target[key] for target in targets] for key in ("masks", "labels"))
-        return maskrcnn_loss(logits, kept, masks, classes, own)
+        classes = torch.cat([
+            target["labels"][index] for target, index in zip(targets, own, strict=True)
+        ])  # fmt: skip
+        # torchvision's own loss samples masks half a pixel off their centres.
+        wanted = torch.cat([
+            roi_align(
+                target["masks"][:, None].to(part), torch.cat([index[:, None].to(part), part], 1),
+                logits.shape[-1], aligned=True,
+            )[:, 0]
+            for target, index, part in zip(targets, own, kept, strict=True)
+        ])  # fmt: skip
+        if not len(wanted):
+            return logits.sum() * 0  # the mean of nothing is not finite
+        every = torch.arange(len(classes), device=classes.device)
+        return F.binary_cross_entropy_with_logits(logits[every, classes], wanted)
 
 
 def _among(boxes: Tensor, others: Tensor) -> Tensor:
@@ -368,6 +399,4 @@ def start_detector(
         model.num_features, model.pretrained_cfg = whole.num_features, whole.pretrained_cfg
         return model
 
-    if width is not None and width % 4:
-        raise InputError(f"decoder_channels {width} must be a multiple of 4, such as 256")
     return start_on_features(start, in_chans, drop_path, build, "a feature pyramid")

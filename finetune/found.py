@@ -4,14 +4,15 @@ What is found in an image is a dictionary of `boxes` (N, 4) float64, `labels` (N
 (N,), all numpy, and with masks `masks`, a list of `Part`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_iou
 
 from fcmae.data.objects import encode_part
@@ -22,6 +23,9 @@ AGREE = 0.5
 
 CERTAIN = 0.5
 """Probability above which an object counts, where a run has chosen no threshold."""
+
+NUMBERS = 65_535
+"""Largest number of objects in a label image, which has 16 bits."""
 
 Found = dict[str, Any]
 
@@ -61,20 +65,22 @@ def fitted(output: Mapping[str, Any], size: tuple[int, int]) -> Found:
 
 
 def _pasted(mask_1hw: Tensor, box: Tensor, size: tuple[int, int]) -> Part:
-    """A mask's probabilities put into its box, as pixels of at least 1/2.
-
-    Only the surroundings of the box are computed.
-    """
-    margin = 2 + (box[2:] - box[:2]).max().item() / mask_1hw.shape[-1]
-    left, top = (max(0, int(side - margin)) for side in box[:2].tolist())
+    """A mask's probabilities enlarged to its box: the pixels whose centres have at least 1/2."""
+    left, top = (max(0, math.floor(side)) for side in box[:2].tolist())
     right, bottom = (
-        min(most, int(side + margin) + 1)
-        for side, most in zip(box[2:].tolist(), size[::-1], strict=True)
+        min(most, math.ceil(side)) for side, most in zip(box[2:].tolist(), size[::-1], strict=True)
     )
-    moved = (box - torch.tensor([left, top] * 2))[None]
-    shape = bottom - top, right - left
-    part = paste_masks_in_image(mask_1hw[None], moved, shape)[0, 0] >= 0.5
-    return Part(left, top, part.numpy())
+    # The centres of pixels, from -1 at the box's left and upper sides to 1 at the others.
+    across, down = (
+        2 * (torch.arange(first, last) + 0.5 - low) / (high - low).clamp(min=1e-3) - 1
+        for first, last, low, high in ((left, right, box[0], box[2]), (top, bottom, box[1], box[3]))
+    )
+    grid = torch.stack(torch.meshgrid(across, down, indexing="xy"), -1)
+    enlarged = F.grid_sample(
+        mask_1hw[None], grid[None], padding_mode="border", align_corners=False
+    )[0, 0]
+    inside = (grid.abs() <= 1).all(-1)
+    return Part(left, top, ((enlarged >= 0.5) & inside).numpy())
 
 
 def kept(found: Found, which: npt.NDArray[Any]) -> Found:
@@ -167,10 +173,10 @@ def entries(found: Found, size: tuple[int, int], image: Mapping[str, Any]) -> li
 def label_image(found: Found, size: tuple[int, int]) -> npt.NDArray[np.uint16]:
     """Return the number of the object at each pixel (H, W), from 1 by score, or 0.
 
-    Where objects overlap, it is the one with the higher score.
+    Where objects overlap, it is the one with the higher score. There are at most `NUMBERS`.
     """
     numbers = np.zeros(size, np.uint16)
-    order = np.argsort(-found["scores"], kind="stable")
+    order = np.argsort(-found["scores"], kind="stable")[:NUMBERS]
     for number in range(len(order), 0, -1):
         part: Part = found["masks"][order[number - 1]]
         part.within(numbers)[part.mask] = number
@@ -218,12 +224,15 @@ class Precision(NamedTuple):
 
 
 def average_precision(
-    found: Sequence[Found], targets: Sequence[Mapping[str, Any]], classes: int, masks: bool
+    found: Sequence[Sequence[Mapping[str, Any]]],
+    targets: Sequence[Mapping[str, Any]],
+    classes: int,
+    masks: bool,
 ) -> Precision:
     """Return COCO's precision of what was found in images, for up to 500 objects in each.
 
     Args:
-        found: in each image.
+        found: in each image, see `entries`.
         targets: see `ObjectLabels.cut`, of whole images, all numpy.
         classes: their number.
         masks: whether masks are compared, not boxes.
@@ -236,7 +245,7 @@ def average_precision(
     for number, (target, part) in enumerate(zip(targets, found, strict=True), 1):
         height, width = target["size"][0].tolist()
         images.append({"id": number, "height": height, "width": width})
-        results += entries(part, (height, width), {"image_id": number})
+        results += [{**entry, "image_id": number} for entry in part]
         for n, box in enumerate(target["boxes"].tolist()):
             sides = [box[2] - box[0], box[3] - box[1]]
             item = {

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -96,6 +95,7 @@ def save_labels(data: LabelledData, paths: RunPaths) -> None:
         if isinstance(split.labels, ObjectLabels)
         for image, what in split.labels.faults
     ]
+    paths.bad_labels.unlink(missing_ok=True)
     if faults:
         with atomic_write(paths.bad_labels) as path:
             path.write_text("".join(f"{json.dumps(fault)}\n" for fault in faults))
@@ -237,7 +237,7 @@ def _labels(
         labels = np.load(path, allow_pickle=False)
         if not isinstance(labels, np.ndarray):
             labels = ObjectLabels.stored(files, names, labels)
-    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
+    except Exception as error:  # a damaged archive raises nearly anything
         raise InputError(f"labels {str(path)!r} are damaged ({error}): restore them") from error
     if len(labels) != len(files):
         raise InputError(f"labels {str(path)!r} are not of this run: restore them or start over")

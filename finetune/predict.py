@@ -32,6 +32,9 @@ def predict(config: PredictConfig) -> Path:
     - multilabel: the probability of each class;
     - regress: each target.
 
+    Masks are PNGs in a folder; boxes and objects COCO's results in a JSON file, with the number of
+    objects of each class and image in a CSV file beside it, and label images in a folder beside it.
+
     A path begins with `config.images` as given; from a list of paths it is absolute. Images that
     can't be read are skipped and listed in bad_images.jsonl: in the folder, or beside the file with
     its name in front.

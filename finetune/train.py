@@ -139,6 +139,8 @@ class Finetuning(Task):
         self.kind = kind(data.names)
         if config.head not in ("auto", *kind.heads):
             raise InputError(f"head {config.head} is not for task {kind.task}: use auto")
+        if start is not None:
+            config = replace(config, **{key: start.state["settings"][key] for key in kind.resolves})
         self.kind.prepare(config, data.train.labels, self._device)
         train, val = (split._replace(labels=self.kind.encode(split.labels)) for split in data[:2])
         self.data = LabelledData(train, val, data.names)
@@ -226,6 +228,7 @@ class Finetuning(Task):
     def settings(self) -> dict[str, Any]:
         model = {"model": self._origin.name, "model_args": self._args}
         kind = {"task": self.kind.task, "label_names": list(self.kind.names)}
+        kind |= {key: self.kind.state[key] for key in self.kind.resolves}
         return super().settings() | model | kind
 
     def dataset(self) -> TrainDataset:

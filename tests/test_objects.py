@@ -196,7 +196,6 @@ def test_all_formats_have_the_same_objects(name: str, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="have no masks: use --task detect"):
             found(root, masks=True)
     if name.startswith("coco"):
-        assert labels.ids.tolist() == [10, 11, 12]
         images = root / ("train" if name == "coco" else "train2017")
         assert image_ids(str(images)) == {b"0.png": 10, b"1.png": 11, b"2.png": 12}
     else:
@@ -267,8 +266,8 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         (lambda f: f["annotations"][0].update(bbox=[70, 30, 20, 20]), "no area inside", 2),
         (lambda f: f["annotations"][0].update(bbox=[5, 5, 0, 9]), "no area inside", 2),
         (lambda f: f["annotations"][0].update(bbox=[5, float("nan"), 5, 9]), "not finite", 2),
-        (lambda f: f["annotations"][0].update(image_id=99), "image is not listed", 2),
-        (lambda f: f["annotations"][0].update(category_id=1), "category is not listed", 2),
+        (lambda f: f["annotations"][0].update(image_id=99), "image is missing", 2),
+        (lambda f: f["annotations"][0].update(category_id=1), "category is missing", 2),
         (lambda f: f["annotations"][0].update(segmentation=[[1, 1, 5, 5]]), "fewer than three", 2),
         (lambda f: f["annotations"][0].update(segmentation=[]), "has no mask", 2),
         (
@@ -309,7 +308,7 @@ def test_faults_are_counted(
         (lambda f: f.update(annotations=[]), "has no object: label some"),
         (lambda f: f.update(images=[], annotations=[]), "names no images"),
         (lambda f: [a.update(iscrowd=1) for a in f["annotations"]], "is a crowd"),
-        (lambda f: f["images"][1].update(file_name="0.png"), "has '0.png' twice"),
+        (lambda f: f["images"][1].update(file_name="0.png"), "has the file_name '0.png' twice"),
         (lambda f: f["categories"][0].update(name="CELL"), "similar classes"),
         (
             lambda f: [i.update(file_name=f"a{i['id']}") for i in f["images"]],
@@ -368,7 +367,7 @@ def test_voc_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     [
         ("0 0.5 0.5 0.2", "expected a class and the box's centre and sides"),
         ("x 0.5 0.5 0.2 0.1", "'x 0.5 0.5 0.2 0.1': expected a class"),
-        ("2 0.5 0.5 0.2 0.1", "data.yaml has 2 names, and the labels class 2"),
+        ("2 0.5 0.5 0.2 0.1", "0.txt, line 1 has class 2: the classes are 0, 1"),
         ("0 30 20 10 10", "has pixels, not shares of the image's sides, in 1 of 1 boxes"),
     ],
 )
@@ -393,6 +392,108 @@ def test_yolo_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert found(root).names == ("0", "1")
     (root / "classes.txt").write_text("dust\ncell\n")
     assert found(root).names == ("cell", "dust")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("{0: dust, 2: cell}", "the classes are 0, 2"),
+        ("{'0': dust, '1': cell, '10': worm}", None),
+        ("dust", "data.yaml has no list of names"),
+        ("", "data.yaml has no list of names"),
+        ("5", "data.yaml has no list of names"),
+    ],
+)
+def test_names_of_yolo(names: str, expected: str | None, tmp_path: Path) -> None:
+    """By number, also where these are texts or have gaps; data.yaml before other files."""
+    root = write_yolo(tmp_path)
+    (root / "augment.yaml").write_text("hsv: 0.1\n")
+    (root / "data.yaml").write_text(f"names: {names}\n")
+    if expected is None:
+        (root / "labels/train/1.txt").write_text("10 0.5 0.5 0.2 0.1\n")
+        assert found(root).names == ("cell", "dust", "worm")
+        assert whole(found(root), 1)["labels"].tolist() == [3]
+    else:
+        with pytest.raises(InputError, match=expected):
+            found(root)
+
+
+def test_labels_of_images_that_are_not_there(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path)
+    (root / "images/train/0.png").unlink()
+    with pytest.raises(InputError, match=r"1 files in .* have no image in .*: '0'"):
+        found(root)
+
+
+def test_other_splits_do_not_leak(tmp_path: Path) -> None:
+    """A divided folder is not taken as a whole, nor trainval as train."""
+    voc = write_voc(tmp_path / "voc")
+    (voc / "ImageSets/Main/train.txt").rename(voc / "ImageSets/Main/trainval.txt")
+    yolo = write_yolo(tmp_path / "yolo")
+    for part in ("images", "labels"):
+        (yolo / part / "train").rename(yolo / part / "training")
+    coco_2017 = write_coco_2017(tmp_path / "coco")
+    files = coco_2017 / "annotations"
+    (files / "instances_train2017.json").rename(files / "instances_trainval2017.json")
+    for root in (voc, yolo, coco_2017):
+        with pytest.raises(InputError, match="no objects of split"):
+            found(root)
+
+
+def test_folders_called_valid(tmp_path: Path) -> None:
+    for name in ("coco", "roboflow", "label images"):
+        root = WRITERS[name](tmp_path / name)
+        (root / "val").rename(root / "valid")
+        assert len(found(root, masks=name != "roboflow")) == 3
+
+
+def test_numbers_written_as_text(tmp_path: Path) -> None:
+    file = coco_file()
+    for image in file["images"]:
+        image["id"] = str(image["id"])
+    for thing in file["annotations"]:
+        thing |= {key: str(thing[key]) for key in ("image_id", "category_id", "iscrowd")}
+    labels = found(write_coco(tmp_path, file))
+    assert not labels.faults
+    assert whole(labels, 0)["labels"].tolist() == [1, 2]
+    assert not labels.crowd.any()
+
+
+def test_masks_of_another_size_than_the_image(tmp_path: Path) -> None:
+    """Where the file does not say how large an image is, each mask is checked when it is read."""
+    file = changed(lambda f: [image.pop("width") for image in f["images"]])
+    file["annotations"][0]["segmentation"] = {"size": [9, 9], "counts": [0, 81]}
+    with pytest.raises(BadImage, match="a mask is for 9×9 pixels"):
+        whole(found(write_coco(tmp_path, file), masks=True), 0)
+
+
+def test_boxes_of_label_images(tmp_path: Path) -> None:
+    """Without masks if none are wanted; their folder is found from any working directory."""
+    labels = found(write_label_images(tmp_path), masks=False)
+    assert Path(labels.folder).is_absolute()
+    crop = labels.cut(0, Geometry(SIZE, (0, 0, *SIZE)), (40, 60))
+    for there in (whole(labels, 0), crop):
+        assert "masks" not in there
+        assert there["boxes"].tolist() == [[10, 5, 30, 25], [40, 20, 46, 26]]
+    for file in (tmp_path / "train/instances").iterdir():
+        Image.new("RGB", SIZE).save(file)
+    with pytest.raises(InputError, match=r"has no object: .*0.png: the mask is RGB"):
+        found(tmp_path, masks=True)
+
+
+def test_faults_follow_their_images(tmp_path: Path) -> None:
+    file = changed(lambda f: f["annotations"][0].update(bbox=[70, 30, 20, 20]))
+    data = find_objects(str(write_coco(tmp_path, file) / "train"), 0.34, 0.05, masks=False)
+    faults = [split.labels.faults for split in data[:2]]
+    assert sorted(map(len, faults)) == [0, 1]
+
+
+def test_stored_labels_that_do_not_fit(tmp_path: Path) -> None:
+    labels = found(write_coco(tmp_path))
+    arrays = labels.arrays()
+    for changes in ({"starts": arrays["starts"][:-1]}, {"classes": arrays["classes"][:-1]}):
+        with pytest.raises(ValueError, match="do not fit together"):
+            ObjectLabels.stored(labels.files, labels.names, {**arrays, **changes})
 
 
 def test_several_files_of_a_split(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from sparse.sizes import PATCH
 
 @dataclass
 class OptimConfig(Config):
-    """AdamW with warm-up and decay to zero, both per step."""
+    """AdamW with warm-up, and decay after it, both per step."""
 
     PREFIX = "optim."
 

@@ -6,8 +6,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -39,9 +40,6 @@ OBJECT = "object"
 MOST_BEYOND = 1.5
 """A box that reaches further than this many times an image's side is in pixels."""
 
-LOOKED_AT = 1 << 24
-"""Bytes of a COCO file that are searched for masks."""
-
 COCO, VOC, YOLO, LABELS = "COCO", "Pascal VOC", "YOLO", "label images"
 
 _log = logging.getLogger(__name__)
@@ -65,7 +63,6 @@ class Found(NamedTuple):
         things: the objects of each image, by its relative path.
         names: the classes, in order.
         sizes: (width, height) of images, where they are known.
-        ids: numbers of images, where they have one.
         relative: whether boxes are in shares of the sides.
         faults: (image, what is wrong) of what was left out.
     """
@@ -74,17 +71,21 @@ class Found(NamedTuple):
     things: Mapping[bytes, Sequence[Thing]]
     names: tuple[str, ...]
     sizes: Mapping[bytes, tuple[int, int]] = {}
-    ids: Mapping[bytes, int] = {}
     relative: bool = False
     faults: Sequence[tuple[str, str]] = ()
 
 
 class Place(NamedTuple):
-    """The labels of a split: the name of their format, and where they and the images are."""
+    """The labels of a split: the name of their format, where they and the images are, and the name
+    that the split has there."""
 
     format: str
     labels: Path
     images: Path
+    split: str
+
+
+LABEL_IMAGES = next(layout for layout in LAYOUTS if layout.folder == "instances")
 
 
 def find_place(root: Path, split: str) -> Place | None:
@@ -92,16 +93,19 @@ def find_place(root: Path, split: str) -> Place | None:
 
     Args:
         root: the folder of the data.
-        split: its name; '' takes the only one, without a folder of its own.
+        split: its name; '' takes a folder that is not divided.
 
     Raises:
         InputError: several files could be meant.
     """
+    lists = root / "ImageSets" / "Main"
     for name in ALIASES.get(split, (split,)):
         folder = root / name
         if (file := folder / "_annotations.coco.json").is_file():
-            return Place(COCO, file, folder)
+            return Place(COCO, file, folder, name)
+        # Not those of other splits, such as trainval.
         files = sorted(root.glob(f"annotations/instances_{name}*.json")) if name else []
+        files = [file for file in files if re.fullmatch(rf"instances_{name}[^a-z]*", file.stem)]
         if len(files) > 1:
             shown = brief(file.name for file in files)
             raise InputError(f"{root} has several files for {split!r}: {shown}; keep one")
@@ -109,24 +113,24 @@ def find_place(root: Path, split: str) -> Place | None:
             given = files[0].stem.removeprefix("instances_")
             places = [root / given, root / "images" / given, root / name, root / "images" / name]
             images = next((place for place in places if place.is_dir()), root / given)
-            return Place(COCO, files[0], images)
+            return Place(COCO, files[0], images, name)
         if (root / "Annotations").is_dir() and (root / VOC_IMAGES).is_dir():
-            file = root / "ImageSets" / "Main" / f"{name}.txt"
-            if not name or file.is_file():
-                return Place(VOC, file if name else root / "Annotations", root / VOC_IMAGES)
+            file = lists / f"{name}.txt" if name else root / "Annotations"
+            if file.is_file() or (not name and not any(lists.glob("*.txt"))):
+                return Place(VOC, file, root / VOC_IMAGES, name)
         for images, labels in (
             (root / "images" / name, root / "labels" / name),
             (folder / "images", folder / "labels"),
         ):
-            if images.is_dir() and labels.is_dir():
-                return Place(YOLO, labels, images)
+            divided = (
+                not name and images.is_dir() and any(part.is_dir() for part in images.iterdir())
+            )
+            if images.is_dir() and labels.is_dir() and not divided:
+                return Place(YOLO, labels, images, name)
         if LABEL_IMAGES.exists(root, name):
             images, labels = LABEL_IMAGES.folders(root, name)
-            return Place(LABELS, labels, images)
+            return Place(LABELS, labels, images, name)
     return None
-
-
-LABEL_IMAGES = next(layout for layout in LAYOUTS if layout.folder == "instances")
 
 
 def find_objects(
@@ -195,10 +199,10 @@ def read_split(
     if masks and place.format in (VOC, YOLO):
         raise InputError(f"{place.format} files in {root} have no masks: use --task detect")
     if place.format == LABELS:
-        labels = _label_images(root, split, place, exclude)
+        labels = _label_images(root, place, masks, exclude)
         check_known(root, labels.names, names or labels.names, "training")
         return labels
-    found = READERS[place.format](root, place, exclude)
+    found = READERS[place.format](root, place, masks, exclude)
     if not found.things:
         raise InputError(f"{place.labels} names no images")
     check_known(place.labels, found.names, names or found.names, "training")
@@ -208,41 +212,52 @@ def read_split(
 
 def check_objects(labels: ObjectLabels, where: str) -> None:
     """Raise InputError if no object can be learned or found."""
-    if labels.folder:
-        there = any(_has_object(labels, index) for index in range(len(labels)))
-    else:
-        there = len(labels.boxes) > 0
+    reason = ""
+    there = len(labels.boxes) > 0
+    for index in range(len(labels) if labels.folder else 0):
+        try:
+            there = bool(mask_numbers(labels.label_image(index)).any())
+        except BadImage as error:
+            reason = reason or f"; {os.fsdecode(labels.label_image(index))}: {error}"
+        if there:
+            break
     if not there:
-        raise InputError(f"{where} has no object: label some, or choose other images")
+        raise InputError(f"{where} has no object: label some, or choose other images{reason}")
     if labels.crowd.all() and not labels.folder:
         raise InputError(f"every object in {where} is a crowd: label single ones")
 
 
-def _has_object(labels: ObjectLabels, index: int) -> bool:
-    try:
-        return bool(mask_numbers(labels.label_image(index)).any())
-    except BadImage:
-        return False  # training reports it
-
-
 def image_ids(images: str) -> dict[bytes, int]:
     """Return the numbers of images in a folder, by relative path, if a COCO file there or beside it
-    has them; else nothing."""
+    has them; else nothing.
+
+    Raises:
+        InputError: the file can't be read.
+    """
     folder = Path(images).expanduser()
     near = [folder / "_annotations.coco.json"]
     near += [folder.parent / "annotations" / f"instances_{folder.name}.json"]
     file = next((file for file in near if file.is_file()), None)
-    return {} if file is None else dict(_read_coco(folder, Place(COCO, file, folder), None).ids)
+    if file is None:
+        return {}
+    try:
+        return {
+            os.fsencode(i["file_name"]): int(i["id"])
+            for i in json.loads(file.read_bytes())["images"]
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"{file} is not a COCO file ({type(error).__name__}: {error})"
+        raise InputError(f"{what}: move it elsewhere, or restore it") from error
 
 
-def _label_images(root: Path, split: str, place: Place, exclude: str | None) -> ObjectLabels:
-    files = find_pairs(root, LABEL_IMAGES, split, (OBJECT,), exclude).source
+def _label_images(root: Path, place: Place, masks: bool, exclude: str | None) -> ObjectLabels:
+    files = find_pairs(root, LABEL_IMAGES, place.split, (OBJECT,), exclude).source
     assert isinstance(files, FileList)
     none = np.zeros(0, np.int64)
     return ObjectLabels(
-        files, (OBJECT,), np.arange(len(files)), np.zeros((len(files), 2), np.int64),
-        np.zeros(len(files) + 1, np.int64), np.zeros((0, 4)), none, none.astype(bool),
-        np.zeros(0, np.uint8), np.zeros(1, np.int64), str(place.labels),
+        files, (OBJECT,), np.zeros((len(files), 2), np.int64), np.zeros(len(files) + 1, np.int64),
+        np.zeros((0, 4)), none, none.astype(bool), np.zeros(0, np.uint8), np.zeros(1, np.int64),
+        folder=os.path.abspath(place.labels), has_masks=masks,
     )  # fmt: skip
 
 
@@ -283,12 +298,11 @@ def _labels_of(found: Found, place: Place, names: tuple[str, ...], masks: bool) 
     blob, shape_starts = joined(thing.shape.encode() if masks else b"" for thing in kept)
     return ObjectLabels(
         FileList.of(os.path.abspath(found.folder), keys), names,
-        np.array([found.ids.get(key, n) for n, key in enumerate(keys)], np.int64),
         np.array([found.sizes.get(key, (0, 0)) for key in keys], np.int64),
         np.array(starts, np.int64), np.array(boxes, np.float64).reshape(-1, 4),
         np.array([numbers[thing.name] for thing in kept], np.int64),
         np.array([thing.crowd for thing in kept], bool), blob, shape_starts,
-        relative=found.relative, faults=tuple(faults),
+        relative=found.relative, has_masks=masks, faults=tuple(faults),
     )  # fmt: skip
 
 
@@ -325,127 +339,144 @@ def _problem(shape: str, size: tuple[int, int] | None) -> str:
             return "left out, since the mask has another size than the image"
         else:
             decode(encode_shape(segmentation, tuple(segmentation["size"][::-1])))
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError):
+    except Exception:  # noqa: BLE001 - the library raises several kinds
         return "left out, since its mask can't be read"
     return ""
 
 
 def has_polygons(file: Path) -> bool:
-    """Return whether a COCO file has masks, by its beginning."""
-    with file.open("rb") as opened:
-        return re.search(rb'"segmentation"\s*:\s*(\[\s*\[|\{)', opened.read(LOOKED_AT)) is not None
+    """Return whether a COCO file has a mask."""
+    with file.open("rb") as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as content:
+        return re.search(rb'"segmentation"\s*:\s*(\[\s*\[|\{)', content) is not None
 
 
 # Formats
 
 
-def _read_coco(_root: Path, place: Place, _exclude: str | None) -> Found:
+def _read_coco(_root: Path, place: Place, masks: bool, _exclude: str | None) -> Found:
     file = place.labels
     try:
         data = json.loads(file.read_bytes())
         images = {int(image["id"]): image for image in data["images"]}
         classes = {int(item["id"]): str(item["name"]) for item in data["categories"]}
-        things: dict[bytes, list[Thing]] = {
-            os.fsencode(image["file_name"]): [] for image in images.values()
+        keys = {number: os.fsencode(image["file_name"]) for number, image in images.items()}
+        sizes = {
+            keys[number]: (int(image["width"]), int(image["height"]))
+            for number, image in images.items()
+            if image.get("width") and image.get("height")
         }
-        if len(things) < len(data["images"]):
-            counts = Counter(image["file_name"] for image in data["images"])
-            raise InputError(f"{file} has {counts.most_common(1)[0][0]!r} twice: remove one")
+        things: dict[bytes, list[Thing]] = {key: [] for key in keys.values()}
         faults = []
         for item in data["annotations"]:
-            image, name = images.get(item["image_id"]), classes.get(item["category_id"])
-            if image is None or name is None:
-                missing = "image" if image is None else "category"
-                what = f"left out, since their {missing} is not listed"
-                faults.append((f"object {item.get('id')}", what))
+            key, name = keys.get(int(item["image_id"])), classes.get(int(item["category_id"]))
+            box = item.get("bbox") or ()
+            if key is None or name is None or len(box) != 4 or None in box:
+                missing = "image" if key is None else "category" if name is None else "box"
+                of = f"object {item.get('id')}" if key is None else os.fsdecode(key)
+                faults.append((of, f"left out, since their {missing} is missing"))
                 continue
-            x, y, w, h = map(float, item["bbox"])
-            shape = json.dumps(item["segmentation"]) if item.get("segmentation") else ""
-            thing = Thing(name, (x, y, x + w, y + h), bool(item.get("iscrowd")), shape)
-            things[os.fsencode(image["file_name"])].append(thing)
+            x, y, w, h = map(float, box)
+            shape = json.dumps(item.get("segmentation") or "") if masks else ""
+            things[key].append(
+                Thing(name, (x, y, x + w, y + h), int(item.get("iscrowd", 0)) > 0, shape)
+            )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{file} is not a COCO file ({type(error).__name__}: {error}): it needs images, "
             "annotations with image_id, category_id and bbox, and categories"
         ) from error
-    sizes, ids = {}, {}
-    for number, image in images.items():
-        key = os.fsencode(image["file_name"])
-        ids[key] = number
-        if image.get("width") and image.get("height"):
-            sizes[key] = int(image["width"]), int(image["height"])
-    names = check_names(sorted(classes.values()), file)
-    return Found(place.images, things, tuple(names), sizes, ids, faults=faults)
+    for what, values, count in (
+        ("id", [image["id"] for image in data["images"]], len(images)),
+        ("file_name", [image["file_name"] for image in data["images"]], len(things)),
+    ):
+        if count < len(values):
+            twice = Counter(values).most_common(1)[0][0]
+            raise InputError(f"{file} has the {what} {twice!r} twice: remove an image")
+    names = check_names(sorted({*classes.values()}), file)
+    return Found(place.images, things, names, sizes, faults=faults)
 
 
-def _read_voc(root: Path, place: Place, exclude: str | None) -> Found:
+def _read_voc(root: Path, place: Place, _masks: bool, exclude: str | None) -> Found:
     files = find_images(str(place.images), exclude)
     keys = {stem(files.key(index)): files.key(index) for index in range(len(files))}
     if place.labels.is_dir():
         wanted = sorted(path.stem for path in place.labels.glob("*.xml"))
-    else:
-        wanted = [line.split()[0] for line in _lines_of(place.labels)]
-    things, sizes = {}, {}
+    else:  # a line may end with 1 or -1, as in lists of one class
+        wanted = [re.sub(r"\s+-?\d$", "", line.strip()) for line in _lines_of(place.labels)]
+    things, sizes, faults = {}, {}, []
     for name in wanted:
         file = root / "Annotations" / f"{name}.xml"
         key = keys.get(os.fsencode(name), os.fsencode(f"{name}.jpg"))
         try:
             tree = ElementTree.parse(file).getroot()
-            size = tree.find("size")
-            if size is not None and int(size.findtext("width", "0")):
-                sizes[key] = int(size.findtext("width", "")), int(size.findtext("height", ""))
-            things[key] = [_voc_thing(item) for item in tree.iter("object")]
-        except (OSError, ElementTree.ParseError, ValueError) as error:
+            sides = [int(tree.findtext(f"size/{side}") or 0) for side in ("width", "height")]
+            found = [_voc_thing(item) for item in tree.iter("object")]
+        except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
             raise InputError(f"{file} is not a Pascal VOC file ({error}): restore it") from error
-    found = {thing.name for inside in things.values() for thing in inside}
-    return Found(place.images, things, tuple(check_names(sorted(found), root)), sizes)
+        if all(sides):
+            sizes[key] = sides[0], sides[1]
+        things[key] = [thing for thing in found if thing.name]
+        nameless = len(found) - len(things[key])
+        faults += nameless * [(os.fsdecode(key), "left out, since they have no name")]
+    names = {thing.name for inside in things.values() for thing in inside}
+    return Found(place.images, things, check_names(sorted(names), root), sizes, faults=faults)
 
 
 def _voc_thing(item: ElementTree.Element) -> Thing:
     """An object of a Pascal VOC file, whose pixels count from 1, the last one included."""
-    corners = [float(item.findtext(f"bndbox/{side}", "nan")) for side in
-               ("xmin", "ymin", "xmax", "ymax")]  # fmt: skip
-    (left, right), (top, bottom) = (sorted(corners[side::2]) for side in (0, 1))
-    box = max(left - 1, 0), max(top - 1, 0), right, bottom
-    if (left, top) != (corners[0], corners[1]):
-        box = box[2], box[3], box[0], box[1]  # still swapped, to be counted
-    return Thing(item.findtext("name", ""), box, item.findtext("difficult", "0") == "1")
+    sides = ("xmin", "ymin", "xmax", "ymax")
+    corners = [float(item.findtext(f"bndbox/{side}") or "nan") for side in sides]
+    box = list(corners)
+    for axis in (0, 1):
+        low = min(corners[axis::2])
+        first = axis if corners[axis] == low else axis + 2  # where corners are swapped
+        box[first] = low - 1 if low >= 1 else low  # some files count from 0
+    difficult = (item.findtext("difficult") or "0").strip() == "1"
+    return Thing((item.findtext("name") or "").strip(), box, difficult)
 
 
-def _read_yolo(root: Path, place: Place, exclude: str | None) -> Found:
+def _read_yolo(root: Path, place: Place, _masks: bool, exclude: str | None) -> Found:
     files = find_images(str(place.images), exclude)
-    boxes: dict[bytes, list[tuple[int, Sequence[float]]]] = {}
-    unlabelled = 0
-    for index in range(len(files)):
-        key = files.key(index)
-        boxes[key] = []
-        file = place.labels / f"{os.fsdecode(stem(key))}.txt"
-        if not file.is_file():
-            unlabelled += 1
-            continue
+    keys = {os.fsdecode(stem(files.key(n))): files.key(n) for n in range(len(files))}
+    texts = {
+        str(path.relative_to(place.labels).with_suffix("")): path
+        for path in sorted(place.labels.rglob("*.txt"))
+        if path.name != "classes.txt"
+    }
+    if lone := sorted(texts.keys() - keys.keys()):
+        shown = brief(map(repr, lone))
+        raise InputError(
+            f"{len(lone)} files in {place.labels} have no image in {place.images}: {shown}; add or "
+            "remove them"
+        )
+    names, boxes = _yolo_names(root), []
+    for name, file in texts.items():
         for row, line in enumerate(_lines_of(file), 1):
             try:
-                number, *values = line.split()
-                boxes[key].append((int(number), _yolo_box([*map(float, values)])))
+                first, *values = line.split()
+                number, box = int(first), _yolo_box([*map(float, values)])
             except ValueError as error:
                 raise InputError(
                     f"{file}, line {row} has {line[:40]!r}: expected a class and the box's centre "
                     f"and sides ({error})"
                 ) from error
-    numbered = [entry for inside in boxes.values() for entry in inside]
-    beyond = sum(max(box) > MOST_BEYOND for _, box in numbered)
-    if beyond > len(numbered) / 2:
+            if number < 0 or (names and number not in names):
+                there = brief(map(str, sorted(names)), 8) or "numbers from 0"
+                raise InputError(f"{file}, line {row} has class {number}: the classes are {there}")
+            boxes.append((keys[name], number, box))
+    beyond = sum(max(box) > MOST_BEYOND for *_, box in boxes)
+    if beyond > len(boxes) / 2:
         raise InputError(
             f"{place.labels} has pixels, not shares of the image's sides, in {beyond} of "
-            f"{len(numbered)} boxes: divide them by the width and the height"
+            f"{len(boxes)} boxes: divide them by the width and the height"
         )
-    if unlabelled:
+    if unlabelled := len(keys) - len(texts):
         _log.info("%d images without a file in %s have no objects", unlabelled, place.labels)
-    names = _yolo_names(root, max((number for number, _ in numbered), default=0) + 1)
-    things = {
-        key: [Thing(names[number], box) for number, box in inside] for key, inside in boxes.items()
-    }
-    return Found(place.images, things, tuple(sorted(names)), relative=True)
+    names = names or {number: str(number) for number in sorted({n for _, n, _ in boxes})}
+    things: dict[bytes, list[Thing]] = {key: [] for key in keys.values()}
+    for key, number, box in boxes:
+        things[key].append(Thing(names[number], box))
+    return Found(place.images, things, check_names(sorted({*names.values()}), root), relative=True)
 
 
 def _yolo_box(values: Sequence[float]) -> Sequence[float]:
@@ -458,24 +489,25 @@ def _yolo_box(values: Sequence[float]) -> Sequence[float]:
     return min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
 
 
-def _yolo_names(root: Path, least: int) -> tuple[str, ...]:
-    """Names by number: from data.yaml or classes.txt, else the numbers, at least `least`."""
-    file = next((path for path in sorted(root.glob("*.yaml"))), root / "classes.txt")
-    names: Any = [str(number) for number in range(least)]
+def _yolo_names(root: Path) -> dict[int, str]:
+    """Names by number, from data.yaml, another .yaml file, or classes.txt; else none."""
+    file = next(
+        (path for path in (root / "data.yaml", *sorted(root.glob("*.yaml"))) if path.is_file()),
+        root / "classes.txt",
+    )
     if file.suffix == ".yaml":
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            names = content["names"]
-            names = [names[key] for key in sorted(names)] if isinstance(names, dict) else names
+            names = yaml.safe_load(file.read_text(encoding="utf-8"))["names"]
+            given = names if isinstance(names, dict) else dict(enumerate([*names]))
+            if isinstance(names, str):
+                raise TypeError("it is one text")
+            return {int(number): str(name) for number, name in given.items()}
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-            raise InputError(
-                f"{file} has no list of names ({error}): add 'names: [...]'"
-            ) from error
-    elif file.is_file():
-        names = [line.strip() for line in _lines_of(file)]
-    if len(names) < least:
-        raise InputError(f"{file} has {len(names)} names, and the labels class {least - 1}: add it")
-    return tuple(check_names([*map(str, names)], file))
+            what = f"{file} has no list of names ({error}): add 'names: [...]'"
+            raise InputError(what) from error
+    if file.is_file():
+        return dict(enumerate(line.strip() for line in _lines_of(file)))
+    return {}
 
 
 def _lines_of(file: Path) -> list[str]:
@@ -485,7 +517,7 @@ def _lines_of(file: Path) -> list[str]:
         raise InputError(f"{file} can't be read ({error}): restore it") from error
 
 
-READERS: dict[str, Callable[[Path, Place, str | None], Found]] = {
+READERS: dict[str, Callable[[Path, Place, bool, str | None], Found]] = {
     COCO: _read_coco,
     VOC: _read_voc,
     YOLO: _read_yolo,

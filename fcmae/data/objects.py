@@ -27,9 +27,12 @@ Rle = dict[str, Any]
 """A mask in COCO's run-length encoding: `size` (height, width), and `counts`, compressed bytes."""
 
 _STORED = (
-    "ids", "sizes", "starts", "boxes", "classes", "crowd", "shapes", "shape_starts", "folder",
-    "relative",
+    "sizes", "starts", "boxes", "classes", "crowd", "shapes", "shape_starts", "folder",
+    "relative", "has_masks",
 )  # fmt: skip
+
+PLAIN = ("boxes", "labels")
+"""What a crop has of objects without masks."""
 
 LEAST_SIDE = 1.0
 """Objects of which a crop shows less than this many pixels, across or down, are not learned."""
@@ -42,7 +45,6 @@ class ObjectLabels:
     Args:
         files: the images.
         names: the classes.
-        ids: the number of each image in its COCO file; else its position.
         sizes: (width, height) that each image has according to its labels; 0 where they don't say.
         starts: where the objects of each image begin, and where the last ones end.
         boxes: (N, 4), in pixels, or in shares of the image's sides if `relative`.
@@ -53,12 +55,12 @@ class ObjectLabels:
         shape_starts: where they begin and end; all 0 without masks.
         folder: label images, with a number for each object: all else is read from them; or ''.
         relative: see `boxes`.
+        has_masks: whether masks are wanted and there.
         faults: (image, what is wrong) of objects that were changed or left out.
     """
 
     files: FileList
     names: tuple[str, ...]
-    ids: Indices
     sizes: Indices
     starts: Indices
     boxes: Boxes
@@ -68,27 +70,25 @@ class ObjectLabels:
     shape_starts: Indices
     folder: str = ""
     relative: bool = False
+    has_masks: bool = False
     faults: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
 
-    @property
-    def has_masks(self) -> bool:
-        """Whether the objects have masks."""
-        return bool(self.folder) or len(self.shapes) > 0
-
     def select(self, part: Indices) -> "ObjectLabels":
         """Return some of the images with their objects."""
         lengths = np.diff(self.starts)[part]
+        names = {self.files.name(index) for index in part.tolist()}
         starts = np.concatenate([[0], np.cumsum(lengths)])
         kept = np.repeat(self.starts[part] - starts[:-1], lengths) + np.arange(starts[-1])
         shapes = [self._shape(int(place)) for place in kept]
         blob, shape_starts = joined(shapes)
         return replace(
-            self, files=self.files.select(part), ids=self.ids[part], sizes=self.sizes[part],
+            self, files=self.files.select(part), sizes=self.sizes[part],
             starts=starts, boxes=self.boxes[kept], classes=self.classes[kept],
             crowd=self.crowd[kept], shapes=blob, shape_starts=shape_starts,
+            faults=tuple(fault for fault in self.faults if fault[0] in names),
         )  # fmt: skip
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
@@ -103,8 +103,12 @@ class ObjectLabels:
             KeyError, ValueError: they are not complete.
         """
         parts = {name: arrays[name] for name in _STORED}
-        parts |= {"folder": str(parts["folder"]), "relative": bool(parts["relative"])}
-        return cls(files, names, **parts)
+        parts |= {name: bool(parts[name]) for name in ("relative", "has_masks")}
+        found = cls(files, names, **parts | {"folder": str(parts["folder"])})
+        places = len(found.boxes), len(found.classes), len(found.crowd), int(found.starts[-1])
+        if len(found.starts) != len(files) + 1 or len({*places}) > 1:
+            raise ValueError("its parts do not fit together")
+        return found
 
     def cut(
         self, index: int, geometry: Geometry, img_size: tuple[int, int] | None
@@ -130,31 +134,46 @@ class ObjectLabels:
         if self.folder:
             numbers = self._numbers(index, geometry.size)
             if img_size is not None:
-                return _cropped(moved(numbers, geometry, img_size))
-            boxes, masks = enclosing(numbers), [*_rles_of(numbers)]
+                found = _cropped(moved(numbers, geometry, img_size))
+                return found if self.has_masks else {key: found[key] for key in PLAIN}
+            boxes = enclosing(numbers)
+            masks = [*_rles_of(numbers, boxes)] if self.has_masks else []
             classes, crowd = np.zeros(len(boxes), np.int64), np.zeros(len(boxes), bool)
         else:
             here = slice(int(self.starts[index]), int(self.starts[index + 1]))
             boxes, classes, crowd = self.boxes[here], self.classes[here], self.crowd[here]
             if self.relative:
                 boxes = boxes * np.array(geometry.size * 2)
+            if img_size is not None:
+                return self._shown(here, boxes, classes, crowd, geometry, img_size)
             masks = []
             if self.has_masks:
                 masks = [self._rle(place, geometry.size) for place in range(here.start, here.stop)]
-        if img_size is None:
-            size = np.array([geometry.size[::-1]])
-            found: dict[str, Any] = {"boxes": boxes.astype(np.float32), "labels": classes + 1}
-            found |= {"crowd": crowd, "size": size}
-            return found | ({"masks": masks} if self.has_masks else {})
-        kept = np.flatnonzero(~crowd)
-        if self.has_masks:
-            maps = np.zeros((len(kept), *img_size), np.uint8)
-            for place, n in enumerate(kept.tolist()):
-                maps[place] = moved(decode(masks[n]), geometry, img_size)
-            return _seen(maps, classes[kept])
-        boxes = moved_boxes(boxes[kept], geometry, img_size)
-        large = _large(boxes)
-        return {"boxes": boxes[large].astype(np.float32), "labels": classes[kept][large] + 1}
+        size = np.array([geometry.size[::-1]])
+        whole: dict[str, Any] = {"boxes": boxes.astype(np.float32), "labels": classes + 1}
+        whole |= {"crowd": crowd, "size": size}
+        return whole | ({"masks": masks} if self.has_masks else {})
+
+    def _shown(
+        self,
+        here: slice,
+        boxes: Boxes,
+        classes: Indices,
+        crowd: npt.NDArray[np.bool_],
+        geometry: Geometry,
+        img_size: tuple[int, int],
+    ) -> dict[str, Any]:
+        """The objects that a crop shows; see `cut`."""
+        boxes = moved_boxes(boxes, geometry, img_size)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        kept = np.flatnonzero((sides >= LEAST_SIDE).all(1) & ~crowd)
+        if not self.has_masks:
+            return {"boxes": boxes[kept].astype(np.float32), "labels": classes[kept] + 1}
+        masks = np.zeros((len(kept), *img_size), np.uint8)
+        for place, n in enumerate(kept.tolist()):
+            rle = self._rle(here.start + n, geometry.size)
+            masks[place] = moved(decode(rle), geometry, img_size)
+        return _seen(masks, classes[kept])
 
     def _numbers(self, index: int, size: tuple[int, int]) -> npt.NDArray[Any]:
         numbers = mask_numbers(self.label_image(index))
@@ -171,7 +190,10 @@ class ObjectLabels:
         return self.shapes[self.shape_starts[place] : self.shape_starts[place + 1]].tobytes()
 
     def _rle(self, place: int, size: tuple[int, int]) -> Rle:
-        return encode_shape(json.loads(self._shape(place)), size)
+        rle = encode_shape(json.loads(self._shape(place)), size)
+        if tuple(rle["size"]) != size[::-1]:
+            raise BadImage(f"a mask is for {rle['size'][1]}×{rle['size'][0]} pixels, not its image")
+        return rle
 
 
 def joined(parts: Iterable[bytes]) -> tuple[npt.NDArray[np.uint8], Indices]:
@@ -232,17 +254,12 @@ def _cropped(numbers_HW: npt.NDArray[Any]) -> dict[str, Any]:
 
 
 def _seen(masks_NHW: npt.NDArray[np.uint8], classes: Indices) -> dict[str, Any]:
-    """What `cut` returns of masks in a crop: those that are large enough, with their boxes."""
+    """What `cut` returns of masks in a crop: those with a pixel, and the boxes around them."""
     across, down = (np.asarray(masks_NHW.any(axis=side)) for side in (1, 2))
     lows = [side.argmax(1) for side in (across, down)]
     highs = [side.shape[1] - side[:, ::-1].argmax(1) for side in (across, down)]
-    boxes = np.stack([*lows, *highs], 1).astype(np.float32)
-    kept = _large(boxes) & across.any(1)
+    boxes, kept = np.stack([*lows, *highs], 1).astype(np.float32), across.any(1)
     return {"boxes": boxes[kept], "labels": classes[kept] + 1, "masks": masks_NHW[kept]}
-
-
-def _large(boxes: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    return np.asarray((boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(1))
 
 
 # Run-length encoding
@@ -305,10 +322,10 @@ def encode_part(mask_hw: npt.NDArray[Any], left: int, top: int, size: tuple[int,
     return coco_masks().frPyObjects(whole, height, width)
 
 
-def _rles_of(numbers_HW: npt.NDArray[Any]) -> Iterable[Rle]:
-    """The mask of each number above 0 in a label image."""
+def _rles_of(numbers_HW: npt.NDArray[Any], boxes: Boxes) -> Iterable[Rle]:
+    """The mask of each number above 0 in a label image, whose boxes are given."""
     size = numbers_HW.shape[0], numbers_HW.shape[1]
     numbers = np.unique(numbers_HW[numbers_HW > 0])
-    for number, box in zip(numbers, enclosing(numbers_HW), strict=True):
+    for number, box in zip(numbers, boxes, strict=True):
         left, top, right, bottom = map(int, box)
         yield encode_part(numbers_HW[top:bottom, left:right] == number, left, top, size)

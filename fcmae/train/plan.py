@@ -20,7 +20,7 @@ STEEPEST = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """The learning rate rises to `peak` in `warmup` steps and falls to zero.
+    """The learning rate rises to `peak` in `warmup` steps and falls to zero, or in two steps.
 
     Attributes:
         schedule: how it falls: cosine, linear or step.

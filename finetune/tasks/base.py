@@ -103,6 +103,7 @@ class LabelKind(ABC):
         task: the value of `--task`.
         layout: where labels are, in words.
         heads: values of `--head` besides auto.
+        resolves: settings that `prepare` replaces `auto` in: the state has them.
         score: the name of the score that decides which weights are best; None takes the loss.
         tile: side in pixels of the windows that predictions are computed in; None sets none. Only
             where `tiles` is true.
@@ -111,6 +112,7 @@ class LabelKind(ABC):
     task: ClassVar[str]
     layout: ClassVar[str]
     heads: ClassVar[tuple[str, ...]] = ()
+    resolves: ClassVar[tuple[str, ...]] = ()
     score: ClassVar[str | None] = None
     tiles: ClassVar[bool] = False
     tile: int | None = None

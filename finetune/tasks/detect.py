@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from fcmae.atomic import check_out_file, out_file
-from fcmae.config.values import MAX_PIXELS
 from fcmae.data.augment import Geometry, jittered_geometry, scale_to
 from fcmae.data.decode import BadImage, read_image
 from fcmae.data.evaluation import EvalDataset, WholeDataset, prepared
@@ -40,7 +39,7 @@ from fcmae.data.table import Table
 from fcmae.train.processes import World
 from finetune.augment import TrainDataset
 from finetune.config import FinetuneConfig
-from finetune.detector import WIDEST, Detector, start_detector
+from finetune.detector import Detector, start_detector
 from finetune.figures import check_png_folder, save_png
 from finetune.found import (
     Found,
@@ -99,15 +98,16 @@ class ObjectMeasurement(Measurement):
 
     def __init__(self, kind: "Detect", world: World, final: bool) -> None:
         self.kind, self.state, self._world, self._final = kind, kind.state, world, final
-        self._own: list[tuple[Found, Mapping[str, Any], float]] = []
+        self._own: list[tuple[list[dict[str, Any]], Mapping[str, Any], float]] = []
 
     def update(self, outputs: Any, targets: Any) -> Tensor:
         losses = []
         for output, target in zip(outputs, each_target(targets), strict=True):
             plain = map_tensors(target, lambda value: value.cpu().numpy())
-            found = fitted(output, tuple(plain["size"][0].tolist()))
+            size = tuple(plain["size"][0].tolist())
+            found = fitted(output, size)
             losses.append(errors(found, plain))
-            self._own.append((found, plain, losses[-1]))
+            self._own.append((entries(found, size, {}), plain, losses[-1]))
         return torch.tensor(losses)
 
     def compute(self) -> dict[str, float]:
@@ -174,13 +174,14 @@ def _resized(mask_HW: Any, size: tuple[int, int]) -> Any:
 class Detect(OnFeatures):
     """A box and a class for each object.
 
-    The state has `head`, `anchor`, `short_side` and, chosen on val, `thresholds`: the score of each
-    class from which on an object counts in pictures, label images and numbers of objects.
+    The state has `head`, `anchor_size`, `short_side` and, chosen on val, `thresholds`: the score of
+    each class from which on an object counts in pictures, label images and numbers of objects.
     """
 
     task = "detect"
     layout = "a COCO file, Pascal VOC's or YOLO's folders"
     heads = ("faster", "cascade")
+    resolves = ("anchor_size",)
     score = "ap"
     tiles = True
     inside = Detector.inside
@@ -217,7 +218,7 @@ class Detect(OnFeatures):
         self.state = {
             "head": self.heads[0] if config.head == "auto" else config.head,
             "short_side": short_side,
-            "anchor": _anchor(train, short_side, config.in_chans) if anchor == "auto" else anchor,
+            "anchor_size": _anchor(train, config) if anchor == "auto" else anchor,
         }
 
     def build_model(
@@ -228,10 +229,10 @@ class Detect(OnFeatures):
         else:
             width = None
             if self.config.decoder_channels != "auto":
-                width = min(self.config.decoder_channels, WIDEST)
+                width = self.config.decoder_channels
         return start_detector(
             start, in_chans, len(self.names), self.state["head"], self.masks, width,
-            self.state["anchor"], drop_path,
+            self.state["anchor_size"], drop_path,
         )  # fmt: skip
 
     def train_dataset(
@@ -253,6 +254,7 @@ class Detect(OnFeatures):
         return [{**found, "shape": images_BCHW.shape[2:]} for found in model(images_BCHW)]
 
     def measurement(self, world: World, final: bool = False) -> ObjectMeasurement:
+        coco_masks()
         return ObjectMeasurement(self, world, final)
 
     def chance(self, scores: Sequence[Mapping[str, float]], val: Any) -> str | None:
@@ -301,7 +303,7 @@ class Detect(OnFeatures):
             drawn = Image.fromarray(pixels)
         pen, line = ImageDraw.Draw(drawn), max(1, min(image.size) // 250)
         for box, label in zip(found["boxes"].tolist(), found["labels"].tolist(), strict=True):
-            colour = tuple(colours[label].tolist())
+            colour = tuple(colours[1 + (label - 1) % 255].tolist())
             if "masks" not in found:
                 pen.rectangle(box, outline=colour, width=line)
             if len(self.names) > 1 and box[2] - box[0] >= 24:
@@ -337,6 +339,7 @@ class Detect(OnFeatures):
         return [merged(parts)]
 
     def check_out(self, out: str) -> Path:
+        coco_masks()
         return check_out_file(out, ".json")
 
     @contextmanager
@@ -347,32 +350,37 @@ class Detect(OnFeatures):
         if self.masks:
             check_png_folder(folder, source)
         ids = image_ids(source.roots[0]) if isinstance(source, FileList) else {}
-        results: list[dict[str, Any]] = []
-        counts: list[list[Any]] = [["path", *self.names]]
-
-        def write(paths: Sequence[str], batch: Batch, outputs: Sequence[Found]) -> None:
-            for path, index, found, cut in zip(
-                paths, batch.indices.tolist(), outputs, batch.geometry, strict=True
-            ):
-                key = source.key(index)
-                image = {"image_id": ids.get(key, index), "file_name": source.name(index)}
-                assert cut is not None
-                size = cut.size[::-1]
-                results.extend(entries(found, size, image))
-                sure = certain(found, self.state.get("thresholds"))
-                numbers = np.bincount(sure["labels"], minlength=len(self.names) + 1)[1:]
-                counts.append([path, *numbers.tolist()])
-                if self.masks:
-                    save_png(Image.fromarray(label_image(sure, size)), folder, key)
-
-        yield write
-        with out_file(out) as file:
-            file.write_text(json.dumps(results))
+        first = 1 + max(ids.values(), default=-1)  # of images that the file does not list
         with (
-            out_file(out.with_suffix(".counts.csv")) as file,
-            file.open("w", encoding="utf-8", errors="surrogateescape", newline="") as table,
+            out_file(out) as results_path,
+            results_path.open("w", encoding="utf-8") as results,
+            out_file(out.with_suffix(".counts.csv")) as counts_path,
+            counts_path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as counts,
         ):
-            csv.writer(table).writerows(counts)
+            table = csv.writer(counts)
+            table.writerow(["path", *self.names])
+            before = "["
+
+            def write(paths: Sequence[str], batch: Batch, outputs: Sequence[Found]) -> None:
+                nonlocal before
+                for path, index, found, cut in zip(
+                    paths, batch.indices.tolist(), outputs, batch.geometry, strict=True
+                ):
+                    assert cut is not None
+                    key, size = source.key(index), cut.size[::-1]
+                    number = ids.get(key, first + index if ids else index)
+                    image = {"image_id": number, "file_name": source.name(index)}
+                    for entry in entries(found, size, image):
+                        results.write(before + json.dumps(entry))
+                        before = ",\n"
+                    sure = certain(found, self.state.get("thresholds"))
+                    numbers = np.bincount(sure["labels"], minlength=len(self.names) + 1)[1:]
+                    table.writerow([path, *numbers.tolist()])
+                    if self.masks:
+                        save_png(Image.fromarray(label_image(sure, size)), folder, key)
+
+            yield write
+            results.write("]\n" if before != "[" else "[]\n")
 
 
 class Instances(Detect):
@@ -393,16 +401,17 @@ class Instances(Detect):
         return place.format == COCO and has_polygons(place.labels)
 
 
-def _anchor(labels: ObjectLabels, short_side: int | None, in_chans: int) -> int:
+def _anchor(labels: ObjectLabels, config: FinetuneConfig) -> int:
     """The largest of `ANCHORS` that at most a tenth of the objects are smaller than."""
     sizes: list[float] = []
     for index in np.unique(np.linspace(0, len(labels) - 1, LOOKED_AT, dtype=int)).tolist():
         try:
-            size = read_image(labels.files.open(index), in_chans, MAX_PIXELS).size
-            boxes = labels.cut(index, Geometry(size, (0, 0, *size)), None)["boxes"]
+            size = read_image(labels.files.open(index), config.in_chans, config.max_pixels).size
+            there = labels.cut(index, Geometry(size, (0, 0, *size)), None)
         except BadImage:
             continue  # training reports it
-        sides = (boxes[:, 2:] - boxes[:, :2]) * scale_to(short_side, size)
+        boxes = there["boxes"][~there["crowd"]] * scale_to(config.augment.short_side, size)
+        sides = boxes[:, 2:] - boxes[:, :2]
         sizes += np.sqrt(sides.prod(1)).tolist()
     small = float(np.quantile(sizes, SMALL_PART)) if sizes else ANCHORS[-1]
     chosen = max((side for side in ANCHORS if side <= small), default=ANCHORS[0])

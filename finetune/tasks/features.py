@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fcmae.train.run_paths import WHOLE_MODEL
 from fcmae.weights.export import write_timm_folder
 from finetune.backbone import backbone_state, feature_depths
+from finetune.config import FinetuneConfig
 from finetune.tasks.base import LabelKind
+from sparse.errors import InputError
 
 OF_THE_WHOLE = ("label_names", "task", "task_state")
 """Keys of a timm folder's config.json that the folder of a backbone does not have."""
@@ -23,6 +26,12 @@ class OnFeatures(LabelKind):
     """
 
     inside: ClassVar[str]
+
+    def prepare(self, config: FinetuneConfig, train: Any, device: torch.device) -> None:
+        super().prepare(config, train, device)
+        if config.augment.randaugment:
+            what = "augment.randaugment moves pixels, but neither masks nor boxes"
+            raise InputError(f"{what}: use --augment.color_jitter 0.4")
 
     def write(self, state: Mapping[str, Tensor], config: Mapping[str, Any], out: Path) -> None:
         """Write the backbone as timm's folder, and the whole model in `task` inside it."""
