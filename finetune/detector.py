@@ -51,6 +51,9 @@ GIOU = 10.0
 """Settings of the three stages of a cascade, and the weight of its box loss (arXiv 2201.03545,
 appendix A.3: those of the official configs)."""
 
+MASK_STD = 0.001
+"""Standard deviation of the initial weights of a mask's scores."""
+
 
 class Pyramid(nn.Module):
     """Feature pyramid over the stages of a timm model, each normalised first (LayerNorm over the
@@ -222,6 +225,10 @@ class StagedHeads(RoIHeads):
             if plain.has_mask():
                 masks.append(MaskRCNNHeads(width, (width,) * 4, 1))
                 mask_predictors.append(MaskRCNNPredictor(width, width, outputs))
+                # As in Detectron: torchvision's are larger, the fewer the classes.
+                scores: Any = mask_predictors[-1].mask_fcn_logits
+                nn.init.normal_(scores.weight, std=MASK_STD)
+                nn.init.zeros_(scores.bias)
         self.box_heads, self.predictors = heads, predictors
         self.mask_heads, self.mask_predictors = masks, mask_predictors
 

@@ -140,6 +140,16 @@ def test_the_loss_is_that_of_torchvision(masks: bool, monkeypatch: pytest.Monkey
             torch.testing.assert_close(one["scores"], other["scores"])
 
 
+def test_masks_begin_undecided() -> None:
+    """The first loss of masks is that of guessing, ln 2, for any number of classes."""
+    model = detector("mask", True).train()
+    seen: list[torch.Tensor] = []
+    own = model.heads._mask_loss
+    model.heads._mask_loss = lambda *args: seen.append(own(*args)) or seen[-1]
+    model(torch.randn(2, 3, 64, 96), targets())
+    assert seen[0].item() == pytest.approx(math.log(2), abs=0.01)
+
+
 def test_boxes_stay_float32_in_bfloat16() -> None:
     model = detector("mask", True).train()
     with torch.autocast("cpu", torch.bfloat16):
