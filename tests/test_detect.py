@@ -140,14 +140,18 @@ def test_the_loss_is_that_of_torchvision(masks: bool, monkeypatch: pytest.Monkey
             torch.testing.assert_close(one["scores"], other["scores"])
 
 
-def test_masks_begin_undecided() -> None:
+def test_masks_begin_undecided(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first loss of masks is that of guessing, ln 2, for any number of classes."""
     model = detector("mask", True).train()
-    seen: list[torch.Tensor] = []
-    own = model.heads._mask_loss
-    model.heads._mask_loss = lambda *args: seen.append(own(*args)) or seen[-1]
+    own, seen = model.heads._mask_loss, []
+
+    def watched(*args: Any) -> torch.Tensor:
+        seen.append(own(*args).item())
+        return own(*args)
+
+    monkeypatch.setattr(model.heads, "_mask_loss", watched)
     model(torch.randn(2, 3, 64, 96), targets())
-    assert seen[0].item() == pytest.approx(math.log(2), abs=0.01)
+    assert seen == [pytest.approx(math.log(2), abs=0.01)]
 
 
 def test_boxes_stay_float32_in_bfloat16() -> None:
