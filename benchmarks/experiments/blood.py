@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 
 from benchmarks.experiments.folders import built
-from benchmarks.experiments.sides import SIDES, Question, both_sides, print_table
+from benchmarks.experiments.sides import SIDES, Question, both_sides, pretraining, print_table
 from benchmarks.experiments.study import Study, arguments
 from fcmae.data.file_list import FileList
 from fcmae.data.labelled import split_by_hash
@@ -37,21 +36,9 @@ def main() -> int:
     options = parser.parse_args()
     study, data = Study(options), options.data.resolve()
     size = ["--img_size", options.img_size, "--precision", options.precision]
-    run = study.out / f"pretrain-{options.epochs}"
-    crops = ["--augment.crop_scale", "[0.08,0.6]", "--augment.vflip", "true"]
-    lock = Lock()
-
-    def pretrained() -> Path:
-        """The run that every pretrained side starts from: the first one that asks trains it."""
-        with lock:
-            if not (run / "exported" / "config.json").is_file():
-                study.pretrain(
-                    run.name, photographs(data, study.out / "train.txt"), *size, "--epochs",
-                    options.epochs, "--batch_size", 32, "--decoder.dim", 128, "--engine", "patch",
-                    "--picture_epochs", 0, *crops,
-                )  # fmt: skip
-        return run
-
+    pretrained = pretraining(
+        study, options.epochs, photographs(data, study.out / "train.txt"), size
+    )
     questions = {
         ("boxes", share): (BOXES, label_share(data, share, study.out / f"labels-{share}"))
         for share in options.shares

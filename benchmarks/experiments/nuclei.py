@@ -15,13 +15,12 @@ from __future__ import annotations
 import csv
 import os
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 from PIL import Image
 
 from benchmarks.experiments.folders import built, mask_share
-from benchmarks.experiments.sides import SIDES, Question, both_sides, print_table
+from benchmarks.experiments.sides import SIDES, Question, both_sides, pretraining, print_table
 from benchmarks.experiments.study import Study, arguments
 from fcmae.data.file_list import find_images
 
@@ -57,21 +56,7 @@ def main() -> int:
     study = Study(options)
     data = cut(options.data, study.out / "cut", options.side)
     size = ["--img_size", options.img_size, "--precision", options.precision]
-    run = study.out / f"pretrain-{options.epochs}"
-    crops = ["--augment.crop_scale", "[0.08,0.6]", "--augment.vflip", "true"]
-    lock = Lock()
-
-    def pretrained() -> Path:
-        """The run that every pretrained side starts from: the first one that asks trains it."""
-        with lock:
-            if not (run / "exported" / "config.json").is_file():
-                study.pretrain(
-                    run.name, data / "train" / "images", *size, "--epochs", options.epochs,
-                    "--batch_size", 32, "--decoder.dim", 128, "--engine", "patch",
-                    "--picture_epochs", 0, *crops,
-                )  # fmt: skip
-        return run
-
+    pretrained = pretraining(study, options.epochs, data / "train" / "images", size)
     questions = {}
     for share in options.shares:
         masks = mask_share(data, share, study.out / f"labels-{share}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,6 +64,33 @@ def both_sides(
         for side, weights in sides.items()
     }
     return study.together(cells)
+
+
+def pretraining(
+    study: Study, epochs: int, images: Path, common: list[object]
+) -> Callable[[], Path]:
+    """A function that returns the run that every pretrained side starts from: the first one that
+    asks trains it.
+
+    Args:
+        study: runs it.
+        epochs: passes over the images.
+        images: unlabelled, a folder or a list of paths.
+        common: options of all runs.
+    """
+    run, lock = study.out / f"pretrain-{epochs}", Lock()
+
+    def pretrained() -> Path:
+        with lock:
+            if not (run / "exported" / "config.json").is_file():
+                study.pretrain(
+                    run.name, images, *common, "--epochs", epochs, "--batch_size", 32,
+                    "--decoder.dim", 128, "--engine", "patch", "--picture_epochs", 0,
+                    "--augment.crop_scale", "[0.08,0.6]", "--augment.vflip", "true",
+                )  # fmt: skip
+        return run
+
+    return pretrained
 
 
 def print_table(
