@@ -8,7 +8,6 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import (
@@ -22,6 +21,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, maskrcnn_inference
 from torchvision.ops import (
     FeaturePyramidNetwork,
+    MultiScaleRoIAlign,
     clip_boxes_to_image,
     generalized_box_iou_loss,
     roi_align,
@@ -124,18 +124,15 @@ class Detector(nn.Module):
         width, outputs = pyramid.out_channels, classes + 1
         hidden = HIDDEN * width // WIDEST
         sizes = tuple((anchor << level,) for level in range(len(STRIDES) + 1))
-        given: dict[str, Any] = {
-            "rpn_anchor_generator": Anchors(sizes, (RATIOS,) * len(sizes)),
-            "box_head": TwoMLPHead(width * 7**2, hidden),
-            "box_predictor": FastRCNNPredictor(hidden, outputs),
-            "box_detections_per_img": MOST_FOUND,
-        }
-        if masks:
-            given["mask_head"] = MaskRCNNHeads(width, (width,) * 4, 1)
-            given["mask_predictor"] = MaskRCNNPredictor(width, width, outputs)
-        net = (MaskRCNN if masks else FasterRCNN)(pyramid, **given)
+        net = FasterRCNN(
+            pyramid,
+            rpn_anchor_generator=Anchors(sizes, (RATIOS,) * len(sizes)),
+            box_head=nn.Identity(),  # `StagedHeads` has them
+            box_predictor=nn.Identity(),
+            box_detections_per_img=MOST_FOUND,
+        )
         self.rpn = net.rpn
-        self.heads = StagedHeads(net.roi_heads, head == "cascade", width, hidden, outputs)
+        self.heads = StagedHeads(net.roi_heads, head == "cascade", masks, width, hidden, outputs)
         # In bfloat16, differences of boxes would be rounded once more.
         for part in self.modules():
             if part is self.rpn.head or isinstance(part, FastRCNNPredictor | MaskRCNNPredictor):
@@ -195,15 +192,22 @@ class StagedHeads(RoIHeads):
     for each class. Scores before softmax, and masks, are averaged over the stages.
 
     Args:
-        plain: torchvision's heads, whose parts, sampling and limits are kept.
+        plain: torchvision's heads, whose pooling, sampling and limits are kept.
         cascade: whether there are three stages.
+        masks: whether there are mask heads.
         width: channels of the pyramid.
         hidden: units of the last layer before the outputs.
         outputs: classes and the background.
     """
 
     def __init__(
-        self, plain: RoIHeads, cascade: bool, width: int, hidden: int, outputs: int
+        self,
+        plain: RoIHeads,
+        cascade: bool,
+        masks: bool,
+        width: int,
+        hidden: int,
+        outputs: int,
     ) -> None:
         sampler = plain.fg_bg_sampler
         super().__init__(
@@ -211,26 +215,26 @@ class StagedHeads(RoIHeads):
             sampler.positive_fraction, None, plain.score_thresh, plain.nms_thresh,
             plain.detections_per_img,
         )  # fmt: skip
-        self.cascade, self.pool_masks = cascade, plain.mask_roi_pool
+        self.cascade = cascade
+        self.pool_masks = MultiScaleRoIAlign(plain.box_roi_pool.featmap_names, 14, 2)
         self.stages = [*zip(IOUS, CODERS, LOSS_WEIGHTS, strict=True)][: None if cascade else 1]
         self.coders = [BoxCoder(weights) for _, weights, _ in self.stages]
-        heads, predictors, masks, mask_predictors = (nn.ModuleList() for _ in range(4))
+        self.box_heads, self.predictors = nn.ModuleList(), nn.ModuleList()
+        self.mask_heads, self.mask_predictors = nn.ModuleList(), nn.ModuleList()
         for _ in self.stages:
-            heads.append(
+            self.box_heads.append(
                 FastRCNNConvFCHead((width, 7, 7), [width] * 4, [hidden], nn.BatchNorm2d)
                 if cascade
-                else plain.box_head
+                else TwoMLPHead(width * 7**2, hidden)
             )
-            predictors.append(FastRCNNPredictor(hidden, outputs))
-            if plain.has_mask():
-                masks.append(MaskRCNNHeads(width, (width,) * 4, 1))
-                mask_predictors.append(MaskRCNNPredictor(width, width, outputs))
+            self.predictors.append(FastRCNNPredictor(hidden, outputs))
+            if masks:
+                self.mask_heads.append(MaskRCNNHeads(width, (width,) * 4, 1))
+                predictor = MaskRCNNPredictor(width, width, outputs)
                 # As in Detectron: torchvision's are larger, the fewer the classes.
-                scores: Any = mask_predictors[-1].mask_fcn_logits
-                nn.init.normal_(scores.weight, std=MASK_STD)
-                nn.init.zeros_(scores.bias)
-        self.box_heads, self.predictors = heads, predictors
-        self.mask_heads, self.mask_predictors = masks, mask_predictors
+                nn.init.normal_(predictor.mask_fcn_logits.weight, std=MASK_STD)
+                nn.init.zeros_(predictor.mask_fcn_logits.bias)
+                self.mask_predictors.append(predictor)
 
     def has_mask(self) -> bool:
         return len(self.mask_heads) > 0

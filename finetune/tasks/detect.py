@@ -24,6 +24,7 @@ from fcmae.data.masks import voc_colours
 from fcmae.data.object_files import (
     COCO,
     LABELS,
+    Place,
     find_objects,
     find_place,
     has_polygons,
@@ -44,7 +45,6 @@ from finetune.figures import check_png_folder, save_png
 from finetune.found import (
     Found,
     Part,
-    Precision,
     average_precision,
     certain,
     entries,
@@ -155,9 +155,8 @@ class ObjectMeasurement(Measurement):
         figure = Figure(figsize=(6, 4.5), layout="constrained")
         axes = figure.add_subplot(xlabel="recall", ylabel="precision at IoU 0.5")
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
-        curves: Precision = self.main
         for place, name in enumerate(self.kind.names[:10]):
-            curve = curves.precision[0, :, place]
+            curve = self.main.precision[0, :, place]
             if (curve > -1).any():
                 axes.plot(np.linspace(0, 1, len(curve)), curve, label=name.replace("$", r"\$"))
         axes.grid(alpha=0.3)
@@ -194,7 +193,12 @@ class Detect(OnFeatures):
         if not isinstance(labels, Path):
             return False
         place = find_place(labels, TRAIN) or find_place(labels, "")
-        return place is not None and place.format != LABELS
+        return place is not None and cls.suits(place)
+
+    @classmethod
+    def suits(cls, place: Place) -> bool:
+        """Return whether labels of a format have what is learned."""
+        return place.format != LABELS
 
     @classmethod
     def find_folder(cls, config: FinetuneConfig) -> LabelledData:
@@ -392,13 +396,8 @@ class Instances(Detect):
     masks = True
 
     @classmethod
-    def recognises(cls, labels: Table | Path) -> bool:
-        if not isinstance(labels, Path):
-            return False
-        place = find_place(labels, TRAIN) or find_place(labels, "")
-        if place is None or place.format == LABELS:
-            return place is not None
-        return place.format == COCO and has_polygons(place.labels)
+    def suits(cls, place: Place) -> bool:
+        return place.format == LABELS or (place.format == COCO and has_polygons(place.labels))
 
 
 def _anchor(labels: ObjectLabels, config: FinetuneConfig) -> int:
