@@ -3,12 +3,13 @@
     python -m benchmarks.gpu [--toy] [--out gpu.json]
 
 It needs torch, numpy, timm, safetensors and Pillow only, and is made to take at most 8 minutes. It
-checks that the engines agree, that a step never waits for the GPU, that compiled code equals eager
-code and that a killed run resumes, and runs the tests marked `gpu` where pytest and what they need
-are installed. It measures images/s, TFLOP/s, the share of the card's bfloat16 peak and the memory
-of atto, tiny and base at the largest power of two of images that fits, where a step's time goes,
-the share of the time in which the GPU is busy, and how fast the loader feeds the model. `--toy`
-runs every part in miniature, on a CPU too. Results go to one JSON file and one table.
+checks that the engines agree, that a step never waits for the GPU, that compiled code and a CUDA
+graph equal eager code and that a killed run resumes, and runs the tests marked `gpu` where pytest
+and what they need are installed. It measures images/s of whole steps of small batches, how fast the
+loader feeds the model, where a step's time goes, the share of the time in which the GPU is busy,
+and images/s, TFLOP/s, the share of the card's bfloat16 peak and the memory of atto, tiny and base
+at the largest power of two of images that fits. `--toy` runs every part in miniature, on a CPU too.
+Results go to one JSON file and one table.
 """
 
 import argparse
@@ -21,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,7 @@ class Part(argparse.Namespace):
         self.models = ["atto"] if toy else ["atto", "tiny", "base"]
         self.side = 64 if toy else 224
         self.largest = 4 if toy else 2048
+        self.per_gpu = 4 if toy else 64
         self.repeats = 2 if toy else 20
         self.steps = 8 if toy else 200
         self.images = 16 if toy else 512
@@ -146,6 +150,7 @@ def make_loop(part: Part, out: Path, steps: int, model: str = "atto", **options:
     task = Synthetic(config)
     torch.manual_seed(0)
     task.model = FCMAE.from_size(model, engine="patch").to(part.device)
+    task.model.cuda_graph = config.cuda_graph and part.device.type == "cuda"
     task.optimizer = make_optimizer(task.model, config.optim)
     task.images = Images(find_images(str(out.parent / "images")), {})
     precision = "bf16" if part.device.type == "cuda" else "fp32"
@@ -226,6 +231,23 @@ def check_compiled(part: Part) -> dict[str, float]:
     difference = float((compiled - eager).abs().max() / eager.abs().max())
     assert difference < 1e-3, f"compiled differs from eager by {difference:.1e}"
     return {"largest_difference": difference}
+
+
+def check_graph(part: Part, folder: Path) -> dict[str, float]:
+    """Largest relative difference between the losses of steps with a CUDA graph and without."""
+    batches = [make_batch(4, part.side, part.device) for _ in range(2)]
+    losses = []
+    for graph in (True, False):
+        loop = make_loop(part, folder / "graph", 10**6, cuda_graph=graph, accumulate=2)
+        clock, found = Clock(), []
+        for _ in range(part.steps // 4):
+            loop._train_step(iter(batches), lambda *_: None, clock)
+            with loop.task.resolved.autocast():
+                found.append(float(loop.task.loss(loop.forward, batches[0]).detach()))
+        losses.append(found)
+    worst = max(abs(a - b) / abs(b) for a, b in zip(*losses, strict=True))
+    assert worst < 1e-2, f"losses with a graph differ by {worst:.1e}"
+    return {"largest_difference": worst}
 
 
 def train(part: Part, out: Path, kill_at: int) -> None:
@@ -327,9 +349,25 @@ def measure(part: Part, until: float) -> list[dict[str, Any]]:
     return rows
 
 
+def whole_steps(part: Part, folder: Path) -> dict[str, dict[str, float]]:
+    """Images/s of whole pretraining steps of a batch for one of 64 GPUs, with and without graph."""
+    found = {}
+    for model in part.models:
+        batch = make_batch(part.per_gpu, part.side, part.device)
+        steps = {
+            name: partial(
+                stepper(make_loop(part, folder / "s", 10**6, model, cuda_graph=graph)), batch
+            )
+            for name, graph in (("graph", True), ("eager", False))
+        }
+        seconds = time_in_turns(steps, part.repeats, part.device)
+        found[model] = {name: part.per_gpu / taken for name, taken in seconds.items()}
+    return found
+
+
 def kernels(part: Part, folder: Path) -> dict[str, Any]:
     """The ten kernels that take most of a pretraining step, and how busy they keep the device."""
-    batch = make_batch(part.largest if part.toy else 64, part.side, part.device)
+    batch = make_batch(part.per_gpu, part.side, part.device)
     step = stepper(make_loop(part, folder / "kernels", 10**6, part.models[-1]))
     for _ in range(2):
         step(batch)
@@ -409,6 +447,18 @@ def write_images(folder: Path, count: int) -> None:
         small.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg")
 
 
+def attempt(title: str, part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a part finds, or its error: the others run nevertheless."""
+    try:
+        found = {"ok": True, **part()}
+    except Exception as error:  # noqa: BLE001  # whatever it is, it is reported
+        traceback.print_exc()
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        found = {"ok": False, "error": line}
+    print(title, json.dumps(found), flush=True)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--toy", action="store_true", help="every part in miniature, on a CPU too")
@@ -445,19 +495,16 @@ def main() -> int:
             "engines agree": lambda: check_engines(part),
             "a step does not wait": lambda: check_no_waiting(part, folder),
             "compiled equals eager": lambda: check_compiled(part),
+            "a graph equals eager": lambda: check_graph(part, folder),
             "a killed run resumes": lambda: check_resume(part, folder),
             "tests marked gpu": check_marked,
         }
         for title, check in checks.items():
-            try:
-                result["checks"][title] = {"ok": True, **check()}
-            except Exception as error:  # noqa: BLE001  # reported; the other parts are measured too
-                line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                result["checks"][title] = {"ok": False, "error": line}
-            print(title, json.dumps(result["checks"][title]), flush=True)
-        result["feeding"] = feeding(part, folder)
-        print("feeding, images/s:", json.dumps(result["feeding"]), flush=True)
-        result["kernels"] = kernels(part, folder)
+            result["checks"][title] = attempt(title, check)
+        result["feeding"] = attempt("feeding, images/s:", lambda: feeding(part, folder))
+        result["steps"] = attempt("steps, images/s:", lambda: whole_steps(part, folder))
+        result["kernels"] = attempt("kernels", lambda: kernels(part, folder))
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         result["speed"] = measure(part, until)
     heads = ("batch", "images/s", "TFLOP/s", "peak", "MB")
     print(f"{'model':6}{'kind':16}{'mode':9}", *(f"{head:>9}" for head in heads))
@@ -468,12 +515,15 @@ def main() -> int:
             f"{row['batch']:9} {row['images_per_s']:9.1f} {row['tflops']:9.2f}",
             f"{row['peak_share']:9.0%} {memory:>9}",
         )
-    print(f"the device is busy for {result['kernels']['busy_share']:.0%} of a whole step; of this:")
-    for row in result["kernels"]["top"]:
-        print(f"{row['share']:5.0%} {row['kernel'][:90]}")
+    if result["kernels"]["ok"]:
+        busy = result["kernels"]["busy_share"]
+        print(f"the device is busy for {busy:.0%} of a whole step; of this:")
+        for row in result["kernels"]["top"]:
+            print(f"{row['share']:5.0%} {row['kernel'][:90]}")
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{options.out}: written after {(time.perf_counter() - began) / 60:.1f} minutes")
-    return 0 if all(check["ok"] for check in result["checks"].values()) else 1
+    parts = [*result["checks"].values(), result["feeding"], result["steps"], result["kernels"]]
+    return 0 if all(part["ok"] for part in parts) else 1
 
 
 if __name__ == "__main__":

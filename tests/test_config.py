@@ -181,7 +181,7 @@ def test_settings_that_may_change_on_resume() -> None:
         "checkpoint_minutes", "keep_checkpoints", "log_steps", "max_pixels", "max_bad", "nonfinite",
         "max_nonfinite", "trackers",
     }  # fmt: skip
-    own = {"engine", "recompute", "picture_epochs", "probe"}
+    own = {"engine", "recompute", "cuda_graph", "picture_epochs", "probe"}
     assert runtime_keys(PretrainConfig) == shared | own
     assert runtime_keys(FinetuneConfig) == shared | {"near_duplicates"}
 

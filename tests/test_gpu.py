@@ -9,6 +9,7 @@ from fcmae.inspect.memory import forecast
 from fcmae.inspect.steps import BF16, WHOLE, example, gpu_peak, make_step
 from fcmae.train.pretraining import pretrain
 from fcmae.train.processes import exact_float32
+from sparse.engines import get_engine
 from tests.cli import metrics
 from tests.test_engines import MASKS, make_mask, random_encoder
 from tests.test_pretrain_input import config
@@ -54,6 +55,25 @@ def test_a_step_never_waits_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_cuda_graph_equals_eager(precision):
+    model = FCMAE.from_size("atto", engine="patch").to(GPU)
+    lay_out, results = get_engine("patch", "cuda").lay_out, []
+    for model.cuda_graph in (True, False):
+        model.zero_grad(set_to_none=True)
+        for _ in range(2):  # the second gradient is added to the first
+            images, mask = example(BenchConfig(batch_size=4, img_size=96), GPU)
+            with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+                loss = model(images, mask, layout=lay_out(mask)).loss
+            loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert model._graph is not None
+    for found, expected in zip(*results, strict=True):
+        # Sums over rows add atomically, in any order.
+        error = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        assert error < (1e-4 if precision == "fp32" else 2e-2)
 
 
 def test_patch_takes_less_memory_than_dense():

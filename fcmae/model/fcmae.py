@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fcmae.model.decoder import Decoder
+from fcmae.model.graph import Graph
 from fcmae.model.loss import reconstruction_loss
 from fcmae.model.mask import grid_of, random_masks
 from sparse import SparseConvNeXtV2
@@ -37,6 +38,11 @@ class FCMAE(nn.Module):
         decoder_dim, decoder_depth: see `Decoder`.
         mask_ratio: share of patches hidden when `forward` draws the mask.
         norm_pix_loss: normalise each patch of the target.
+
+    Attributes:
+        cuda_graph: whether training passes on a GPU whose masks are laid out ahead replay one CUDA
+            graph. The encoder must use no random numbers then (no stochastic depth), and the
+            prediction that `forward` returns is overwritten by the next pass.
     """
 
     def __init__(
@@ -53,6 +59,8 @@ class FCMAE(nn.Module):
         self.decoder = Decoder(encoder.dims[-1], decoder_dim, decoder_depth, chans, patch)
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
+        self.cuda_graph = False
+        self._graph: Graph | None = None
 
     @classmethod
     def from_size(
@@ -103,8 +111,37 @@ class FCMAE(nn.Module):
             batch, _, height, width = images_BCHW.shape
             grid = grid_of((height, width), self.encoder.patch_size)
             mask = random_masks(batch, grid, self.mask_ratio, generator)
-        features_BCHW = self.encoder(images_BCHW, mask, layout)
-        hidden = to_device(mask, images_BCHW.device)
-        pred = self.decoder(features_BCHW, hidden)
-        loss = reconstruction_loss(pred, images_BCHW, hidden, self.norm_pix_loss)
+        if layout is not None and self._fits_graph(images_BCHW, layout):
+            assert self._graph is not None
+            loss, pred = self._graph(images_BCHW, mask, layout.tables)
+        else:
+            hidden = to_device(mask, images_BCHW.device)
+            loss, pred = self._reconstruct(images_BCHW, mask, hidden, layout)
         return FCMAEOutput(loss, pred, mask)
+
+    def _reconstruct(
+        self, images_BCHW: Tensor, mask: Tensor, hidden: Tensor, layout: Layout | None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and the prediction; `hidden` is the mask on the device of the images."""
+        pred = self.decoder(self.encoder(images_BCHW, mask, layout), hidden)
+        return reconstruction_loss(pred, images_BCHW, hidden, self.norm_pix_loss), pred
+
+    def _fits_graph(self, images_BCHW: Tensor, layout: Layout) -> bool:
+        """Whether this pass can be a replay. The first one that can be is recorded."""
+        if not (self.cuda_graph and torch.is_grad_enabled()):
+            return False
+        device, stages = images_BCHW.device, layout.stages
+        autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        key = images_BCHW.shape, images_BCHW.dtype, stages, autocast
+        if self._graph is None and all(stage.per_image for stage in stages):
+
+            def run(images: Tensor, hidden: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
+                return self._reconstruct(images, hidden, hidden, Layout(stages, tables))
+
+            batch, (_, h, w) = len(images_BCHW), stages[-1].shape
+            hidden = torch.zeros(batch, h, w, dtype=torch.bool, device=device)
+            self._graph = Graph(
+                run, self.parameters(), [images_BCHW, hidden, to_device(layout.tables, device)]
+            )
+            self._graph_key = key
+        return self._graph is not None and self._graph_key == key

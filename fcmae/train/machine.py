@@ -15,7 +15,7 @@ from fcmae.train.checkpoint import list_checkpoints
 from fcmae.train.run_paths import RunPaths
 from sparse.errors import InputError
 
-MOST_WORKERS = 8
+MOST_WORKERS = 16
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -33,7 +33,7 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def resolve_workers(workers: str | int, device: torch.device) -> int:
-    """`auto` → one process per core of this machine and training process, at most 8.
+    """`auto` → one process per core of this machine and training process, at most 16.
 
     A quarter of that if the model runs on the CPU too: workers are faster than the model there, and
     use its cores.

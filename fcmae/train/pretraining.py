@@ -90,7 +90,11 @@ class Pretraining(Task):
     def build_model(self) -> FCMAE:
         # A resumed run no longer needs its initial weights.
         config = replace(self.config, init_from=None) if self.resolved.start else self.config
-        return build_model(config).to(self.resolved.world.device)
+        device = self.resolved.world.device
+        model = build_model(config).to(device)
+        fits = device.type == "cuda" and not config.compile and not config.drop_path
+        model.cuda_graph = config.cuda_graph and fits
+        return model
 
     def begin(self) -> None:
         self._watchers = make_watchers(
