@@ -32,13 +32,19 @@ class Tuned:
     folder: Path
 
 
-def load_tuned(source: str, device: torch.device, img_size: tuple[int, int] | None = None) -> Tuned:
+def load_tuned(
+    source: str,
+    device: torch.device,
+    img_size: tuple[int, int] | None = None,
+    fast: bool = True,
+) -> Tuned:
     """Load a model that fine-tuning trained.
 
     Args:
         source: see `find_weights`.
         device: where the model will be.
         img_size: (height, width); None takes what the model was trained with.
+        fast: whether its blocks may be computed by `finetune.blocks`, else as timm does.
 
     Raises:
         InputError: missing, damaged, or unable to take images of this size.
@@ -67,5 +73,6 @@ def load_tuned(source: str, device: torch.device, img_size: tuple[int, int] | No
     start = Start(timm_name(name), args, weights, str(file.parent), whole=True)
     model, _ = kind.build_model(start, len(images.mean), images.img_size)
     model = model.to(device).eval()
-    speed_up(model)
+    if fast:
+        speed_up(model)
     return Tuned(model, kind, images, folder)

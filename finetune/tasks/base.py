@@ -105,6 +105,8 @@ class LabelKind(ABC):
         heads: values of `--head` besides auto.
         resolves: settings that `prepare` replaces `auto` in: the state has them.
         score: the name of the score that decides which weights are best; None takes the loss.
+        output: the name of what `exported` computes.
+        any_size: whether it takes images of any size.
         tile: side in pixels of the windows that predictions are computed in; None sets none. Only
             where `tiles` is true.
     """
@@ -115,6 +117,8 @@ class LabelKind(ABC):
     resolves: ClassVar[tuple[str, ...]] = ()
     score: ClassVar[str | None] = None
     tiles: ClassVar[bool] = False
+    output: ClassVar[str] = "logits"
+    any_size: ClassVar[bool] = True
     tile: int | None = None
 
     def __init__(self, names: Sequence[str], state: Mapping[str, Any] | None = None) -> None:
@@ -293,6 +297,14 @@ class LabelKind(ABC):
             (4, 4), text, "white", ImageFont.load_default(size), stroke_width=2, stroke_fill="black"
         )
         return drawn
+
+    def exported(self, model: nn.Module) -> nn.Module:
+        """Return a model for other programs: normalised images (B, C, H, W) → `output`.
+
+        Raises:
+            InputError: there is none.
+        """
+        return model
 
     def write(self, state: Mapping[str, Tensor], config: Mapping[str, Any], out: Path) -> None:
         """Write a trained model as a folder; see `fcmae.weights.export.write_timm_folder`."""

@@ -188,6 +188,12 @@ class Detect(OnFeatures):
 
     config: FinetuneConfig
 
+    def exported(self, model: nn.Module) -> nn.Module:
+        raise InputError(
+            f"task {self.task}: what a detector computes depends on what it finds, and can't be "
+            "written as a graph: use `fcmae predict`, or export the weights that it started from"
+        )
+
     @classmethod
     def recognises(cls, labels: Table | Path) -> bool:
         if not isinstance(labels, Path):

@@ -110,6 +110,7 @@ class Regress(LabelKind):
     images, and the `loss`."""
 
     task = "regress"
+    output = "numbers"
     layout = "a CSV file with columns of numbers"
 
     _weights: Tensor
@@ -199,6 +200,9 @@ class Regress(LabelKind):
         best = max((score["r2"] for score in scores if "r2" in score), default=math.inf)
         return f"R² is {best:.2f}, that of the mean is 0" if best <= 0 else None
 
+    def exported(self, model: nn.Module) -> nn.Module:
+        return InUnits(model, self.state)
+
     def describe_target(self, target: npt.NDArray[Any]) -> str:
         return self._words(torch.from_numpy(target))
 
@@ -215,6 +219,28 @@ class Regress(LabelKind):
     def cells(self, outputs: Tensor, top: int) -> list[list[str]]:
         """The numbers in their own units."""
         return [[f"{value:.9g}" for value in row] for row in self.decode(outputs).tolist()]
+
+
+class InUnits(nn.Module):
+    """A model with its outputs (B, K) in their own units.
+
+    Args:
+        model: gives standardised numbers.
+        state: of `Regress`.
+    """
+
+    mean_K: Tensor
+    std_K: Tensor
+
+    def __init__(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        for name in ("mean", "std"):
+            self.register_buffer(f"{name}_K", torch.tensor(state[name], dtype=torch.float32))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.model(images_BCHW) * self.std_K + self.mean_K
+        return out
 
 
 def _number(cell: str) -> float | None:

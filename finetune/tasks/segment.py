@@ -162,6 +162,7 @@ class Segment(OnFeatures):
     """A class for each pixel. The state has `short_side`; see `WholeDataset`."""
 
     task = "segment"
+    any_size = False  # the decoder's pooling is traced for one size
     layout = "train/images and train/masks, or train/instances; or ADE20K's folders"
     heads = ("upernet",)
     score = "miou"
