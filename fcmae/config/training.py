@@ -137,7 +137,8 @@ class TrainingConfig(DeviceConfig):
     """Steps between two lines in metrics.jsonl."""
 
     trackers: list[str] = runtime(["tensorboard"])
-    """Where metrics and figures go besides the run folder's files: tensorboard, or none, '[]'."""
+    """Where metrics and figures go besides the run folder's files: any of tensorboard, wandb and
+    mlflow, or none, '[]'."""
 
     max_pixels: int = runtime(MAX_PIXELS, at_least=1)
     """Largest image to decode, in pixels; larger ones count as unreadable. Protects memory from

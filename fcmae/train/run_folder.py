@@ -9,11 +9,13 @@ import shutil
 import socket
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from fcmae import PACKAGES
 from fcmae.atomic import atomic_write
+from fcmae.config.values import flatten
 from fcmae.train.checkpoint import SavedCheckpoint, forget_after
 from fcmae.train.run_paths import RunPaths
 from fcmae.train.trackers import Trackers
@@ -40,7 +42,8 @@ class RunFolder:
         paths.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock = _take_lock(paths.root)
         if step == 0:
-            for file in (paths.metrics, paths.log, paths.bad_images, paths.nonfinite):
+            old = paths.metrics, paths.log, paths.bad_images, paths.nonfinite, paths.trackers
+            for file in old:
                 file.unlink(missing_ok=True)
             for folder in (paths.tensorboard, paths.best, paths.figures):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -54,7 +57,8 @@ class RunFolder:
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for name in PACKAGES:
             logging.getLogger(name).addHandler(self._handler)
-        self.trackers = Trackers(paths, step + 1, config.trackers)
+        settings = flatten(asdict(config))
+        self.trackers = Trackers(paths, step + 1, config.trackers, settings)
 
     def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
         """Append a line to metrics.jsonl and its numbers to the trackers.

@@ -18,6 +18,7 @@ class RunPaths:
         metrics: a JSON object for each logged step.
         log: the log messages.
         tensorboard: event files.
+        trackers: the names by which trackers know the run.
         checkpoints: a folder for each checkpoint.
         exported: the model for timm, written when the run ends.
         best: the best weights of fine-tuning so far, as a timm folder.
@@ -34,6 +35,7 @@ class RunPaths:
         self.metrics = root / "metrics.jsonl"
         self.log = root / "train.log"
         self.tensorboard = root / "tb"
+        self.trackers = root / "trackers.json"
         self.checkpoints = root / "checkpoints"
         self.exported = root / "exported"
         self.best = root / "best"

@@ -1,0 +1,63 @@
+"""MLflow."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fcmae.train.run_paths import RunPaths
+from fcmae.train.trackers.base import remembered
+
+EXPERIMENT = "fcmae"
+FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
+"""Without it MLflow refuses folders."""
+
+
+class MLflow:
+    """A run of MLflow, in the experiment `MLFLOW_EXPERIMENT_NAME`, else fcmae; a resumed run
+    continues it. Records go to MLFLOW_TRACKING_URI, else to `mlruns` in the run's folder.
+
+    Args:
+        paths: of the run.
+        settings: of the run.
+    """
+
+    overwrites = False
+
+    @staticmethod
+    def check() -> None:
+        import mlflow  # noqa: F401
+
+    def __init__(self, paths: RunPaths, _first_step: int, settings: Mapping[str, Any]) -> None:
+        os.environ.setdefault(FILE_STORE, "true")
+        from mlflow import MlflowClient
+
+        folder = (paths.root.absolute() / "mlruns").as_uri()
+        client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", folder))
+        self._client: Any = client
+
+        def begin() -> str:
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+            known = client.get_experiment_by_name(name)
+            experiment = known.experiment_id if known else client.create_experiment(name)
+            run = client.create_run(experiment, run_name=paths.root.absolute().name).info.run_id
+            for key, value in settings.items():
+                client.log_param(run, key, value)
+            return str(run)
+
+        self._run = remembered(paths, "mlflow", begin)
+        client.update_run(self._run, "RUNNING")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._client.log_metric(self._run, name, value, step=step)
+
+    def image(self, name: str, image_HWC: np.ndarray, step: int) -> None:
+        self._client.log_image(self._run, image_HWC, key=name, step=step)
+
+    def flush(self) -> None:
+        """It writes each record at once."""
+
+    def finish(self) -> None:
+        self._client.set_terminated(self._run)
