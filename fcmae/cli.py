@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": "measure a fine-tuned model on labelled images, overall and per class",
     "predict": "predict the classes, numbers or masks of new images",
     "export": "write a model for other programs: ONNX, torch.export, transformers",
+    "push": "publish a model on the Hugging Face Hub",
     "reconstruct": "draw original, masked and reconstructed images side by side",
     "probe": "evaluate frozen features by nearest neighbours and a linear classifier",
     "embed": "write the features of images to a file",

@@ -24,7 +24,7 @@ RUNTIME = "Runtime: does not change the result"
 """Last group of `--help`; nested configs come between the first three and this one."""
 
 IMAGES = "a folder of images or a text file of paths"
-WEIGHTS = "a run, a folder of weights or a weight file"
+WEIGHTS = "a run, a folder of weights, a weight file or hf:USER/NAME"
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def asked_settings(config: Any) -> dict[str, Any]:
     """The config as JSON, its paths absolute, so that it compares from any folder."""
     asked = asdict(config)
     for key, leaf in own_leaves(type(config)).items():
-        if paths := [os.path.abspath(path) for path in leaf.paths(asked[key])]:
+        if paths := [_absolute(path) for path in leaf.paths(asked[key])]:
             asked[key] = paths if key == "data" else paths[0]
     return asked
 
@@ -180,8 +180,17 @@ def check_paths(config: Any) -> None:
     values = flatten(asdict(config))
     for key, leaf in leaves(type(config)).items():
         for path in leaf.paths(values[key]):
-            if not re.search("://|^hf:|{", path) and not os.path.exists(path):
+            if _is_local(path) and not os.path.exists(path):
                 raise InputError(f"{key} {path!r} does not exist: give {leaf.path}")
+
+
+def _is_local(path: str) -> bool:
+    """Whether it names a file or a folder of this machine, and no pattern."""
+    return not re.search("://|^hf:|{", path)
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path) if _is_local(path) else path
 
 
 @dataclass

@@ -63,14 +63,14 @@ def parse(
 
 
 def usage(kind: Any, command: str) -> str:
-    """Return a command with its positional argument and its required options."""
-    words = [command]
+    """Return a command with its positional arguments and its required options."""
+    places, options = [], []
     for key, leaf in leaves(kind).items():
         if leaf.positional:
-            words.insert(1, key.upper() + ("..." if _items(leaf.type) else ""))
+            places.append(key.upper() + ("..." if _items(leaf.type) else ""))
         elif leaf.default is MISSING:
-            words.append(f"--{key} {key.upper()}")
-    return " ".join(words)
+            options.append(f"--{key} {key.upper()}")
+    return " ".join([command, *places, *options])
 
 
 def _shown(key: str, leaf: Leaf) -> str:
@@ -100,13 +100,14 @@ def read_arguments(argv: Sequence[str], known: dict[str, Leaf]) -> Iterator[tupl
         else:
             hint = nearest(key.lstrip("-"), [*known, *_SPECIAL], "--")
             raise InputError(f"unknown option {name}{hint or '; --help lists them'}")
-    if positional:
-        main = next((key for key, leaf in known.items() if leaf.positional), None)
-        several = main is not None and _items(known[main].type) is not None
-        if main is None or main in dict(found) or (len(positional) > 1 and not several):
-            rule = "settings are written --name value; --help lists them"
-            raise InputError(f"unexpected {positional[-1]!r}: {rule}")
-        found.append((main, positional))
+    free = [key for key, leaf in known.items() if leaf.positional and key not in dict(found)]
+    if positional and free and _items(known[free[0]].type):
+        found.append((free[0], positional))
+    elif len(positional) > len(free):
+        rule = "settings are written --name value; --help lists them"
+        raise InputError(f"unexpected {positional[-1]!r}: {rule}")
+    else:
+        found += [(key, [word]) for key, word in zip(free, positional, strict=False)]
     for key, values in found:
         leaf = options[key]
         if "" in values and leaf.default is MISSING:

@@ -12,6 +12,7 @@ from fcmae.atomic import atomic_write, check_out_file, check_out_folder
 from fcmae.commands.convert import ConvertConfig
 from fcmae.data.statistics import Preprocessing, default_preprocessing
 from fcmae.train.checkpoint import save_tensors
+from fcmae.weights.hub import license_of
 from fcmae.weights.load import find_weights, load_weights, read_preprocessing
 from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, read_json
 from sparse.convert import CONV_MLP_WIDTHS, encoder_part, to_minkowski, to_timm
@@ -42,7 +43,8 @@ def convert(config: ConvertConfig) -> Path:
         if timm:
             _check_out(out, kind)
             images = read_preprocessing(file) or default_preprocessing(kind.in_chans)
-            export_folder(encoder_part(weights.state), kind, out, images)
+            state = encoder_part(weights.state)
+            export_folder(state, kind, out, images, license_of(file))
         else:
             export_minkowski(weights.state, out)
     except OSError as error:
@@ -58,6 +60,7 @@ def export_folder(
     architecture: Architecture,
     out_dir: str | Path,
     images: Preprocessing,
+    licence: str | None = None,
 ) -> Path:
     """Write the encoder as a folder for timm, model.safetensors and config.json, and return it.
 
@@ -70,6 +73,7 @@ def export_folder(
         architecture: of `encoder_state`.
         out_dir: created if missing.
         images: how images are prepared.
+        licence: that the weights come with, if any.
 
     Raises:
         InputError: mean or std does not have one number per input channel, or names and shapes are
@@ -82,6 +86,8 @@ def export_folder(
     name, model_args = timm_variant(architecture)
     layers = {"classifier": "head.fc", "first_conv": "stem.0"}
     config = timm_config(name, model_args, architecture.dims[3], images, layers)
+    if licence is not None:
+        config["pretrained_cfg"]["license"] = licence
     return write_timm_folder(to_timm(encoder_state), config, Path(out_dir))
 
 

@@ -12,6 +12,7 @@ from fcmae.data.statistics import CROP_PCT, Preprocessing, default_preprocessing
 from fcmae.model.fcmae import FCMAE
 from fcmae.train import checkpoint
 from fcmae.train.run_paths import RunPaths
+from fcmae.weights.hub import HUB, download
 from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, read_json, read_state
 from sparse import SparseConvNeXtV2
 from sparse.convert import canonical, encoder_part
@@ -64,12 +65,13 @@ def find_weights(source: str | Path) -> Path:
 
     A run stands for its best weights if it keeps those, as fine-tuning does, else for its newest
     intact checkpoint, else for its exported model; a checkpoint or timm folder for its
-    model.safetensors; a file for itself.
+    model.safetensors; a file for itself; `hf:USER/NAME` for what is on the Hugging Face Hub.
 
     Raises:
         InputError: there are no readable weights.
+        RunError: the Hub did not answer.
     """
-    path = Path(source)
+    path = download(str(source)) if str(source).startswith(HUB) else Path(source)
     run = RunPaths(path)
     for file in (path, run.best / WEIGHTS_FILE):
         if file.is_file():

@@ -1,0 +1,160 @@
+"""`fcmae push`: a model and its card, on the Hugging Face Hub."""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fcmae import __version__
+from fcmae.atomic import atomic_write
+from fcmae.commands.push import PushConfig
+from fcmae.config.fields import runtime_keys
+from fcmae.config.files import read_yaml
+from fcmae.config.pretraining import PretrainConfig
+from fcmae.config.values import flatten
+from fcmae.data.file_list import FileList
+from fcmae.data.statistics import default_preprocessing
+from fcmae.train.checkpoint import STATE, list_checkpoints
+from fcmae.train.run_folder import read_lines
+from fcmae.train.run_paths import WHOLE_MODEL, RunPaths
+from fcmae.weights.export import export_folder
+from fcmae.weights.hub import OFFICIAL_LICENSE, license_of
+from fcmae.weights.load import find_weights, load_weights, read_preprocessing
+from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, first_line, read_json
+from finetune.config import FinetuneConfig
+from finetune.train import NO_SCORES
+from sparse.convert import encoder_part
+from sparse.errors import InputError, RunError
+
+MOST_SHOWN = 50
+"""Names of outputs, and scores, in a card."""
+
+PLACES = ("data", "out", "labels", "weights", "init_from")
+"""Settings that name files of a machine."""
+
+
+def push(config: PushConfig) -> str:
+    """Upload a timm folder with a card and return its address.
+
+    Raises:
+        InputError: wrong weights, name or licence; not logged in; or the repository exists.
+        RunError: the Hub did not take it.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo):
+        raise InputError(f"repo {config.repo!r} must be USER/NAME: give your name on the Hub first")
+    file = find_weights(config.source)
+    came_with = license_of(file)
+    if came_with == OFFICIAL_LICENSE != config.license:
+        raise InputError(
+            f"license {config.license!r}: the weights started from an official release, which is "
+            f"{OFFICIAL_LICENSE} (no commercial use): use --license {OFFICIAL_LICENSE}"
+        )
+    if get_token() is None:
+        raise InputError("not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        described = gather(file, folder, config.license)
+        with atomic_write(folder / "README.md") as path:
+            path.write_text(card(config, file, described), encoding="utf-8")
+        api = HfApi()
+        try:
+            private = not config.public
+            place = api.create_repo(config.repo, private=private, exist_ok=config.update)
+            api.upload_folder(repo_id=config.repo, folder_path=folder, commit_message="fcmae push")
+        except HfHubHTTPError as error:
+            if error.response.status_code == 409:
+                raise InputError(
+                    f"repo {config.repo!r} exists: give another name, or --update true"
+                ) from error
+            raise RunError(f"the Hub refused {config.repo!r}: {first_line(error)}") from error
+        except Exception as error:  # of the client's HTTP library, which versions differ in
+            raise RunError(f"the Hub could not be reached: {first_line(error)}") from error
+    print(f"{place}: written; load it with --weights hf:{config.repo}")
+    return str(place)
+
+
+def gather(file: Path, folder: Path, licence: str) -> dict[str, Any]:
+    """Write a timm folder of weights to a folder, and return its config.json."""
+    own = read_json(file.with_name(CONFIG_FILE))
+    if own.get("architecture"):
+        for part in (WEIGHTS_FILE, CONFIG_FILE):
+            shutil.copyfile(file.with_name(part), folder / part)
+        if (file.parent / WHOLE_MODEL).is_dir():
+            shutil.copytree(file.parent / WHOLE_MODEL, folder / WHOLE_MODEL)
+            own = read_json(folder / WHOLE_MODEL / CONFIG_FILE)
+        return own
+    weights = load_weights(file)
+    kind = weights.architecture
+    images = read_preprocessing(file) or default_preprocessing(kind.in_chans)
+    export_folder(encoder_part(weights.state), kind, folder, images, licence)
+    return read_json(folder / CONFIG_FILE)
+
+
+def card(config: PushConfig, file: Path, described: Mapping[str, Any]) -> str:
+    """The text of a model card.
+
+    Args:
+        config: of the command.
+        file: the weights.
+        described: config.json of the whole model.
+    """
+    from huggingface_hub import ModelCardData
+
+    names, task = described.get("label_names", []), described.get("task", "classify")
+    classifies, about = bool(names) and task == "classify", described["pretrained_cfg"]
+    kind = "image-classification" if classifies else "image-feature-extraction"
+    front = ModelCardData(
+        license=config.license, library_name="timm", pipeline_tag=kind, tags=["fcmae", "convnextv2"]
+    )
+    channels, height, width = about["input_size"]
+    fields = {
+        "front": front.to_yaml(), "name": config.repo.partition("/")[2], "repo": config.repo,
+        "architecture": described["architecture"], "version": __version__, "names": names,
+        "task": task, "classifies": classifies, "most": MOST_SHOWN, "channels": channels,
+        "height": height, "width": width, "mean": about["mean"], "std": about["std"],
+        "license": config.license, "official": license_of(file) == OFFICIAL_LICENSE,
+        "data_source": config.data_source, **_of_run(file),
+    }  # fmt: skip
+    loader = PackageLoader("finetune")
+    template = Environment(loader=loader, undefined=StrictUndefined).get_template("card.md")
+    return template.render(fields) + "\n"
+
+
+def _of_run(file: Path) -> dict[str, Any]:
+    """What the run that weights are in says of them; little, if they are in none."""
+    found: dict[str, Any] = {"start": "not recorded", "images": 0, "scores": [], "recipe": []}
+    folder = next((f for f in list(file.parents)[:4] if RunPaths(f).config.is_file()), None)
+    if folder is None:
+        return found
+    paths = RunPaths(folder)
+    settings = flatten(read_yaml(paths.config))
+    start = settings.get("init_from") or settings.get("weights") or "none"
+    trained = next(filter(Path.is_file, map(paths.images, ("train", "all"))), None)
+    newest = next(iter(list_checkpoints(paths.checkpoints)), paths.root)
+    last = {key: value for line in read_lines(paths.metrics) for key, value in line.items()}
+    scores = read_json(newest / STATE).get("best") or {
+        key: value for key, value in last.items() if re.search("loss|probe", key)
+    }
+    kind = FinetuneConfig if "weights" in settings else PretrainConfig
+    dull = {*PLACES, *runtime_keys(kind)}
+    return {
+        "start": "random weights" if start == "none" else Path(start).name,
+        "images": len(FileList.load(trained)) if trained else 0,
+        "scores": [
+            (key, value)
+            for key, value in scores.items()
+            if isinstance(value, int | float) and key not in NO_SCORES
+        ][:MOST_SHOWN],
+        "recipe": [
+            (key, value)
+            for key, value in settings.items()
+            if key.partition(".")[0] not in dull and value not in (None, "", [], "auto", "none")
+        ],
+    }
