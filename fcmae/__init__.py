@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fcmae.api import finetune, load, pretrain
     from fcmae.config.pretraining import PretrainConfig
     from fcmae.model.fcmae import FCMAE, FCMAEOutput
 
@@ -15,12 +16,17 @@ __version__ = "0.1.0"
 PACKAGES = ("fcmae", "sparse", "finetune")
 """Whose log messages a user sees."""
 
-__all__ = ["FCMAE", "FCMAEOutput", "PretrainConfig", "__version__"]
+__all__ = [
+    "FCMAE", "FCMAEOutput", "PretrainConfig", "__version__", "finetune", "load", "pretrain"
+]  # fmt: skip
 
 _HOMES = {
     "FCMAE": "model.fcmae",
     "FCMAEOutput": "model.fcmae",
     "PretrainConfig": "config.pretraining",
+    "finetune": "api",
+    "load": "api",
+    "pretrain": "api",
 }
 
 

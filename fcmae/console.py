@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TypeVar
 
 from rich import progress
@@ -59,7 +60,7 @@ def step_progress(
         progress.TextColumn("left"),
         progress.TimeRemainingColumn(elapsed_when_finished=False),
         console=console,
-        disable=quiet or not console.is_terminal,
+        disable=quiet or not (console.is_terminal or _has_widgets()),
     )
     task = bar.add_task("starting", total=total_steps, completed=start_step, values="")
 
@@ -79,6 +80,11 @@ def step_progress(
 
     with bar:
         yield update
+
+
+def _has_widgets() -> bool:
+    """Return whether this is a notebook that can redraw a line; others get plain lines."""
+    return console.is_jupyter and find_spec("ipywidgets") is not None
 
 
 def tracked(items: Iterable[Item], total: int, what: str | None) -> Iterator[Item]:

@@ -15,11 +15,9 @@ from fcmae.atomic import check_out_file, check_out_folder, out_file
 from fcmae.commands.export import ExportConfig
 from fcmae.config.values import height_width
 from fcmae.data.statistics import Preprocessing
-from fcmae.train import checkpoint
-from fcmae.train.run_paths import WHOLE_MODEL
 from fcmae.weights.export import timm_variant
 from fcmae.weights.graphs import SMALLEST, Exportable, read_description, write_onnx, write_pt2
-from fcmae.weights.load import find_weights, load_backbone, load_weights
+from fcmae.weights.load import find_weights, is_tuned, load_backbone, load_weights
 from fcmae.weights.read import CONFIG_FILE, read_json
 from fcmae.weights.transformers import write_transformers
 from finetune.tuned import load_tuned
@@ -94,9 +92,8 @@ def load_source(config: ExportConfig) -> Source:
     size = None if config.img_size is None else height_width(config.img_size)
     file, device = find_weights(config.source), torch.device("cpu")
     described = read_json(file.with_name(CONFIG_FILE))
-    trained = read_json(file.with_name(checkpoint.STATE)).get("command") == "finetune"
     output, any_size, architecture = "features", True, None
-    if trained or described.get("num_classes") or (file.parent / WHOLE_MODEL).is_dir():
+    if is_tuned(file):
         tuned = load_tuned(config.source, device, size, fast=False)
         kind, images = tuned.kind, tuned.images
         model, task, names, output = kind.exported(tuned.model), kind.task, kind.names, kind.output

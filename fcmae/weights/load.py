@@ -11,7 +11,7 @@ from torch import Tensor
 from fcmae.data.statistics import CROP_PCT, Preprocessing, default_preprocessing
 from fcmae.model.fcmae import FCMAE
 from fcmae.train import checkpoint
-from fcmae.train.run_paths import RunPaths
+from fcmae.train.run_paths import WHOLE_MODEL, RunPaths
 from fcmae.weights.hub import HUB, download
 from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, read_json, read_state
 from sparse import SparseConvNeXtV2
@@ -85,6 +85,18 @@ def find_weights(source: str | Path) -> Path:
         reason = checkpoint.damage(damaged[0])
         raise InputError(f"{path}: all checkpoints are damaged (newest: {reason}); give another")
     raise InputError(f"{path}: no weights: expected a run or a folder with {WEIGHTS_FILE}")
+
+
+def is_tuned(source: str | Path) -> bool:
+    """Whether weights have a head that fine-tuning trained, or belong to such a run.
+
+    Raises:
+        InputError: there are no readable weights.
+    """
+    file = find_weights(source)
+    command = read_json(file.with_name(checkpoint.STATE)).get("command")
+    classes = read_json(file.with_name(CONFIG_FILE)).get("num_classes")
+    return command == "finetune" or bool(classes) or (file.parent / WHOLE_MODEL).is_dir()
 
 
 def init_encoder(encoder: SparseConvNeXtV2, source: str) -> None:
