@@ -13,6 +13,7 @@ Results go to one JSON file and one table.
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -313,6 +314,7 @@ def largest_batch(part: Part, model: str, kind: str) -> int:
         except torch.OutOfMemoryError:
             break
         finally:
+            gc.collect()  # graphs and their models refer to each other
             if part.device.type == "cuda":
                 torch.cuda.empty_cache()
         best, count = count, 2 * count
@@ -369,21 +371,17 @@ def kernels(part: Part, folder: Path) -> dict[str, Any]:
     """The ten kernels that take most of a pretraining step, and how busy they keep the device."""
     batch = make_batch(part.per_gpu, part.side, part.device)
     step = stepper(make_loop(part, folder / "kernels", 10**6, part.models[-1]))
-    for _ in range(2):
-        step(batch)
-    part.wait()
-    on_gpu = part.device.type == "cuda"
+    seconds = seconds_of(part, lambda: step(batch))  # a profile slows the host down
+    steps, on_gpu = 2 if part.toy else 10, part.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as record:
-        began = time.perf_counter()
-        for _ in range(2 if part.toy else 10):
+        for _ in range(steps):
             step(batch)
         part.wait()
-        seconds = time.perf_counter() - began
     name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     events = sorted(record.key_averages(), key=lambda event: -getattr(event, name))
     total = sum(getattr(event, name) for event in events)  # in microseconds
     return {
-        "busy_share": total / 1e6 / seconds,
+        "busy_share": total / 1e6 / steps / seconds,
         "top": [{"kernel": e.key, "share": getattr(e, name) / total} for e in events[:10]],
     }
 

@@ -19,13 +19,16 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from fcmae.cli import code_of, config_of
+from fcmae.cli import ENVIRONMENT, code_of, config_of
 from fcmae.config.fields import check_paths, leaves, to_text
 from fcmae.config.files import build
 from fcmae.config.parsing import convert, read_file
-from fcmae.config.values import flatten, nearest
+from fcmae.config.values import flatten, height_width, nearest
 from fcmae.train.run_paths import RunPaths
 from sparse.errors import InputError
+
+for _variable, _value in ENVIRONMENT.items():  # read when torch is loaded
+    os.environ.setdefault(_variable, _value)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,14 +67,15 @@ class Run:
         Raises:
             InputError: no step has one.
         """
-        from matplotlib.figure import Figure
+        from matplotlib import pyplot  # a notebook shows its figures
 
         lines = self.metrics
         known = {key for line in lines for key, value in line.items() if isinstance(value, float)}
         if unknown := [key for key in keys if key not in known]:
             raise InputError(f"no step has {unknown[0]!r}{nearest(unknown[0], known)}")
         shown = keys or sorted(key for key in known if "loss" in key)
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        figure = pyplot.figure(figsize=(7, 4), layout="constrained")
+        pyplot.close(figure)  # it is kept by whoever asked for it
         axes = figure.add_subplot(xlabel="step")
         for key in shown:
             points = [(line["step"], line[key]) for line in lines if key in line]
@@ -157,14 +161,16 @@ def finetune(**settings: Any) -> Run:
 
 
 def load(
-    source: str | os.PathLike[str], device: str = "auto", img_size: tuple[int, int] | None = None
+    source: str | os.PathLike[str],
+    device: str = "auto",
+    img_size: int | tuple[int, int] | None = None,
 ) -> Model:
     """Load a run, a folder of weights, a weight file or `hf:USER/NAME`.
 
     Args:
         source: what fine-tuning trained is loaded with its head; everything else as a backbone.
         device: see `--device`.
-        img_size: (height, width); None takes what the weights were trained with.
+        img_size: a side or (height, width); None takes what the weights were trained with.
 
     Raises:
         InputError: missing, damaged or unsuitable.
@@ -174,7 +180,9 @@ def load(
 
     place, on = os.fspath(source), resolve_device(device)
     reader = resolve_name("finetune.tuned:load_tuned") if is_tuned(place) else load_backbone
-    return Model(reader(place, on, img_size))
+    sides = [*img_size] if isinstance(img_size, tuple) else img_size
+    size = None if sides is None else height_width(sides, multiple=1)
+    return Model(reader(place, on, size))
 
 
 def _train(command: str, settings: Mapping[str, Any]) -> Run:

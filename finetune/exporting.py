@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +15,10 @@ from fcmae import __version__
 from fcmae.atomic import check_out_file, check_out_folder, out_file
 from fcmae.commands.export import ExportConfig
 from fcmae.config.values import height_width
-from fcmae.data.statistics import Preprocessing
+from fcmae.data.statistics import Preprocessing, default_preprocessing
 from fcmae.weights.export import timm_variant
 from fcmae.weights.graphs import SMALLEST, Exportable, read_description, write_onnx, write_pt2
-from fcmae.weights.load import find_weights, is_tuned, load_backbone, load_weights
+from fcmae.weights.load import find_weights, is_tuned, load_weights, read_preprocessing
 from fcmae.weights.read import CONFIG_FILE, read_json
 from fcmae.weights.transformers import write_transformers
 from finetune.tuned import load_tuned
@@ -102,8 +103,10 @@ def load_source(config: ExportConfig) -> Source:
         if task == "classify" and str(described["architecture"]).startswith("convnextv2"):
             architecture = load_weights(file).architecture
     else:
-        weights, images = load_weights(file), load_backbone(config.source, device, size).images
+        weights = load_weights(file)
         architecture, task, names = weights.architecture, BACKBONE, ()
+        images = read_preprocessing(file) or default_preprocessing(architecture.in_chans)
+        images = replace(images, img_size=size or images.img_size)
         name, args = timm_variant(architecture)
         model = timm.create_model(name, num_classes=0, in_chans=architecture.in_chans, **args)
         model.load_state_dict(to_timm(encoder_part(weights.state)))
@@ -138,7 +141,7 @@ def _check_out(to: str, out: str) -> Path:
     else:
         path = check_out_folder(out)
         there = path.is_dir() and any(path.iterdir())
-        other = there and read_json(path / CONFIG_FILE).get("model_type") != "convnextv2"
+        other = there and "fcmae_version" not in read_json(path / CONFIG_FILE)
     if other:
         raise InputError(f"out {out!r} exists and is not such an export: give a new path")
     return path
@@ -151,6 +154,7 @@ def _out_folder(out: Path) -> Iterator[Path]:
     Raises:
         RunError: they could not be written.
     """
+    out = out.absolute()
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)

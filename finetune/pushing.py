@@ -1,5 +1,6 @@
 """`fcmae push`: a model and its card, on the Hugging Face Hub."""
 
+import json
 import re
 import shutil
 import tempfile
@@ -18,11 +19,10 @@ from fcmae.config.pretraining import PretrainConfig
 from fcmae.config.values import flatten
 from fcmae.data.file_list import FileList
 from fcmae.data.statistics import default_preprocessing
-from fcmae.train.checkpoint import STATE, list_checkpoints
 from fcmae.train.run_folder import read_lines
-from fcmae.train.run_paths import WHOLE_MODEL, RunPaths
+from fcmae.train.run_paths import WHOLE_MODEL
 from fcmae.weights.export import export_folder
-from fcmae.weights.hub import OFFICIAL_LICENSE, license_of
+from fcmae.weights.hub import HUB, OFFICIAL_LICENSE, license_of, run_of, start_of, state_of
 from fcmae.weights.load import find_weights, load_weights, read_preprocessing
 from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, first_line, read_json
 from finetune.config import FinetuneConfig
@@ -32,6 +32,15 @@ from sparse.errors import InputError, RunError
 
 MOST_SHOWN = 50
 """Names of outputs, and scores, in a card."""
+
+KINDS = {
+    "classify": "image-classification",
+    "multilabel": "image-classification",
+    "segment": "image-segmentation",
+    "detect": "object-detection",
+    "instances": "image-segmentation",
+}
+"""What the Hub calls a task, where it has a name for it."""
 
 PLACES = ("data", "out", "labels", "weights", "init_from")
 """Settings that name files of a machine."""
@@ -44,36 +53,51 @@ def push(config: PushConfig) -> str:
         InputError: wrong weights, name or licence; not logged in; or the repository exists.
         RunError: the Hub did not take it.
     """
-    from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import HfApi, ModelCard, get_token
+    from huggingface_hub import utils as hub_utils
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo):
-        raise InputError(f"repo {config.repo!r} must be USER/NAME: give your name on the Hub first")
+    check_name: Any = hub_utils.validate_repo_id  # type: ignore[attr-defined]
+    try:
+        check_name(config.repo)
+        named = config.repo.count("/") == 1
+    except HFValidationError:
+        named = False
+    if not named:
+        raise InputError(f"repo {config.repo!r} is no name on the Hub: use USER/NAME")
     file = find_weights(config.source)
     came_with = license_of(file)
-    if came_with == OFFICIAL_LICENSE != config.license:
+    if came_with not in (None, config.license):
+        where = "an official release" if came_with == OFFICIAL_LICENSE else "others"
         raise InputError(
-            f"license {config.license!r}: the weights started from an official release, which is "
-            f"{OFFICIAL_LICENSE} (no commercial use): use --license {OFFICIAL_LICENSE}"
+            f"license {config.license!r}: the weights started from those of {where}, which are "
+            f"{came_with}: use --license {came_with}"
         )
     if get_token() is None:
         raise InputError("not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         described = gather(file, folder, config.license)
+        text = card(config, file, described)
         with atomic_write(folder / "README.md") as path:
-            path.write_text(card(config, file, described), encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
         api = HfApi()
         try:
+            ModelCard(text).validate()
             private = not config.public
             place = api.create_repo(config.repo, private=private, exist_ok=config.update)
-            api.upload_folder(repo_id=config.repo, folder_path=folder, commit_message="fcmae push")
+            api.upload_folder(
+                repo_id=config.repo, folder_path=folder, commit_message="fcmae push",
+                delete_patterns="*",
+            )  # fmt: skip
         except HfHubHTTPError as error:
             if error.response.status_code == 409:
                 raise InputError(
                     f"repo {config.repo!r} exists: give another name, or --update true"
                 ) from error
             raise RunError(f"the Hub refused {config.repo!r}: {first_line(error)}") from error
+        except ValueError as error:  # of the card
+            raise InputError(f"the Hub refused the card: {' '.join(str(error).split())}") from error
         except Exception as error:  # of the client's HTTP library, which versions differ in
             raise RunError(f"the Hub could not be reached: {first_line(error)}") from error
     print(f"{place}: written; load it with --weights hf:{config.repo}")
@@ -86,6 +110,7 @@ def gather(file: Path, folder: Path, licence: str) -> dict[str, Any]:
     if own.get("architecture"):
         for part in (WEIGHTS_FILE, CONFIG_FILE):
             shutil.copyfile(file.with_name(part), folder / part)
+        _state_license(folder / CONFIG_FILE, licence)
         if (file.parent / WHOLE_MODEL).is_dir():
             shutil.copytree(file.parent / WHOLE_MODEL, folder / WHOLE_MODEL)
             own = read_json(folder / WHOLE_MODEL / CONFIG_FILE)
@@ -95,6 +120,13 @@ def gather(file: Path, folder: Path, licence: str) -> dict[str, Any]:
     images = read_preprocessing(file) or default_preprocessing(kind.in_chans)
     export_folder(encoder_part(weights.state), kind, folder, images, licence)
     return read_json(folder / CONFIG_FILE)
+
+
+def _state_license(file: Path, licence: str) -> None:
+    """Write the licence into a timm folder's config.json, where `license_of` finds it."""
+    values = read_json(file)
+    values["pretrained_cfg"] = {**values.get("pretrained_cfg", {}), "license": licence}
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def card(config: PushConfig, file: Path, described: Mapping[str, Any]) -> str:
@@ -109,7 +141,7 @@ def card(config: PushConfig, file: Path, described: Mapping[str, Any]) -> str:
 
     names, task = described.get("label_names", []), described.get("task", "classify")
     classifies, about = bool(names) and task == "classify", described["pretrained_cfg"]
-    kind = "image-classification" if classifies else "image-feature-extraction"
+    kind = KINDS.get(task) if names else "image-feature-extraction"
     front = ModelCardData(
         license=config.license, library_name="timm", pipeline_tag=kind, tags=["fcmae", "convnextv2"]
     )
@@ -130,22 +162,20 @@ def card(config: PushConfig, file: Path, described: Mapping[str, Any]) -> str:
 def _of_run(file: Path) -> dict[str, Any]:
     """What the run that weights are in says of them; little, if they are in none."""
     found: dict[str, Any] = {"start": "not recorded", "images": 0, "scores": [], "recipe": []}
-    folder = next((f for f in list(file.parents)[:4] if RunPaths(f).config.is_file()), None)
-    if folder is None:
+    paths = run_of(file)
+    if paths is None:
         return found
-    paths = RunPaths(folder)
     settings = flatten(read_yaml(paths.config))
-    start = settings.get("init_from") or settings.get("weights") or "none"
+    start = start_of(paths)
     trained = next(filter(Path.is_file, map(paths.images, ("train", "all"))), None)
-    newest = next(iter(list_checkpoints(paths.checkpoints)), paths.root)
     last = {key: value for line in read_lines(paths.metrics) for key, value in line.items()}
-    scores = read_json(newest / STATE).get("best") or {
+    scores = state_of(paths).get("best") or {
         key: value for key, value in last.items() if re.search("loss|probe", key)
     }
     kind = FinetuneConfig if "weights" in settings else PretrainConfig
     dull = {*PLACES, *runtime_keys(kind)}
     return {
-        "start": "random weights" if start == "none" else Path(start).name,
+        "start": _named(start),
         "images": len(FileList.load(trained)) if trained else 0,
         "scores": [
             (key, value)
@@ -158,3 +188,10 @@ def _of_run(file: Path) -> dict[str, Any]:
             if key.partition(".")[0] not in dull and value not in (None, "", [], "auto", "none")
         ],
     }
+
+
+def _named(start: str | None) -> str:
+    """What a run started from, without folders of a machine."""
+    if start is None:
+        return "random weights"
+    return start if start.startswith(HUB) else Path(start).name

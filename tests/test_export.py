@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,29 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.layers.mlp import GlobalResponseNormMlp
 from torch import Tensor, nn
 
 from fcmae.commands.export import ExportConfig
+from fcmae.data.evaluation import EvalDataset
+from fcmae.data.file_list import find_images
+from fcmae.data.labelled import Split
+from fcmae.data.sample import normalise
 from fcmae.data.statistics import Preprocessing
 from fcmae.weights.export import export_folder, timm_config
-from fcmae.weights.graphs import Exportable, read_description, write_onnx
+from fcmae.weights.graphs import Exportable, HalfPrecision, read_description, write_onnx
 from finetune.exporting import export
 from finetune.model import Start
 from finetune.tasks import TASKS
+from finetune.tasks.regress import InUnits
 from finetune.tasks.segment import Segment
 from finetune.tuned import STATE, TASK, load_tuned
 from sparse import SparseConvNeXtV2
 from sparse.errors import InputError
 from sparse.layouts import infer_architecture
 from tests.cli import run
+from tests.conftest import write_pictures
 from tests.test_segment import config_for
 
 onnx_reference = pytest.importorskip("onnx.reference")
@@ -140,8 +148,15 @@ def test_transformers_computes_what_the_source_does(
         assert model.config.id2label == {0: "a", 1: "b"}
     processor = transformers.AutoImageProcessor.from_pretrained(out)
     assert tuple(processor.image_mean) == HOW.mean
-    photo = np.random.default_rng(0).integers(0, 256, (150, 120, 3), np.uint8)
-    assert processor(photo, return_tensors="pt")["pixel_values"].shape == (1, 3, 96, 96)
+    file = write_pictures(tmp_path / "photo", 1, size=180) / "0000.png"
+    with Image.open(file) as photo:
+        found = processor(photo, return_tensors="pt")["pixel_values"][0]
+    dataset = EvalDataset(Split(find_images(str(file.parent))), replace(HOW, img_size=(96, 96)))
+    pixels = torch.from_numpy(dataset[0].image)[None]
+    wanted = normalise(pixels, HOW.mean, HOW.std, torch.device("cpu"))[0]
+    # It cuts at whole pixels of the resized image, and rounds to 8 bits before it normalises.
+    assert float((found - wanted).abs().mean()) < 0.05
+    assert float((found - wanted.flip(2)).abs().mean()) > 0.5
 
 
 class Naive(nn.Module):
@@ -187,6 +202,15 @@ def test_a_float16_file_is_close(folders: dict[str, Path], tmp_path: Path) -> No
     wanted = expected(folders["classify"], "classify", images)
     assert found.dtype == torch.float32
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 2e-2
+
+
+def test_large_numbers_survive_float16() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    scaled = InUnits(model, {"mean": [1e6, 30000.0], "std": [1.0, 0.5]}).eval()
+    images = torch.randn(3, 1, 2, 2)
+    with torch.no_grad():
+        error = (HalfPrecision(scaled)(images) - scaled(images)).abs() / scaled.std_K
+    assert error.max() < 0.1  # 1e6 in float32 is exact to 0.06
 
 
 @pytest.mark.parametrize(

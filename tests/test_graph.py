@@ -43,6 +43,7 @@ def batch_of(seed: int) -> tuple[torch.Tensor, torch.Tensor, Layout]:
 @pytest.fixture
 def replaying(monkeypatch: pytest.MonkeyPatch) -> FCMAE:
     monkeypatch.setattr("fcmae.model.fcmae.Graph", Recomputed)
+    monkeypatch.setattr("fcmae.model.fcmae.GRAPH_DEVICES", ("cpu",))
     torch.manual_seed(0)
     model = FCMAE.from_size("atto", depths=[1, 1, 1, 1], dims=[4, 8, 16, 32], engine="patch")
     model.cuda_graph = True
@@ -113,3 +114,19 @@ def test_another_precision_is_eager(replaying: FCMAE) -> None:
         coarse = replaying(images, mask, layout=layout).loss
     assert replaying._graph is not None
     assert coarse != replaying(images, mask).loss == replaying(images, mask, layout=layout).loss
+
+
+def test_moved_weights_are_eager(replaying: FCMAE) -> None:
+    images, mask, layout = batch_of(1)
+    replaying(images, mask, layout=layout)
+    assert replaying._graph_for(images, layout) is not None
+    replaying.double().float()
+    assert replaying._graph_for(images, layout) is None
+
+
+def test_a_backward_pass_that_is_too_late_is_refused(replaying: FCMAE) -> None:
+    images, mask, layout = batch_of(1)
+    early = replaying(images, mask, layout=layout).loss
+    replaying(images, mask, layout=layout).loss.backward()
+    with pytest.raises(RuntimeError, match="after another forward pass"):
+        early.backward()

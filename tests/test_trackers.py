@@ -156,8 +156,9 @@ def test_a_stopped_run_repeats_no_step_in_any_tracker(
     expected = dict(metrics(out))
     assert [*expected] == [*range(1, 13)]
     found = [(step, items["loss"]) for step, items in wandb_records(out) if "loss" in items]
-    # Its own process writes in blocks of 32 KiB: what it holds when both are killed is lost.
-    assert found == [*expected.items()][0 if how == signal.SIGTERM else 4 :]
+    # Its own process writes in blocks: what it holds when both are killed is lost.
+    assert found == [*expected.items()][-len(found) :]
+    assert len(found) == len(expected) or (how == signal.SIGKILL and len(found) >= 8)
     client, name = mlflow_client(out)
     history = client.get_metric_history(name, "loss")
     assert [(entry.step, entry.value) for entry in history] == [*expected.items()]

@@ -190,7 +190,7 @@ def _is_local(path: str) -> bool:
 
 
 def _absolute(path: str) -> str:
-    return os.path.abspath(path) if _is_local(path) else path
+    return path if re.search("://|^hf:", path) else os.path.abspath(path)
 
 
 @dataclass

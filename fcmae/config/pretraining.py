@@ -105,8 +105,8 @@ class PretrainConfig(TrainingConfig):
     Needs a C++ compiler and an engine other than minkowski."""
 
     cuda_graph: bool = runtime(True)
-    """On a GPU, launch the forward and the backward pass as one CUDA graph: the same numbers, and
-    faster steps where the host is slower than the GPU. Not with stochastic depth or compile."""
+    """On a single GPU, launch the forward and the backward pass as one CUDA graph: faster steps
+    where the host is slower than the GPU. Not with stochastic depth or compile."""
 
     picture_epochs: int = runtime(10, at_least=0)
     """Epochs between two evaluations on held-out images: reconstructions, their loss, and the

@@ -1,6 +1,7 @@
 """FCMAE (arXiv 2301.00808, section 3): mask, encode the visible patches, decode, compare."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from fcmae.model.mask import grid_of, random_masks
 from sparse import SparseConvNeXtV2
 from sparse.devices import to_device
 from sparse.engines.base import Layout
+
+GRAPH_DEVICES = ("cuda",)
+"""Where passes can be recorded."""
 
 
 @dataclass
@@ -60,7 +64,7 @@ class FCMAE(nn.Module):
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
         self.cuda_graph = False
-        self._graph: Graph | None = None
+        self._graph: tuple[Any, Graph] | None = None
 
     @classmethod
     def from_size(
@@ -111,9 +115,9 @@ class FCMAE(nn.Module):
             batch, _, height, width = images_BCHW.shape
             grid = grid_of((height, width), self.encoder.patch_size)
             mask = random_masks(batch, grid, self.mask_ratio, generator)
-        if layout is not None and self._fits_graph(images_BCHW, layout):
-            assert self._graph is not None
-            loss, pred = self._graph(images_BCHW, mask, layout.tables)
+        graph = None if layout is None else self._graph_for(images_BCHW, layout)
+        if graph is not None and layout is not None:
+            loss, pred = graph(images_BCHW, mask, layout.tables)
         else:
             hidden = to_device(mask, images_BCHW.device)
             loss, pred = self._reconstruct(images_BCHW, mask, hidden, layout)
@@ -126,13 +130,14 @@ class FCMAE(nn.Module):
         pred = self.decoder(self.encoder(images_BCHW, mask, layout), hidden)
         return reconstruction_loss(pred, images_BCHW, hidden, self.norm_pix_loss), pred
 
-    def _fits_graph(self, images_BCHW: Tensor, layout: Layout) -> bool:
-        """Whether this pass can be a replay. The first one that can be is recorded."""
-        if not (self.cuda_graph and torch.is_grad_enabled()):
-            return False
+    def _graph_for(self, images_BCHW: Tensor, layout: Layout) -> Graph | None:
+        """The graph of passes like this one, recorded at the first; None if it must be eager."""
         device, stages = images_BCHW.device, layout.stages
+        if not self.cuda_graph or device.type not in GRAPH_DEVICES or not torch.is_grad_enabled():
+            return None
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        key = images_BCHW.shape, images_BCHW.dtype, stages, autocast
+        weights = self.decoder.mask_token.data_ptr()  # another one if they were moved
+        key = images_BCHW.shape, images_BCHW.dtype, device, stages, autocast, weights
         if self._graph is None and all(stage.per_image for stage in stages):
 
             def run(images: Tensor, hidden: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,8 +145,6 @@ class FCMAE(nn.Module):
 
             batch, (_, h, w) = len(images_BCHW), stages[-1].shape
             hidden = torch.zeros(batch, h, w, dtype=torch.bool, device=device)
-            self._graph = Graph(
-                run, self.parameters(), [images_BCHW, hidden, to_device(layout.tables, device)]
-            )
-            self._graph_key = key
-        return self._graph is not None and self._graph_key == key
+            example = images_BCHW, hidden, to_device(layout.tables, device)
+            self._graph = key, Graph(run, self.parameters(), example)
+        return self._graph[1] if self._graph is not None and self._graph[0] == key else None

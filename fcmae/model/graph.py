@@ -32,10 +32,12 @@ class Graph:
     ) -> None:
         self._run, self._parameters = run, [*parameters]
         self._inputs = [tensor.clone() for tensor in inputs]
+        self.replays = 0
         self._record()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The results for other inputs; the second one is overwritten by the next call."""
+        self.replays += 1
         found: tuple[Tensor, Tensor] = _Replay.apply(self, inputs, *self._parameters)
         return found
 
@@ -66,19 +68,24 @@ class Graph:
             cache_enabled=False,
         ):  # fmt: skip
             loss, other = self._run(*self._inputs)
-        # `grad` does not call the hooks of DDP, as `backward` would.
-        return loss.detach(), other.detach(), [*torch.autograd.grad(loss, self._parameters)]
+        with torch.autocast(device, enabled=False):  # the loop's backward pass is outside it, too
+            gradients = [*torch.autograd.grad(loss, self._parameters)]
+        return loss.detach(), other.detach(), gradients
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graph: Graph, inputs: Sequence[Tensor], *_: Tensor) -> Any:
         loss, other, ctx.gradients = graph.replay(inputs)
+        ctx.graph, ctx.replay = graph, graph.replays
         ctx.mark_non_differentiable(other)
+        ctx.set_materialize_grads(False)
         return loss.clone(), other
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor, _: None) -> Any:
+        if ctx.replay != ctx.graph.replays:
+            raise RuntimeError("backward after another forward pass, which replaced its gradients")
         # New tensors: a parameter may keep them as its gradient.
         return None, None, *torch._foreach_mul(ctx.gradients, grad_loss)

@@ -90,9 +90,10 @@ class Pretraining(Task):
     def build_model(self) -> FCMAE:
         # A resumed run no longer needs its initial weights.
         config = replace(self.config, init_from=None) if self.resolved.start else self.config
-        device = self.resolved.world.device
-        model = build_model(config).to(device)
-        fits = device.type == "cuda" and not config.compile and not config.drop_path
+        world = self.resolved.world
+        model = build_model(config).to(world.device)
+        # DDP keeps nodes of autograd on the default stream, which a recording must not wait for.
+        fits = world.size == 1 and not config.compile and not config.drop_path
         model.cuda_graph = config.cuda_graph and fits
         return model
 

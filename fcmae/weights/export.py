@@ -1,6 +1,7 @@
 """The command `fcmae convert`: a pretrained checkpoint becomes a folder that timm loads."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from sparse.convert import CONV_MLP_WIDTHS, encoder_part, to_minkowski, to_timm
 from sparse.errors import InputError, RunError
 from sparse.layouts import Architecture
 from sparse.sizes import SIZES
+
+_log = logging.getLogger(__name__)
 
 
 def convert(config: ConvertConfig) -> Path:
@@ -44,7 +47,7 @@ def convert(config: ConvertConfig) -> Path:
             _check_out(out, kind)
             images = read_preprocessing(file) or default_preprocessing(kind.in_chans)
             state = encoder_part(weights.state)
-            export_folder(state, kind, out, images, license_of(file))
+            export_folder(state, kind, out, images, _licence(file))
         else:
             export_minkowski(weights.state, out)
     except OSError as error:
@@ -53,6 +56,15 @@ def convert(config: ConvertConfig) -> Path:
     if timm:
         print(f'load it with timm.create_model("local-dir:{out}", pretrained=True)')
     return out
+
+
+def _licence(file: Path) -> str | None:
+    """See `license_of`; None if it can't be found out."""
+    try:
+        return license_of(file)
+    except InputError as error:
+        _log.warning("the licence of the weights is not known: %s", error)
+        return None
 
 
 def export_folder(

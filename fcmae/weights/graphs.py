@@ -18,6 +18,7 @@ from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from fcmae.weights.read import first_line
 from sparse.errors import InputError
 from sparse.sizes import PATCH
 
@@ -53,7 +54,7 @@ class Exportable:
     description: Mapping[str, Any]
 
     def examples(self) -> Iterator[Tensor]:
-        """Images of two sizes, where there can be two, in batches of two."""
+        """Images of two sizes, where there can be two, in batches of one and three."""
         generator, (channels, height, width) = torch.Generator().manual_seed(0), self.shape
         sizes = {(height, width), (height + PATCH, 2 * PATCH) if self.any_size else (height, width)}
         for batch in (1, 3):
@@ -148,7 +149,16 @@ class HalfPrecision(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).half()
+        self.model = copy.deepcopy(model)
+        exact = [
+            (module, name, buffer)
+            for module in self.model.modules()
+            if getattr(module, "exact_buffers", False)
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+        self.model.half()
+        for module, name, buffer in exact:
+            setattr(module, name, buffer)
         for module in [*self.model.modules()]:
             for name, child in module.named_children():
                 if isinstance(child, GlobalResponseNorm):
@@ -175,11 +185,15 @@ def _traced(what: Exportable, model: nn.Module) -> ExportedProgram:
     if what.any_size:
         for place, name in ((2, "rows"), (3, "columns")):
             dims[place] = PATCH * Dim(name, min=SMALLEST)
-    channels, height, width = what.shape
-    # In a square, or a batch of one, sizes that are equal by chance would be taken for one.
-    example = torch.randn(2, channels, height + PATCH * what.any_size, width)
-    with _quiet(), torch.no_grad():
-        return torch.export.export(model, (example,), dynamic_shapes=(dims,))
+    channels, *sides = what.shape
+    # Sizes that are equal, or 1, would be treated as constants.
+    height, width = (3 * PATCH, 5 * PATCH) if what.any_size else sides
+    example = torch.randn(2, channels, height, width)
+    try:
+        with _quiet(), torch.no_grad():
+            return torch.export.export(model, (example,), dynamic_shapes=(dims,))
+    except Exception as error:  # whatever a model of timm does
+        raise InputError(f"this model can't be written as a graph: {first_line(error)}") from error
 
 
 @contextmanager

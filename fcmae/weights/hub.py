@@ -1,11 +1,13 @@
 """Weights on the Hugging Face Hub, and the licence that weights come with."""
 
+import os
 from pathlib import Path
+from typing import Any
 
-from fcmae.config.files import read_yaml
+from fcmae.train import checkpoint
 from fcmae.train.run_paths import RunPaths
 from fcmae.weights.read import CONFIG_FILE, first_line, read_json, read_state
-from sparse.errors import InputError, RunError
+from sparse.errors import InputError
 from sparse.layouts import OFFICIAL, detect_layout
 
 HUB = "hf:"
@@ -19,8 +21,7 @@ def download(source: str) -> Path:
     """Download the weights that `hf:USER/NAME` names, if they are not there yet; return the folder.
 
     Raises:
-        InputError: there are none, or they may not be read.
-        RunError: the Hub did not answer.
+        InputError: there are none, they may not be read, or the Hub does not answer.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -38,30 +39,54 @@ def download(source: str) -> Path:
             "`hf auth login`"
         ) from error
     except Exception as error:  # of the client's HTTP library, which versions differ in
-        raise RunError(f"weights {source!r} could not be read: {first_line(error)}") from error
+        raise InputError(f"weights {source!r} could not be read: {first_line(error)}") from error
+
+
+def run_of(file: Path) -> RunPaths | None:
+    """The run that weights belong to: its best or exported ones, or those of a checkpoint."""
+    for folder in list(file.parents)[1:3]:
+        paths = RunPaths(folder)
+        inside = file.is_relative_to(paths.checkpoints) or file.parent in (
+            paths.best,
+            paths.exported,
+        )
+        if inside and paths.checkpoints.is_dir() and paths.config.is_file():
+            return paths
+    return None
+
+
+def state_of(paths: RunPaths) -> dict[str, Any]:
+    """What the newest checkpoint of a run records; {} if there is none."""
+    newest = next(iter(checkpoint.list_checkpoints(paths.checkpoints)), None)
+    return {} if newest is None else read_json(newest / checkpoint.STATE)
+
+
+def start_of(paths: RunPaths) -> str | None:
+    """The weights that a run started from, an absolute path or `hf:USER/NAME`; None for none."""
+    asked = state_of(paths).get("asked", {})
+    start = asked.get("init_from") or asked.get("weights") or "none"
+    # A word among paths is stored as it is.
+    return None if os.path.basename(start) == "none" else str(start)
 
 
 def license_of(file: Path) -> str | None:
-    """The licence that weights come with, as far as is known: that of the official release that
-    they are, or that their run started from, directly or through other runs.
+    """The licence that weights come with: that of the official release that they are, or that their
+    run started from, directly or through other runs. None if they come with none.
 
     Args:
         file: of the weights; see `find_weights`.
+
+    Raises:
+        InputError: what their run started from does not exist any more, or can't be read.
     """
     from fcmae.weights.load import find_weights
 
     described = read_json(file.with_name(CONFIG_FILE)).get("pretrained_cfg", {})
     if known := described.get("license"):
         return str(known)
-    for folder in list(file.parents)[:4]:
-        config = RunPaths(folder).config
-        if config.is_file():
-            settings = read_yaml(config)
-            start = settings.get("init_from") or settings.get("weights") or "none"
-            try:
-                return None if start == "none" else license_of(find_weights(start))
-            except InputError:  # it is not there any more
-                return None
+    if (run := run_of(file)) is not None:
+        start = start_of(run)
+        return None if start is None else license_of(find_weights(start))
     try:
         official = detect_layout(read_state(file)[0]) is OFFICIAL
     except InputError:  # not a ConvNeXt V2

@@ -69,7 +69,6 @@ def find_weights(source: str | Path) -> Path:
 
     Raises:
         InputError: there are no readable weights.
-        RunError: the Hub did not answer.
     """
     path = download(str(source)) if str(source).startswith(HUB) else Path(source)
     run = RunPaths(path)

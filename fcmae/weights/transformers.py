@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fcmae import __version__
 from fcmae.data.statistics import Preprocessing
 from fcmae.weights.graphs import Exportable, difference
 from sparse.errors import InputError
@@ -54,7 +55,8 @@ def write_transformers(
     if not kind.use_grn or kind.layer_scale or kind.patch_size != 32:
         raise InputError(
             "to transformers: its ConvNeXt V2 has GRN, no layer scale and patches of 32 pixels; "
-            "this model has not: use --to onnx or pt2"
+            f"this one has use_grn {kind.use_grn}, layer_scale {kind.layer_scale} and patch_size "
+            f"{kind.patch_size}: use --to onnx or pt2"
         )
     if images.img_size[0] != images.img_size[1]:
         size = max(images.img_size)
@@ -64,7 +66,7 @@ def write_transformers(
         )
     try:
         from transformers import (
-            ConvNextImageProcessor,
+            CLIPImageProcessor,
             ConvNextV2Config,
             ConvNextV2ForImageClassification,
             ConvNextV2Model,
@@ -81,16 +83,20 @@ def write_transformers(
         layer_norm_eps=LAYER_NORM_EPS, image_size=images.img_size[0],
         id2label=dict(enumerate(names)), label2id={name: n for n, name in enumerate(names)},
     )  # fmt: skip
+    config.fcmae_version = __version__  # by which an earlier export is recognised
     model_class: Any = ConvNextV2ForImageClassification if names else ConvNextV2Model
     model = model_class(config)
     own = renamed(what.model.state_dict(), "convnextv2." if names else "")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     model.load_state_dict({name: tensor.view(shapes[name]) for name, tensor in own.items()})
     model.save_pretrained(out)
-    ConvNextImageProcessor(
-        size={"shortest_edge": images.img_size[0]}, crop_pct=images.crop_pct,
-        resample=RESAMPLING[images.interpolation], image_mean=[*images.mean],
-        image_std=[*images.std],
+    side = images.img_size[0]
+    # It resizes and crops as evaluation does; ConvNeXt's own warps images from 384 pixels on.
+    CLIPImageProcessor(
+        size={"shortest_edge": round(side / images.crop_pct)},
+        crop_size={"height": side, "width": side}, resample=RESAMPLING[images.interpolation],
+        image_mean=[*images.mean], image_std=[*images.std],
+        do_convert_rgb=kind.in_chans == 3,
     ).save_pretrained(out)  # fmt: skip
     loaded = model_class.from_pretrained(out).eval()
     return difference(

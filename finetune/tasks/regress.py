@@ -229,6 +229,9 @@ class InUnits(nn.Module):
         state: of `Regress`.
     """
 
+    exact_buffers = True
+    """These stay float32 in an export in float16, whose numbers end at 65,504."""
+
     mean_K: Tensor
     std_K: Tensor
 
@@ -239,7 +242,7 @@ class InUnits(nn.Module):
             self.register_buffer(f"{name}_K", torch.tensor(state[name], dtype=torch.float32))
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        out: Tensor = self.model(images_BCHW) * self.std_K + self.mean_K
+        out: Tensor = self.model(images_BCHW).float() * self.std_K + self.mean_K
         return out
 
 

@@ -1,6 +1,8 @@
 """MLflow."""
 
 import os
+import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +34,9 @@ class MLflow:
     def __init__(self, paths: RunPaths, _first_step: int, settings: Mapping[str, Any]) -> None:
         os.environ.setdefault(FILE_STORE, "true")
         from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
 
+        self._metric = Metric
         folder = (paths.root.absolute() / "mlruns").as_uri()
         client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", folder))
         self._client: Any = client
@@ -42,22 +46,28 @@ class MLflow:
             known = client.get_experiment_by_name(name)
             experiment = known.experiment_id if known else client.create_experiment(name)
             run = client.create_run(experiment, run_name=paths.root.absolute().name).info.run_id
-            for key, value in settings.items():
-                client.log_param(run, key, value)
+            params = [Param(_allowed(key), str(value)) for key, value in settings.items()]
+            client.log_batch(run, params=params)
             return str(run)
 
         self._run = remembered(paths, "mlflow", begin)
         client.update_run(self._run, "RUNNING")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        for name, value in metrics.items():
-            self._client.log_metric(self._run, name, value, step=step)
+        now = int(1000 * time.time())
+        entries = [self._metric(_allowed(k), v, now, step) for k, v in metrics.items()]
+        self._client.log_batch(self._run, metrics=entries)
 
     def image(self, name: str, image_HWC: np.ndarray, step: int) -> None:
-        self._client.log_image(self._run, image_HWC, key=name, step=step)
+        self._client.log_image(self._run, image_HWC, key=_allowed(name), step=step)
 
     def flush(self) -> None:
         """It writes each record at once."""
 
     def finish(self) -> None:
         self._client.set_terminated(self._run)
+
+
+def _allowed(name: str) -> str:
+    """A name without characters that MLflow refuses."""
+    return re.sub(r"[^\w/.\- :]", "_", name, flags=re.ASCII)
