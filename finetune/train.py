@@ -29,6 +29,7 @@ from fcmae.train.run_folder import RunFolder
 from fcmae.train.script import train
 from fcmae.train.task import Images, Interrupted, Task
 from fcmae.weights.export import timm_config
+from fcmae.weights.hub import known_license
 from finetune.augment import TrainDataset, recolouring
 from finetune.blocks import speed_up
 from finetune.config import FinetuneConfig
@@ -194,7 +195,7 @@ class Finetuning(Task):
         model: Any = self.model
         self._timm_config = timm_config(
             self._origin.name, self._args, model.num_features, self._how, model.pretrained_cfg,
-            self.kind.names,
+            self.kind.names, known_license(config.weights),
         )  # fmt: skip
         self.ema = None if config.ema_decay is None else make_ema(model, config.ema_decay)
         set_training(model)

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -180,7 +181,8 @@ def test_an_official_release_keeps_its_licence(hub: Hub, pictures: Path, tmp_pat
         "--workers", "0",
     )  # fmt: skip
     folder = convert(ConvertConfig(str(release), out=str(tmp_path / "folder")))
-    for source in (release, out, folder):
+    alone = shutil.copytree(out / "exported", tmp_path / "alone")
+    for source in (release, out, folder, alone):
         assert license_of(find_weights(source)) == "cc-by-nc-4.0"
         said = run("push", source, "me/x", "--license", "mit", code=2).stderr
         assert "use --license cc-by-nc-4.0" in said

@@ -27,6 +27,7 @@ from fcmae.train.run_folder import RunFolder
 from fcmae.train.script import train
 from fcmae.train.task import Images, Task
 from fcmae.weights.export import export_folder
+from fcmae.weights.hub import known_license
 from fcmae.weights.load import init_encoder
 from sparse import SparseConvNeXtV2
 from sparse.encoder import init_fan_in
@@ -151,7 +152,8 @@ class Pretraining(Task):
 
     def export(self, folder: RunFolder) -> None:
         out, state = folder.paths.exported, self.model.encoder.state_dict()
-        export_folder(state, infer_architecture(state), out, self.resolved.images)
+        licence = known_license(self.config.init_from)
+        export_folder(state, infer_architecture(state), out, self.resolved.images, licence)
         _log.info("the model for timm is in %s", out)
 
 

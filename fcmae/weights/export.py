@@ -1,7 +1,6 @@
 """The command `fcmae convert`: a pretrained checkpoint becomes a folder that timm loads."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,13 @@ from fcmae.atomic import atomic_write, check_out_file, check_out_folder
 from fcmae.commands.convert import ConvertConfig
 from fcmae.data.statistics import Preprocessing, default_preprocessing
 from fcmae.train.checkpoint import save_tensors
-from fcmae.weights.hub import license_of
+from fcmae.weights.hub import known_license
 from fcmae.weights.load import find_weights, load_weights, read_preprocessing
 from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, read_json
 from sparse.convert import CONV_MLP_WIDTHS, encoder_part, to_minkowski, to_timm
 from sparse.errors import InputError, RunError
 from sparse.layouts import Architecture
 from sparse.sizes import SIZES
-
-_log = logging.getLogger(__name__)
 
 
 def convert(config: ConvertConfig) -> Path:
@@ -47,7 +44,7 @@ def convert(config: ConvertConfig) -> Path:
             _check_out(out, kind)
             images = read_preprocessing(file) or default_preprocessing(kind.in_chans)
             state = encoder_part(weights.state)
-            export_folder(state, kind, out, images, _licence(file))
+            export_folder(state, kind, out, images, known_license(str(file)))
         else:
             export_minkowski(weights.state, out)
     except OSError as error:
@@ -56,15 +53,6 @@ def convert(config: ConvertConfig) -> Path:
     if timm:
         print(f'load it with timm.create_model("local-dir:{out}", pretrained=True)')
     return out
-
-
-def _licence(file: Path) -> str | None:
-    """See `license_of`; None if it can't be found out."""
-    try:
-        return license_of(file)
-    except InputError as error:
-        _log.warning("the licence of the weights is not known: %s", error)
-        return None
 
 
 def export_folder(
@@ -97,9 +85,7 @@ def export_folder(
         raise InputError(f"{both} must have one number for each of the {channels} input channels")
     name, model_args = timm_variant(architecture)
     layers = {"classifier": "head.fc", "first_conv": "stem.0"}
-    config = timm_config(name, model_args, architecture.dims[3], images, layers)
-    if licence is not None:
-        config["pretrained_cfg"]["license"] = licence
+    config = timm_config(name, model_args, architecture.dims[3], images, layers, licence=licence)
     return write_timm_folder(to_timm(encoder_state), config, Path(out_dir))
 
 
@@ -143,6 +129,7 @@ def timm_config(
     images: Preprocessing,
     layers: Mapping[str, Any],
     label_names: Sequence[str] = (),
+    licence: str | None = None,
 ) -> dict[str, Any]:
     """Return the config.json of a timm folder, with or without a classifier.
 
@@ -153,6 +140,7 @@ def timm_config(
         images: how images are prepared.
         layers: names of the `classifier` and of the `first_conv`, as timm's own configs give them.
         label_names: the classes in the order of the classifier's outputs; empty without one.
+        licence: that the weights come with, if any.
     """
     channels = len(images.mean)
     config = {
@@ -171,6 +159,7 @@ def timm_config(
             "std": list(images.std),
             "num_classes": len(label_names),
             "classifier": layers["classifier"],
+            **({"license": licence} if licence else {}),
             # Early timm 1.0 assumes that a named first layer has 3 channels, and would replace ours
             # by random numbers; without the name it loads the layer unchanged.
             **({"first_conv": layers.get("first_conv")} if channels == 3 else {}),

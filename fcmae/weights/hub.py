@@ -1,5 +1,6 @@
 """Weights on the Hugging Face Hub, and the licence that weights come with."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ HUB = "hf:"
 
 OFFICIAL_LICENSE = "cc-by-nc-4.0"
 """Of the official releases."""
+
+_log = logging.getLogger(__name__)
 
 
 def download(source: str) -> Path:
@@ -92,3 +95,17 @@ def license_of(file: Path) -> str | None:
     except InputError:  # not a ConvNeXt V2
         return None
     return OFFICIAL_LICENSE if official else None
+
+
+def known_license(source: str | None) -> str | None:
+    """`license_of` for weights as a setting names them; None, with a warning, if it can't be found
+    out."""
+    from fcmae.weights.load import find_weights
+
+    if source in (None, "none"):
+        return None
+    try:
+        return license_of(find_weights(str(source)))
+    except InputError as error:
+        _log.warning("the licence of %s is not known: %s", source, error)
+        return None
