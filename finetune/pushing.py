@@ -78,7 +78,7 @@ def push(config: PushConfig) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         described = gather(file, folder, config.license)
-        text = card(config, file, described)
+        text = card(config, file, described, official=came_with == OFFICIAL_LICENSE)
         with atomic_write(folder / "README.md") as path:
             path.write_text(text, encoding="utf-8")
         api = HfApi()
@@ -129,13 +129,14 @@ def _state_license(file: Path, licence: str) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def card(config: PushConfig, file: Path, described: Mapping[str, Any]) -> str:
+def card(config: PushConfig, file: Path, described: Mapping[str, Any], official: bool) -> str:
     """The text of a model card.
 
     Args:
         config: of the command.
         file: the weights.
         described: config.json of the whole model.
+        official: whether the licence is that of an official release.
     """
     from huggingface_hub import ModelCardData
 
@@ -151,7 +152,7 @@ def card(config: PushConfig, file: Path, described: Mapping[str, Any]) -> str:
         "architecture": described["architecture"], "version": __version__, "names": names,
         "task": task, "classifies": classifies, "most": MOST_SHOWN, "channels": channels,
         "height": height, "width": width, "mean": about["mean"], "std": about["std"],
-        "license": config.license, "official": license_of(file) == OFFICIAL_LICENSE,
+        "license": config.license, "official": official,
         "data_source": config.data_source, **_of_run(file),
     }  # fmt: skip
     loader = PackageLoader("finetune")

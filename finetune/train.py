@@ -193,9 +193,10 @@ class Finetuning(Task):
         crop_pct, interpolation = config.augment.crop_pct, config.augment.interpolation
         self._how = replace(resolved.images, crop_pct=crop_pct, interpolation=interpolation)
         model: Any = self.model
+        licence = known_license(config.weights) if world.is_main else None  # who writes it
         self._timm_config = timm_config(
             self._origin.name, self._args, model.num_features, self._how, model.pretrained_cfg,
-            self.kind.names, known_license(config.weights),
+            self.kind.names, licence,
         )  # fmt: skip
         self.ema = None if config.ema_decay is None else make_ema(model, config.ema_decay)
         set_training(model)

@@ -24,6 +24,8 @@ RUNTIME = "Runtime: does not change the result"
 """Last group of `--help`; nested configs come between the first three and this one."""
 
 IMAGES = "a folder of images or a text file of paths"
+ELSEWHERE = "://|^hf:"
+"""Pattern of paths that are not on this machine."""
 WEIGHTS = "a run, a folder of weights, a weight file or hf:USER/NAME"
 
 
@@ -186,11 +188,11 @@ def check_paths(config: Any) -> None:
 
 def _is_local(path: str) -> bool:
     """Whether it names a file or a folder of this machine, and no pattern."""
-    return not re.search("://|^hf:|{", path)
+    return not re.search(f"{ELSEWHERE}|{{", path)
 
 
 def _absolute(path: str) -> str:
-    return path if re.search("://|^hf:", path) else os.path.abspath(path)
+    return path if re.search(ELSEWHERE, path) else os.path.abspath(path)
 
 
 @dataclass

@@ -115,8 +115,7 @@ class FCMAE(nn.Module):
             batch, _, height, width = images_BCHW.shape
             grid = grid_of((height, width), self.encoder.patch_size)
             mask = random_masks(batch, grid, self.mask_ratio, generator)
-        graph = None if layout is None else self._graph_for(images_BCHW, layout)
-        if graph is not None and layout is not None:
+        if layout is not None and (graph := self._graph_for(images_BCHW, layout)) is not None:
             loss, pred = graph(images_BCHW, mask, layout.tables)
         else:
             hidden = to_device(mask, images_BCHW.device)

@@ -86,9 +86,10 @@ def write_onnx(what: Exportable, path: Path, opset: int, half: bool) -> float:
     if size >= ONNX_BYTES:
         hint = "--to pt2" if half else "--half true or --to pt2"
         raise InputError(f"to onnx: {size / 1e9:.1f} GB of weights, and a file holds 2: use {hint}")
-    with _quiet():
+    traced = _traced(what, model)
+    with _exporting():
         program = torch.onnx.export(
-            _traced(what, model), dynamo=True, opset_version=opset, input_names=[INPUT],
+            traced, dynamo=True, opset_version=opset, input_names=[INPUT],
             output_names=[what.output], verbose=False,
         )  # fmt: skip
     assert program is not None
@@ -189,11 +190,23 @@ def _traced(what: Exportable, model: nn.Module) -> ExportedProgram:
     # Sizes that are equal, or 1, would be treated as constants.
     height, width = (3 * PATCH, 5 * PATCH) if what.any_size else sides
     example = torch.randn(2, channels, height, width)
-    try:
-        with _quiet(), torch.no_grad():
-            return torch.export.export(model, (example,), dynamic_shapes=(dims,))
-    except Exception as error:  # whatever a model of timm does
-        raise InputError(f"this model can't be written as a graph: {first_line(error)}") from error
+    with _exporting(), torch.no_grad():
+        return torch.export.export(model, (example,), dynamic_shapes=(dims,))
+
+
+@contextmanager
+def _exporting() -> Iterator[None]:
+    """Run an exporter quietly, and report in one line what it can't express.
+
+    Raises:
+        InputError: it failed.
+    """
+    with _quiet():
+        try:
+            yield
+        except Exception as error:  # whatever a model of timm does
+            why = first_line(error)
+            raise InputError(f"this model can't be written as a graph: {why}") from error
 
 
 @contextmanager

@@ -49,10 +49,8 @@ def run_of(file: Path) -> RunPaths | None:
     """The run that weights belong to: its best or exported ones, or those of a checkpoint."""
     for folder in list(file.parents)[1:3]:
         paths = RunPaths(folder)
-        inside = file.is_relative_to(paths.checkpoints) or file.parent in (
-            paths.best,
-            paths.exported,
-        )
+        at_end = file.parent in (paths.best, paths.exported)
+        inside = at_end or file.is_relative_to(paths.checkpoints)
         if inside and paths.checkpoints.is_dir() and paths.config.is_file():
             return paths
     return None
@@ -84,12 +82,14 @@ def license_of(file: Path) -> str | None:
     """
     from fcmae.weights.load import find_weights
 
-    described = read_json(file.with_name(CONFIG_FILE)).get("pretrained_cfg", {})
-    if known := described.get("license"):
+    described = read_json(file.with_name(CONFIG_FILE))
+    if known := described.get("pretrained_cfg", {}).get("license"):
         return str(known)
     if (run := run_of(file)) is not None:
         start = start_of(run)
         return None if start is None else license_of(find_weights(start))
+    if "architecture" in described:  # a folder of timm; the releases are single files
+        return None
     try:
         official = detect_layout(read_state(file)[0]) is OFFICIAL
     except InputError:  # not a ConvNeXt V2
