@@ -76,6 +76,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PEAK_SIDE = 8192
 """Side of the square matrices whose product in bfloat16 counts as the card's peak."""
 
+SECONDS = 2.0
+"""For which a step is repeated: thousands of images take one or more."""
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -290,7 +293,10 @@ def check_resume(part: Part, folder: Path) -> dict[str, float]:
 
 
 def seconds_of(part: Part, step: Callable[[], object]) -> float:
-    return time_in_turns({"": step}, part.repeats, part.device)[""]
+    """Median over as many repeats as fit into `SECONDS`, at least three."""
+    first = time_in_turns({"": step}, 1, part.device)[""]
+    repeats = min(part.repeats, max(3, int(SECONDS / first)))
+    return time_in_turns({"": step}, repeats, part.device)[""]
 
 
 def encoder_step(
@@ -338,6 +344,7 @@ def measure(part: Part, until: float) -> list[dict[str, Any]]:
             flops = 2 * PASSES * macs(model, (part.side, part.side))
             for kind in kinds:
                 if time.perf_counter() > until:
+                    print("no time for the rest of the table", flush=True)
                     return rows
                 step = encoder_step(part, model, kind, compiled, count)
                 rate = count / seconds_of(part, step)
@@ -348,6 +355,7 @@ def measure(part: Part, until: float) -> list[dict[str, Any]]:
                     "images_per_s": rate, "tflops": done / 1e12, "peak_share": done / peak,
                     "peak_mb": gpu_peak(step, part.device) if on_gpu else None,
                 })  # fmt: skip
+                print("row", json.dumps(rows[-1]), flush=True)
     return rows
 
 

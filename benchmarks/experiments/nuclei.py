@@ -52,6 +52,7 @@ def main() -> int:
     parser = arguments(__doc__ or "", "nuclei", img_size=128, epochs=600, side=256)
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=["masks", "numbers"])
     parser.add_argument("--shares", type=int, nargs="+", choices=SHARES, default=SHARES)
+    parser.add_argument("--longest", type=int, help="epochs of fine-tuning; longer is not tried")
     options = parser.parse_args()
     study = Study(options)
     data = cut(options.data, study.out / "cut", options.side)
@@ -64,7 +65,9 @@ def main() -> int:
         for name in options.questions:
             place = counts if name == "numbers" else masks
             questions[name, share] = QUESTIONS[name], place
-    found = both_sides(study, questions, dict(zip(SIDES, (pretrained, None), strict=True)), size)
+    found = both_sides(
+        study, questions, dict(zip(SIDES, (pretrained, None), strict=True)), size, options.longest
+    )
     print_table(found, questions)
     return 0
 

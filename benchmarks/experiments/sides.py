@@ -49,6 +49,7 @@ def both_sides(
     questions: Mapping[Name, tuple[Question, Path]],
     sides: Mapping[str, Callable[[], Path] | None],
     common: list[object],
+    longest: int | None = None,
 ) -> dict[tuple[Name, str], dict[str, Any]]:
     """The settings and scores of each side for each question.
 
@@ -57,9 +58,10 @@ def both_sides(
         questions: with the data that each is about.
         sides: a function that gives the weights of each, when they are needed; None for none.
         common: options of all runs.
+        longest: no longer runs are tried, in epochs; None for all lengths.
     """
     cells = {
-        (name, side): partial(_side, study, name, *questions[name], side, weights, common)
+        (name, side): partial(_side, study, name, *questions[name], side, weights, common, longest)
         for name in questions
         for side, weights in sides.items()
     }
@@ -118,6 +120,7 @@ def _side(
     side: str,
     weights: Callable[[], Path] | None,
     common: list[object],
+    longest: int | None,
 ) -> dict[str, Any]:
     """Search, then repeat the best with all seeds; return its settings and scores."""
     start = weights() if weights else "none"
@@ -134,7 +137,8 @@ def _side(
         )
         return found
 
-    rate, epochs, _ = tune(study, asked.rates, asked.epochs[name[1]], tried)
+    lengths = [epochs for epochs in asked.epochs[name[1]] if longest is None or epochs <= longest]
+    rate, epochs, _ = tune(study, asked.rates, lengths, tried)
     seeds = study.together({seed: partial(tried, rate, epochs, seed) for seed in SEEDS})
     scores = {split: [found[split] for found in seeds.values()] for split in ("val", "test")}
     return {"rate": rate, "epochs": epochs, **scores}
