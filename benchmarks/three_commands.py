@@ -30,8 +30,9 @@ MASKS = [
 BOXES = [
     "pretrain {data}/JPEGImages --img_size 128 --epochs 80 --augment.vflip true "
     "--augment.crop_scale [0.08,0.6] --out {out}/smears",
-    "finetune {data} --weights {out}/smears --img_size 256 --epochs 10 --batch_size 8 "
-    "--val_epochs 5 --augment.short_side 240 --augment.vflip true --out {out}/boxes",
+    "finetune {data} --weights {out}/smears --img_size 256 --epochs 10 --batch_size 16 "
+    "--optim.base_lr 0.032 --val_epochs 5 --augment.short_side 240 --augment.vflip true "
+    "--out {out}/boxes",
     "predict {out}/boxes --images {out}/test.txt --out {out}/found.json --overlay {out}/drawn",
 ]
 

@@ -21,7 +21,7 @@ from fcmae.inspect.benchmark import bench
 from fcmae.inspect.diagnosis import doctor
 from fcmae.inspect.memory import Live, forecast
 from fcmae.inspect.parity import parity
-from fcmae.inspect.reconstructing import COLUMNS, grid, reconstruct, reconstruct_batch
+from fcmae.inspect.reconstructing import MEANS, grid, reconstruct, reconstruct_batch
 from fcmae.inspect.steps import WHOLE, example, macs, peak_memory, visible_share
 from fcmae.train.pretraining import pretrain
 from finetune.config import FinetuneConfig
@@ -55,8 +55,9 @@ def test_reconstruct_draws_a_row_per_image(run, pictures, tmp_path):
     masked = pixels[18:114, 100:196]
     hidden = (masked == 128).all(2) | (masked == 127).all(2)
     assert hidden.sum() == 6 * 32 * 32  # 3 of 9 patches are visible
-    original, pasted = pixels[18:114, :96], pixels[18:114, 300:396]
-    assert np.array_equal(original[~hidden], pasted[~hidden])
+    original, means, drawn = pixels[18:114, :96], pixels[18:114, 200:296], pixels[18:114, 300:396]
+    for column in (means, drawn):
+        assert np.array_equal(original[~hidden], column[~hidden])
     again = tmp_path / "again.png"
     reconstruct(ReconstructConfig(str(run), str(pictures), str(again), count=3))
     assert again.read_bytes() == out.read_bytes()
@@ -94,7 +95,9 @@ def test_dim_and_wide_images_are_stretched(low, high):
         model, images, mask, Preprocessing((64, 64), (0.0,) * 3, (1.0,) * 3)
     )
     unit = (images - low) / (high - low)
-    torch.testing.assert_close(columns[0], ((unit - 0.01) / 0.98).clamp(0, 1), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        columns["original"], ((unit - 0.01) / 0.98).clamp(0, 1), rtol=0, atol=1e-3
+    )
 
 
 def test_a_perfect_prediction_is_the_image(monkeypatch):
@@ -117,13 +120,15 @@ def test_a_perfect_prediction_is_the_image(monkeypatch):
     columns, loss = reconstruct_batch(
         model, normalised, mask, Preprocessing((64, 64), tuple(mean), tuple(std))
     )
-    assert len(columns) == len(COLUMNS)
+    assert list(columns) == ["original", "masked", MEANS, "reconstruction"]
     assert loss == pytest.approx(0, abs=1e-6)
-    original, masked, reconstruction, pasted = columns
-    for column in (original, pasted):
+    original, masked, means, reconstruction = columns.values()
+    for column in (original, reconstruction):
         torch.testing.assert_close(column, images)
-    torch.testing.assert_close(reconstruction[:, :, :32, :32], images[:, :, :32, :32])
-    assert (reconstruction[:, :, :32, 32:] == 0.5).all()
+    # One mean for all channels of a normalised patch.
+    middle = normalised[:, :, :32, :32].mean(dim=(1, 2, 3)).view(2, 1, 1, 1) * scale + shift
+    torch.testing.assert_close(means[:, :, :32, :32], middle.clamp(0, 1).expand(2, 3, 32, 32))
+    torch.testing.assert_close(means[:, :, :32, 32:], images[:, :, :32, 32:])
     assert (masked[:, :, :32, :32] == 0.5).all()
     assert torch.equal(masked[:, :, :32, 32:], original[:, :, :32, 32:])
 
@@ -131,8 +136,31 @@ def test_a_perfect_prediction_is_the_image(monkeypatch):
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_any_number_of_channels_is_shown(channels):
     """Columns of 64 pixels are drawn twice as large to fit their headings."""
-    assert grid([torch.rand(2, channels, 32, 64)] * 4).shape == (18 + 2 * 68 - 4, 4 * 132 - 4, 3)
-    assert grid([torch.rand(1, channels, 64, 96)] * 4).shape == (18 + 64, 4 * 100 - 4, 3)
+
+    def columns(images):
+        return dict.fromkeys("abcd", images)
+
+    assert grid(columns(torch.rand(2, channels, 32, 64))).shape == (18 + 2 * 68 - 4, 4 * 132 - 4, 3)
+    assert grid(columns(torch.rand(1, channels, 64, 96))).shape == (18 + 64, 4 * 100 - 4, 3)
+
+
+def test_grey_images_stay_grey_and_plain_pixels_need_no_means():
+    """With ImageNet's mean and deviation a patch's one mean would be orange."""
+    grey = torch.rand(1, 1, 64, 64).expand(1, 3, 64, 64)
+    both = torch.cat([grey, torch.rand(1, 3, 64, 64)])
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    how = Preprocessing((64, 64), mean, std)
+    images = (both - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    mask = torch.tensor([[[True, False], [False, True]]] * 2)
+    model = FCMAE.from_size("atto", depths=[1, 1, 1, 1], engine="dense", decoder_dim=8)
+    columns, _ = reconstruct_batch(model, images, mask, how)
+    for column in columns.values():
+        spread = column.amax(1) - column.amin(1)
+        assert spread[0].max() < 1e-6
+        assert spread[1].max() > 0.05
+    model.norm_pix_loss = False
+    columns, _ = reconstruct_batch(model, images, mask, how)
+    assert list(columns) == ["original", "masked", "reconstruction"]
 
 
 def test_doctor_finds_that_the_engines_agree_and_what_fits(capsys):

@@ -7,7 +7,7 @@ from fcmae.config.fields import DeviceConfig, setting
 
 @dataclass
 class ReconstructConfig(DeviceConfig):
-    """Draw original, masked, reconstructed and pasted images side by side."""
+    """Draw original, masked and reconstructed images side by side, with the mean of each patch."""
 
     run: str = setting(path="the folder of a run", positional=True)
     """Run folder of a pretraining run."""

@@ -233,7 +233,7 @@ def _reconstructions(runs: list[RunData]) -> list[Figure]:
     for run in runs:
         drawn = run.reconstructions()
         for step, image in dict(drawn[-1:] + drawn[:1]).items():
-            what = f"original, masked, reconstructed and pasted images of {run.name}"
+            what = f"original, masked and reconstructed images of {run.name}"
             title = f"{run.name}, after step {step}"
             found.append(_figure(title, f"{what} after step {step}", _jpeg(image)))
     return found
