@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := samples,segment,detect,export,wandb,mlflow,dev
+EXTRAS := samples,segment,detect,export,wandb,mlflow,docs,dev
 DEMO_DIR ?= demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test slow faults lint bench gpu clean
+.PHONY: help setup demo test slow faults lint docs bench gpu clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -32,6 +32,9 @@ lint: setup ## ruff's rules and format, and mypy's types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: setup ## build the documentation site into docs/_build/html; warnings are errors
+	$(BIN)/python -m sphinx -q -W --keep-going -d docs/_build/doctrees docs docs/_build/html
+
 bench: setup ## time the engines side by side; ARGS="--json" is passed on
 	$(BIN)/fcmae bench $(ARGS)
 
@@ -39,7 +42,7 @@ gpu: setup ## check and measure everything on a GPU, at most 8 minutes; ARGS=--t
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean: ## remove .venv, caches and the demo's folder
-	rm -rf $(VENV) $(DEMO_DIR) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_DIR) build docs/_build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -31,12 +31,17 @@ _HOMES = {
 
 
 def _check_sparse() -> None:
-    """Raise ImportError if Python finds PyData's package `sparse` instead of ours."""
+    """Raise ImportError if Python finds PyData's package `sparse` instead of ours.
+
+    It may come first on the path, or, installed after ours, have overwritten a file in its folder.
+    """
     spec = importlib.util.find_spec("sparse")
+    found = Path(str(spec and spec.origin))
     ours = Path(__file__).parent.parent / "sparse" / "__init__.py"
-    if Path(str(spec and spec.origin)).resolve() != ours.resolve():
-        rule = "pip uninstall sparse and reinstall fcmae, or use a fresh virtual environment"
-        raise ImportError(f"'sparse' is {spec and spec.origin}, not fcmae's own: {rule}")
+    if found.resolve() == ours.resolve() and "SparseConvNeXtV2" in ours.read_text("utf-8"):
+        return
+    rule = "pip uninstall sparse and reinstall fcmae, or use a fresh virtual environment"
+    raise ImportError(f"'sparse' is {found}, not fcmae's own: {rule}")
 
 
 def __getattr__(name: str) -> Any:

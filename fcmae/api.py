@@ -53,7 +53,7 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """A dict for each logged step, with `step`: `pandas.DataFrame(run.metrics)`."""
+        """A dict for each logged step, as `pandas.DataFrame(run.metrics)` takes it."""
         from fcmae.train.run_folder import read_lines
 
         return read_lines(RunPaths(self.path).metrics)

@@ -15,6 +15,7 @@ from fcmae.train.checkpoint import first_difference
 from fcmae.weights.export import timm_variant
 from fcmae.weights.load import find_weights, load_weights, read_preprocessing
 from fcmae.weights.read import CONFIG_FILE, first_line, read_json, read_state
+from finetune import roadmap  # noqa: F401  # timm then knows its models
 from sparse.convert import encoder_part, to_timm
 from sparse.encoder import init_fan_in
 from sparse.errors import InputError

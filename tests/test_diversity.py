@@ -21,6 +21,7 @@ from fcmae.data.evaluation import EvalDataset, each_batch, held_out_masks
 from fcmae.data.file_list import find_images
 from fcmae.data.labelled import Split
 from fcmae.data.sources import key_hash
+from fcmae.inspect.channel_maps import SHOWN, channel_maps, find_block
 from fcmae.inspect.diversity import block_diversity, channel_diversity, diversity
 from fcmae.inspect.watch import HoldoutWatcher
 from sparse import SparseConvNeXtV2
@@ -286,3 +287,33 @@ def test_no_image_of_the_folder_is_overwritten(sources: list[str], pictures: Pat
     for image in pictures.iterdir():
         with pytest.raises(InputError, match="is one of the images"):
             diversity(config(sources[0], pictures, count=1, out=str(image)))
+
+
+@pytest.mark.parametrize("variant", ENCODERS)
+@torch.no_grad()
+def test_maps_are_timms_activations(variant: str) -> None:
+    encoder = random_encoder("dense", 3, **ENCODERS[variant]).eval()
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    name, block = find_block(encoder, None)
+    assert name == [n for n in block_names(encoder) if n.startswith("stages.2.")][-1]
+    expected = hidden_of(encoder, images)[name]
+    found = channel_maps(encoder, images, block)
+    assert found.shape == (2, SHOWN, 4, 6)
+    for shown, channel in ((0, 0), (SHOWN - 1, expected.shape[1] - 1)):
+        wanted = expected[:, channel].view(2, 4, 6)
+        assert (found[:, shown] - wanted).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_maps_are_drawn(sources: list[str], pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "maps.png"
+    diversity(config(sources, pictures, count=5, maps=str(out)), show=False)
+    with Image.open(out) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.shape == (1125, 1080, 3)  # three rows of an image and two squares
+    assert len(np.unique(pixels[:, 700:].reshape(-1, 3), axis=0)) > 100
+    for change, words in (
+        ({"maps": str(tmp_path / "maps.jpg")}, "must be a file ending in .png"),
+        ({"maps": str(out), "block": "stages.2.blocks.7"}, "is not one of stages.0.blocks.0 … "),
+    ):
+        with pytest.raises(InputError, match=words):
+            diversity(config(sources, pictures, **change), show=False)

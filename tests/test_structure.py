@@ -1,6 +1,7 @@
 """Rules for the whole source, checked with `ast`: import order, safe loading."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,3 +123,21 @@ def test_modules_for_help_do_not_import_torch(name: str) -> None:
 def test_packages_are_marked_as_typed(name: str) -> None:
     assert (ROOT / name / "py.typed").is_file()
     assert (ROOT / name / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("where", ["same folder", "earlier on the path"])
+def test_another_package_named_sparse_is_noticed(tmp_path, where):
+    """PyData's, installed after ours or before it on the path."""
+    for package in ("fcmae", "sparse"):
+        (tmp_path / "site" / package).mkdir(parents=True)
+        shutil.copy(ROOT / package / "__init__.py", tmp_path / "site" / package)
+    earlier = tmp_path / ("site" if where == "same folder" else "other")
+    script = f"import sys; sys.path[:0] = [{str(earlier)!r}, {str(tmp_path / 'site')!r}]\n"
+    command = [sys.executable, "-S", "-c", f"{script}import fcmae"]
+    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 0
+    (earlier / "sparse").mkdir(parents=True, exist_ok=True)
+    (earlier / "sparse" / "__init__.py").write_text("from ._coo import COO\n")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"'sparse' is {earlier / 'sparse' / '__init__.py'}, not fcmae's own" in done.stderr
+    assert "pip uninstall sparse" in done.stderr

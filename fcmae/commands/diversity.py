@@ -19,6 +19,14 @@ class DiversityConfig(ImageSizeConfig, LoaderConfig):
     out: str | None = None
     """Figure to write, .png or .svg. null writes none."""
 
+    maps: str | None = None
+    """Figure to write, .png: maps of 64 channels of a block on the first three images. null writes
+    none."""
+
+    block: str | None = None
+    """Block that maps draws, such as stages.2.blocks.5. null takes the last one of the third
+    stage."""
+
     json: bool = False
     """Print only one JSON object."""
 

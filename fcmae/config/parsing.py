@@ -187,7 +187,7 @@ def convert(text: str, leaf: Leaf, where: str) -> Any:
         choices = [str(c) for part in parts if get_origin(part) is Literal for c in get_args(part)]
         near = get_close_matches(text, choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else leaf.such_as()
-        raise InputError(f"{where} {text!r} must be {_rule(leaf.type)}{hint}") from error
+        raise InputError(f"{where} {text!r} must be {rule_of(leaf.type)}{hint}") from error
 
 
 def _paths(text: str | list[str]) -> str | list[str]:
@@ -216,7 +216,7 @@ _WORDS = {
 }
 
 
-def _rule(kind: Any) -> str:
+def rule_of(kind: Any) -> str:
     """Describe in words the values of a type."""
     if kind in _WORDS:
         return _WORDS[kind]
@@ -225,7 +225,7 @@ def _rule(kind: Any) -> str:
         return f"one of {choices}" if len(get_args(kind)) > 1 else choices
     if get_origin(kind) is list:
         return f"a list of {_WORDS[get_args(kind)[0]].split(' ', 1)[1]}s"
-    return " or ".join(map(_rule, get_args(kind)))
+    return " or ".join(map(rule_of, get_args(kind)))
 
 
 def _print_help(kind: Any, command: str) -> None:
@@ -236,7 +236,7 @@ def _print_help(kind: Any, command: str) -> None:
     file = "YAML file of settings; options on the command line take precedence. Can be repeated."
     parser.add_argument("--config", metavar="FILE.yaml", help=file)
     parser.add_argument("--print_config", action="store_true", help="Print all settings as YAML.")
-    known, texts = leaves(kind), _texts(kind)
+    known, said = leaves(kind), texts(kind)
     titles = [*GROUPS, *(leaf.group for leaf in known.values())]
     titles = sorted(dict.fromkeys(titles), key=RUNTIME.__eq__)
     groups = {title: parser.add_argument_group(title) for title in titles}
@@ -244,20 +244,20 @@ def _print_help(kind: Any, command: str) -> None:
         shown = "" if leaf.default is MISSING else to_text(leaf.default) or "''"
         default = f"default: {shown}" if shown else "required"
         unnamed = " Can be given as a positional argument." if leaf.positional else ""
-        text = f"{texts[key]}{unnamed} ({_rule(leaf.type)}; {default})"
+        text = f"{said[key]}{unnamed} ({rule_of(leaf.type)}; {default})"
         groups[leaf.group].add_argument(
             f"--{key}", metavar=key.split(".")[-1].upper(), help=text.replace("%", "%%")
         )
     parser.print_help()
 
 
-def _texts(kind: Any, prefix: str = "") -> dict[str, str]:
+def texts(kind: Any, prefix: str = "") -> dict[str, str]:
     """Return the string under each field, from the class or its nearest base that has one."""
-    texts = {
+    found = {
         prefix + item.arg_name: item.description or ""
         for base in filter(is_dataclass, reversed(kind.__mro__))
         for item in parse_from_object(base).params
     }
     for name, leaf in own_leaves(kind).items():
-        texts |= _texts(leaf.type, f"{name}.") if is_dataclass(leaf.type) else {}
-    return texts
+        found |= texts(leaf.type, f"{name}.") if is_dataclass(leaf.type) else {}
+    return found

@@ -12,17 +12,21 @@ channels are zero is excluded; a block that is zero on every image has diversity
 
 import logging
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fcmae.atomic import out_file
+from fcmae.atomic import check_out_file, out_file
 from fcmae.commands.diversity import DiversityConfig
+from fcmae.data.file_list import refuse_to_replace
 from fcmae.data.labelled import Split
+from fcmae.data.sample import normalise
 from fcmae.data.sources import split_holdout
 from fcmae.inspect import figures
+from fcmae.inspect.channel_maps import channel_maps, draw, find_block
 from fcmae.inspect.embedding import pooled
 from fcmae.inspect.figures import block_order
 from fcmae.inspect.prologue import Setting, print_result, print_table, set_up
@@ -30,6 +34,9 @@ from fcmae.weights.load import Backbone, load_backbone
 from sparse import SparseConvNeXtV2
 from sparse.block import SparseBlock
 from sparse.engines.base import Sites
+
+MAPPED = 3
+"""Images whose maps are drawn."""
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +59,10 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
     sources = [config.source] if isinstance(config.source, str) else config.source
     settings = {source: set_up(config, source, load_backbone, ".png", ".svg") for source in sources}
     first = settings[sources[0]]
+    maps = None if config.maps is None else check_out_file(config.maps, ".png")
+    blocks = [find_block(setting.model.encoder, config.block) for setting in settings.values()]
     split = first.find_images()
+    refuse_to_replace(maps, split.source)
     if len(split.source) > config.count:
         chosen = split_holdout(split.source, config.count, 0)[1]
         split = split._replace(source=split.source.select(chosen))
@@ -66,7 +76,30 @@ def diversity(config: DiversityConfig, show: bool = True) -> dict[str, Any]:
         with out_file(out) as path:
             figures.diversity(lines, (7, 3.5)).savefig(path, format=out.suffix[1:], dpi=150)
         _log.info("plot: %s", out)
+    if maps is not None:
+        _draw_maps(maps, settings, blocks, split)
     return result
+
+
+def _draw_maps(
+    out: Path,
+    settings: Mapping[str, Setting[Backbone]],
+    blocks: Sequence[tuple[str, SparseBlock]],
+    split: Split,
+) -> None:
+    """Draw the maps of a block of each encoder, on the first images that each can read."""
+    few = split._replace(source=split.source.select(range(min(MAPPED, len(split.source)))))
+    maps, pixels = {}, torch.empty(0)
+    for (source, setting), (name, block) in zip(settings.items(), blocks, strict=True):
+        batch, images = next(iter(setting.batches(few)))
+        encoder = setting.model.encoder
+        maps[f"{source}, {name}"] = channel_maps(encoder, images, block)
+        channels = batch.images.shape[1]
+        pixels = normalise(batch.images, (0.0,) * channels, (1.0,) * channels, "cpu").clamp(0, 1)
+    shown = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+    with out_file(out) as path:
+        draw(shown.permute(0, 2, 3, 1), maps).savefig(path, format="png", dpi=150)
+    _log.info("maps: %s", out)
 
 
 def _measured(setting: Setting[Backbone], split: Split) -> dict[str, Any]:
