@@ -6,7 +6,7 @@ EXTRAS := samples,segment,detect,export,wandb,mlflow,docs,dev
 DEMO_DIR ?= demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test slow faults lint docs bench gpu clean
+.PHONY: help setup demo test slow faults lint docs dist bench gpu clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -35,6 +35,11 @@ lint: setup ## ruff's rules and format, and mypy's types
 docs: setup ## build the documentation site into docs/_build/html; warnings are errors
 	$(BIN)/python -m sphinx -q -W --keep-going -d docs/_build/doctrees docs docs/_build/html
 
+dist: setup ## build the wheel and the source distribution into dist/, and check them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --skip-dependency-check
+	$(BIN)/python -m twine check --strict dist/*
+
 bench: setup ## time the engines side by side; ARGS="--json" is passed on
 	$(BIN)/fcmae bench $(ARGS)
 
@@ -42,7 +47,7 @@ gpu: setup ## check and measure everything on a GPU, at most 8 minutes; ARGS=--t
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean: ## remove .venv, caches and the demo's folder
-	rm -rf $(VENV) $(DEMO_DIR) build docs/_build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_DIR) build dist docs/_build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -48,6 +48,10 @@ class Paths:
     def reconstruction(self) -> Path:
         return self.out / "reconstruction.png"
 
+    @property
+    def report(self) -> Path:
+        return self.out / "report.html"
+
     def finetuned(self, start: str) -> Path:
         return self.out / f"finetune-{start}"
 
@@ -75,6 +79,7 @@ def run(paths: Paths) -> dict[str, float]:
     choose_pictures(paths)
     where = ["--images", str(paths.pictures), "--out", str(paths.reconstruction)]
     fcmae("reconstruct", paths.pretrained, *where, "--count", str(PICTURES))
+    fcmae("report", paths.pretrained, *map(paths.finetuned, top1), "--out", paths.report)
     return top1
 
 
@@ -121,13 +126,17 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"demo: `fcmae {error.cmd[3]}` failed; see above", file=sys.stderr)
         return int(error.returncode)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(highlight=False)
     console.print()
     console.print(results_table(paths, top1))
     console.print("Predicting each patch's mean gives a pretraining loss of 1.0.")
-    console.print(f"Reconstructions  {paths.reconstruction}")
-    console.print(f"timm folder      {paths.timm}")
-    console.print(f"TensorBoard log  {paths.pretrained / 'tb'}")
+    for name, path in (
+        ("Reconstructions", paths.reconstruction),
+        ("timm folder", paths.timm),
+        ("TensorBoard log", paths.pretrained / "tb"),
+        ("A page about it", paths.report),
+    ):
+        console.print(f"{name:16} {path}", soft_wrap=True)
     console.print(f"Took {(time.monotonic() - begin) / 60:.1f} minutes.")
     return 0
 

@@ -263,3 +263,15 @@ def test_top1_over_all_folds_is_one_for_features_that_are_the_label():
     values = torch.nn.functional.one_hot(labels, 4).float()
     folds = torch.arange(200) // 2 % 10
     assert across(values, labels, 2, folds) == {"knn20": 100.0, "linear": 100.0}
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x1_0", "squeezenet1_1"])
+def test_models_of_torchvision_are_built_by_timm(name: str) -> None:
+    from benchmarks.experiments import with_torchvision  # noqa: F401
+    from finetune.model import Start, build_model, classifier_names
+
+    model, arguments = build_model(Start(name, {}), 5, 3, (64, 64))
+    assert arguments == {}
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+    (last,) = classifier_names(model)
+    assert 5 in model.get_submodule(last).weight.shape

@@ -164,19 +164,21 @@ class Study:
         data: Path,
         *options: object,
         score: Callable[[dict[str, Any]], float] = lambda found: found["top1"],
+        module: str = "fcmae",
     ) -> dict[str, float]:
         """The score of the weights that are best on val, on each of `JUDGES` that exists; and the
         median of `images_per_s`.
 
         data: a folder of splits, or a CSV file with the splits val and test.
         score: from the output of `fcmae evaluate --json`, by default top-1 in percent.
+        module: a module with fcmae's commands, if it is not fcmae.
         """
         run = self._folder(name)
         given = ["--data", data, "--out", run, *self._readers(), *self._compiled, *options]
         splits = [split for split in JUDGES if (data / split).is_dir()] or ["val", "test"]
-        evaluate = ["fcmae", "evaluate", run, "--data", data, "--json", "--split"]
+        evaluate = [module, "evaluate", run, "--data", data, "--json", "--split"]
         _, *said = self._run(
-            ["fcmae", "finetune", *given], *([*evaluate, split] for split in splits)
+            [module, "finetune", *given], *([*evaluate, split] for split in splits)
         )
         found = {split: score(json.loads(words)) for split, words in zip(splits, said, strict=True)}
         found["images_per_s"] = speed(run)
