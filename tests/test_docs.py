@@ -7,8 +7,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
+from benchmarks.notebooks import execute
 from fcmae.cli import COMMANDS, config_of
 from fcmae.config.fields import leaves
 from tests.browser import open_page
@@ -82,5 +82,9 @@ def test_a_notebook_is_kept_with_outputs_and_without_errors(path):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path):
-    book = nbformat.read(path, as_version=4)
-    NotebookClient(book, timeout=600, kernel_name="python3").execute()
+    """With one epoch each: what it computes is of no interest here."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        cell.source = re.sub(r"epochs=\d+", "epochs=1", cell.source)
+    outputs = [out for cell in execute(notebook).cells for out in cell.get("outputs", [])]
+    assert sum("image/png" in out.get("data", {}) for out in outputs) >= 2
