@@ -34,6 +34,7 @@ COMMANDS = {
     "embed": "write the features of images to a file",
     "diversity": "measure whether the channels of a block have collapsed",
     "report": "write an HTML page about one or more runs: curves, figures, settings",
+    "shard": "pack images into tar files, for large collections",
     "samples": "write a small labelled data set for a first try",
     "doctor": "show versions, check that the engines agree, time each, and forecast memory",
     "bench": "benchmark the engines: images/s, peak memory, ratios",

@@ -19,7 +19,7 @@ from fcmae.data.object_files import VOC_IMAGES
 from fcmae.data.objects import ObjectLabels
 from fcmae.data.table import Table, find_in_table, read_table
 from fcmae.train.checkpoint import STATE, SavedCheckpoint, list_checkpoints
-from fcmae.train.resume import stored_files
+from fcmae.train.resume import stored_source
 from fcmae.train.run_paths import RunPaths
 from fcmae.weights.read import read_json
 from finetune.config import FinetuneConfig
@@ -119,7 +119,9 @@ def stored_labels(
         InputError: the lists are missing, damaged or of another run, or a folder of images is gone.
     """
     names = tuple(start.state["settings"]["label_names"])
-    train, val = (stored_files(None, start, part) for part in (TRAIN, VAL))
+    train, val = (stored_source(start, part) for part in (TRAIN, VAL))
+    assert isinstance(train, FileList)
+    assert isinstance(val, FileList)
     if labels_file(config) is None and not Path(config.data).expanduser().is_dir():
         raise InputError(f"data {config.data!r} is not a folder any more: put a link there")
     paths = RunPaths(start.path.parent.parent)

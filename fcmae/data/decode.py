@@ -159,7 +159,7 @@ def read_image(path_or_file: PathOrFile, in_chans: int, max_pixels: int) -> Open
     Raises:
         BadImage: the file is missing, broken, too large, or does not have the right channels.
     """
-    with reading(max_pixels), _opened(path_or_file) as file:
+    with reading(max_pixels), opened(path_or_file) as file:
         magic = file.read(6)
         file.seek(0)
         if magic == b"\x93NUMPY":
@@ -167,7 +167,13 @@ def read_image(path_or_file: PathOrFile, in_chans: int, max_pixels: int) -> Open
         return _read_with_pillow(file, in_chans, max_pixels)
 
 
-def _opened(path_or_file: PathOrFile) -> BinaryIO:
+def opened(path_or_file: PathOrFile) -> BinaryIO:
+    """Return the file of a path, or the file itself.
+
+    Raises:
+        BadImage: a path that is no regular file.
+        OSError: it can't be opened.
+    """
     if not isinstance(path_or_file, str | bytes):
         return path_or_file
     if not stat.S_ISREG(os.stat(path_or_file).st_mode):  # opening a pipe would wait for its writer

@@ -1,6 +1,7 @@
 """Sources of images: their interface, and the split by hash."""
 
 import hashlib
+import os
 from typing import BinaryIO, Protocol
 
 import numpy as np
@@ -42,6 +43,9 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Return a digest of the keys in order."""
+
+    def save(self, path: str | os.PathLike[str], /) -> None:
+        """Write the list of images as an .npz file, which `fcmae.data.find.load_source` reads."""
 
 
 def key_hash(source: Source, index: int) -> int:

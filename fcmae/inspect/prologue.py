@@ -16,7 +16,8 @@ from fcmae.atomic import check_out_file, out_file
 from fcmae.config.values import height_width
 from fcmae.console import show_logs
 from fcmae.data.evaluation import EvalDataset, each_batch, report_skipped
-from fcmae.data.file_list import find_images, refuse_to_replace
+from fcmae.data.file_list import refuse_to_replace
+from fcmae.data.find import find_source
 from fcmae.data.labelled import Split
 from fcmae.data.loader import lost_workers
 from fcmae.data.sample import Batch
@@ -57,7 +58,7 @@ class Setting(Generic[Model]):
         Raises:
             InputError: there are none, or `out` is one of them.
         """
-        split = Split(find_images(self.config.images, setting="images"))
+        split = Split(find_source(self.config.images, setting="images"))
         refuse_to_replace(self.out, split.source)
         return split
 

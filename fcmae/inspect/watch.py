@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fcmae.config.pretraining import PretrainConfig
 from fcmae.data.evaluation import EvalDataset, each_batch, held_out_masks
-from fcmae.data.file_list import FileList
 from fcmae.data.labelled import LabelledData, Split
 from fcmae.data.sample import Batch
+from fcmae.data.sources import Source
 from fcmae.inspect.diversity import block_diversity
 from fcmae.inspect.probing import NothingToRead, labelled_features, measure
 from fcmae.inspect.reconstructing import grid, reconstruct_batch
@@ -113,7 +113,7 @@ Watcher = HoldoutWatcher | ProbeWatcher
 def make_watchers(
     config: PretrainConfig,
     resolved: Resolved,
-    held: FileList,
+    held: Source,
     labelled: LabelledData | None,
     folder: RunFolder | None,
 ) -> list[Watcher]:

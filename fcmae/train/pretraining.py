@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fcmae import rng
 from fcmae.config.pretraining import PretrainConfig
 from fcmae.config.values import height_width
-from fcmae.data.file_list import find_images
+from fcmae.data.file_list import FileList
+from fcmae.data.find import find_source
 from fcmae.data.labelled import LabelledData, Split, find_labelled
 from fcmae.data.loader import PretrainDataset
 from fcmae.data.sample import Batch, normalise
@@ -22,7 +23,7 @@ from fcmae.model.fcmae import FCMAE
 from fcmae.model.mask import check_mask_ratio, grid_of, keep_count
 from fcmae.train.checkpoint import SavedCheckpoint
 from fcmae.train.plan import AutoEpochs
-from fcmae.train.resume import stored_files
+from fcmae.train.resume import stored_source
 from fcmae.train.run_folder import RunFolder
 from fcmae.train.script import train
 from fcmae.train.task import Images, Task
@@ -70,9 +71,14 @@ class Pretraining(Task):
 
     def find_images(self, start: SavedCheckpoint | None) -> Images:
         config, probe, began = self.config, self.config.probe, time.perf_counter()
-        files = find_images(config.data, exclude=config.out)
-        if start is not None:
-            files = stored_files(files, start, ALL_IMAGES)
+        if start is None:
+            files = find_source(config.data, exclude=config.out)
+        else:
+            files = stored_source(start, ALL_IMAGES)
+            if isinstance(files, FileList):
+                added = len(find_source(config.data, exclude=config.out)) - len(files)
+                if added > 0:
+                    _log.info("%d files added since the run began are ignored", added)
         train_places, held_places = split_holdout(files, config.holdout)
         if config.holdout >= len(files) >= FEWEST_TO_HOLD_OUT:
             raise InputError(

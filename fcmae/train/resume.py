@@ -13,7 +13,7 @@ from fcmae.atomic import check_out_folder
 from fcmae.config.fields import asked_settings, leaves, runtime_keys
 from fcmae.config.files import read_yaml
 from fcmae.config.values import differences, flatten
-from fcmae.data.file_list import FileList
+from fcmae.data.find import load_source
 from fcmae.data.sources import Source
 from fcmae.train.checkpoint import (
     MANIFEST,
@@ -208,19 +208,16 @@ def shared_values(config: Any, *sources: Source) -> dict[str, Any]:
     return shared
 
 
-def stored_files(found: Source | None, start: SavedCheckpoint, part: str) -> FileList:
-    """The files that a resumed run began with, of one part; see `RunPaths.images`.
+def stored_source(start: SavedCheckpoint, part: str) -> Source:
+    """The images that a resumed run began with, of one part; see `RunPaths.images`.
 
-    Files in `found` that were added since are ignored, and their number is logged. Files that
-    vanished count as unreadable.
+    Files that vanished count as unreadable.
 
     Raises:
-        InputError: the list is missing, damaged, or of another run.
+        InputError: the list is missing, damaged, or of another run; or a shard has changed.
     """
     path = RunPaths(start.path.parent.parent).images(part)
-    stored = FileList.load(path)
+    stored = load_source(path)
     if stored.fingerprint() != start.state["images"].get(part):
         raise InputError(f"file list {str(path)!r} is not of this run: restore it or start over")
-    if found is not None and len(found) > len(stored):
-        _log.info("%d files added since the run began are ignored", len(found) - len(stored))
     return stored

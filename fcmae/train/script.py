@@ -12,7 +12,6 @@ import torch
 
 from fcmae.config.files import save_yaml
 from fcmae.console import show_logs, step_progress
-from fcmae.data.file_list import FileList
 from fcmae.data.loader import make_loader
 from fcmae.data.order import StepSampler, check_parts
 from fcmae.data.statistics import Preprocessing, resolve_mean_std, warn_if_far_off
@@ -65,8 +64,7 @@ def train(task: Task) -> int:
             if folder is not None:
                 save_yaml(config, folder.paths.config)
                 for part, source in images.lists.items():
-                    if isinstance(source, FileList):
-                        source.save(folder.paths.images(part))
+                    source.save(folder.paths.images(part))
             task.begin()
             loop = Loop(task)
             if start is not None:

@@ -1,0 +1,384 @@
+"""Images inside of tar files, in WebDataset's layout.
+
+A shard is a plain tar file. The members of one sample share their name up to the first dot after
+the last slash: `KEY.jpg` is the image, `KEY.cls` its label, if there is one. A sample's name is
+that of its image.
+
+Shards are read once, header by header, for an index of where each image is. Reading an image is
+then one positioned read of its header and its content, from any process and in any order; the
+header has to be the one that was indexed. A shard is the same as before if its size and its
+modification time are, or else its size and the hash of all its headers.
+"""
+
+import hashlib
+import io
+import logging
+import os
+import re
+import tarfile
+import zlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import InitVar, dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fcmae.atomic import atomic_write
+from fcmae.data.decode import BadImage
+from fcmae.data.file_list import EXTENSIONS, LONGEST
+from fcmae.data.sources import Indices
+from sparse.errors import InputError
+
+BLOCK = tarfile.BLOCKSIZE
+INDEX = "fcmae-index.npz"
+"""The index of a folder of shards, in that folder."""
+
+OPEN_SHARDS = 64
+"""Shards that a process keeps open."""
+
+NO_LABEL = -1
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
+_IMAGE = re.compile(rf"\.({'|'.join(EXTENSIONS)})$", re.IGNORECASE)
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
+_log = logging.getLogger(__name__)
+_ARRAYS = ("names", "lengths", "shard_ids", "offsets", "sizes", "headers", "labels")
+
+
+class Shard(NamedTuple):
+    """What identifies a shard: its path, size, modification time in ns, and the SHA-256 of its
+    headers."""
+
+    path: str
+    size: int
+    changed: int
+    digest: str
+
+
+@dataclass(eq=False)
+class ShardList:
+    """A source of the images in tar files. No Python object exists per image.
+
+    Args:
+        shards: the files.
+        classes: names of the labels, sorted.
+        names: names of the image members end to end, uint8.
+        lengths: the length of each name (N,), uint16.
+        shard_ids: the shard of each image (N,), uint32.
+        offsets: where the content of each starts in its shard (N,), int64.
+        sizes: bytes of each (N,), uint32.
+        headers: CRC-32 of the header of each (N,), uint32.
+        labels: the position of each image's label in `classes` (N,), int32; `NO_LABEL` for none.
+        starts: where each name starts (N,), int64; None where names follow each other in order.
+    """
+
+    shards: tuple[Shard, ...]
+    classes: tuple[str, ...]
+    names: npt.NDArray[np.uint8]
+    lengths: npt.NDArray[np.uint16]
+    shard_ids: npt.NDArray[np.uint32]
+    offsets: Indices
+    sizes: npt.NDArray[np.uint32]
+    headers: npt.NDArray[np.uint32]
+    labels: npt.NDArray[np.int32]
+    starts: InitVar[Indices | None] = None
+    _files: "OrderedDict[int, int]" = field(default_factory=OrderedDict, init=False, repr=False)
+
+    def __post_init__(self, starts: Indices | None) -> None:
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        self._starts = ends - self.lengths if starts is None else starts
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def key(self, index: int) -> bytes:
+        """Return the name of an image inside its shard."""
+        start = int(self._starts[index])
+        return self.names[start : start + int(self.lengths[index])].tobytes()
+
+    def name(self, index: int) -> str:
+        """Return the name of an image inside its shard, as text."""
+        return os.fsdecode(self.key(index))
+
+    def open(self, index: int) -> BinaryIO:
+        """Return the content of an image.
+
+        Raises:
+            BadImage: its shard is missing, shorter, or has something else in this place.
+        """
+        shard = self.shards[int(self.shard_ids[index])]
+        start, size = int(self.offsets[index]) - BLOCK, int(self.sizes[index]) + BLOCK
+        try:
+            content = os.pread(self._file(int(self.shard_ids[index])), size, start)
+        except OSError as error:
+            raise BadImage(f"{shard.path}: {error.strerror}") from error
+        if len(content) < size or zlib.crc32(content[:BLOCK]) != self.headers[index]:
+            raise BadImage(f"{shard.path} has changed since it was indexed")
+        return io.BytesIO(content[BLOCK:])
+
+    def _file(self, shard: int) -> int:
+        """A descriptor of a shard; positioned reads share no position, so forks may share it."""
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        while len(self._files) >= OPEN_SHARDS:
+            os.close(self._files.popitem(last=False)[1])
+        self._files[shard] = os.open(self.shards[shard].path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[shard]
+
+    def checked(self) -> "ShardList":
+        """Return the list, after a look at each shard that an image is in.
+
+        Raises:
+            InputError: a shard is missing or has changed.
+        """
+        used = set(np.unique(self.shard_ids).tolist())
+        shards = [_checked(s, s.path) if n in used else s for n, s in enumerate(self.shards)]
+        return replace(self, shards=tuple(shards), starts=self._starts)
+
+    def of_shards(self, paths: Sequence[str]) -> "ShardList":
+        """Return the images of some of the shards, in the order of `paths`, where these are now.
+
+        Raises:
+            InputError: a shard is not among those of the list, is missing, or has changed.
+        """
+        places = {os.path.basename(shard.path): n for n, shard in enumerate(self.shards)}
+        if unknown := [path for path in paths if os.path.basename(path) not in places]:
+            raise InputError(f"the index lacks {unknown[0]!r}")
+        ranks, shards = np.full(len(self.shards), len(paths)), list(self.shards)
+        for rank, path in enumerate(paths):
+            place = places[os.path.basename(path)]
+            ranks[place], shards[place] = rank, _checked(shards[place], path)
+        rank_of_image = ranks[self.shard_ids]
+        order = np.argsort(rank_of_image, kind="stable")
+        found = self.select(order[: np.count_nonzero(rank_of_image < len(paths))])
+        return replace(found, shards=tuple(shards), starts=found._starts)
+
+    def select(self, indices: npt.ArrayLike) -> "ShardList":
+        """Return the images at `indices`, in that order."""
+        picks = np.asarray(indices, dtype=np.int64)
+        parts: Any = {part: getattr(self, part)[picks] for part in _ARRAYS[1:]}
+        starts = self._starts[picks]
+        return ShardList(self.shards, self.classes, self.names, **parts, starts=starts)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the keys in their order, wherever the shards lie."""
+        digest = hashlib.sha256(self.lengths.astype("<u2").tobytes())
+        for index in range(len(self)):
+            digest.update(self.key(index))
+        return digest.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the list as an .npz file."""
+        names = np.frombuffer(b"".join(map(self.key, range(len(self)))), np.uint8)
+        parts = {part: getattr(self, part) for part in _ARRAYS} | {"names": names}
+        shards = np.array([[*map(str, shard)] for shard in self.shards], dtype=np.str_)
+        classes = np.array(self.classes, dtype=np.str_)
+        with open(path, "wb") as file:
+            np.savez(file, shards=shards, classes=classes, **parts)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ShardList":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file can't be read, or is not what `save` wrote.
+        """
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+                rows, classes = stored["shards"].tolist(), stored["classes"].tolist()
+                parts: list[Any] = [stored[part] for part in _ARRAYS]
+            shards = tuple(Shard(where, int(s), int(c), digest) for where, s, c, digest in rows)
+            if len({len(part) for part in parts[1:]}) > 1 or parts[1].sum() != len(parts[0]):
+                raise ValueError("its parts do not fit together")
+        except Exception as error:  # a damaged archive raises nearly anything
+            raise InputError(
+                f"index {str(path)!r} is missing or damaged ({error}): delete it to make it anew"
+            ) from error
+        return cls(shards, tuple(classes), *parts)
+
+
+def find_shards(given: str) -> list[str]:
+    """Return the tar files that a path or a pattern means; none if it means something else.
+
+    A folder means shards if it directly holds tar files and no images.
+    """
+    path = os.path.expanduser(given)
+    if os.path.isdir(path):
+        names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
+        tars = [os.path.join(path, name) for name in names if name.endswith(".tar")]
+        found = [] if any(map(_IMAGE.search, names)) else tars
+    else:
+        found = expand(path) if path.endswith(".tar") else []
+    return list(map(os.path.abspath, found))
+
+
+def open_shards(paths: Sequence[str], setting: str = "data") -> ShardList:
+    """Return the images of tar files, from the index beside them if it knows them. Otherwise they
+    are indexed, and if they are all of a folder, the index is kept there.
+
+    Raises:
+        InputError: see `index_shards`.
+    """
+    folders = {os.path.dirname(path) for path in paths}
+    folder = folders.pop() if len(folders) == 1 else None
+    if folder is not None and os.path.isfile(place := os.path.join(folder, INDEX)):
+        try:
+            return ShardList.load(place).of_shards(paths)
+        except InputError as error:
+            _log.warning("shards are indexed anew: %s", error)
+    found = index_shards(paths, setting)
+    if folder is not None and list(paths) == find_shards(folder):
+        with suppress(OSError), atomic_write(Path(folder) / INDEX) as path:
+            found.save(path)
+    return found
+
+
+def index_shards(paths: Sequence[str], setting: str = "data") -> ShardList:
+    """Read all headers of tar files.
+
+    Raises:
+        InputError: a shard can't be read, is compressed or cut off, or has two members of one name;
+            or there are no images.
+    """
+    names, lengths, shard_ids = bytearray(), array("H"), array("I")
+    offsets, sizes, headers = array("q"), array("I"), array("I")
+    labels, shards, seen = list[str | None](), list[Shard](), dict[bytes, int]()
+    for number, path in enumerate(paths):
+        shard, members, classes = _read_headers(path, setting)
+        shards.append(shard)
+        for member in members:
+            if len(member.name) > LONGEST:
+                raise InputError(f"{setting} {path!r} has a name of {len(member.name)} bytes")
+            digest = hashlib.blake2b(member.name, digest_size=8).digest()
+            if (other := seen.setdefault(digest, number)) != number or member.again:
+                name, there = os.fsdecode(member.name), paths[other]
+                where = "twice" if member.again else f"that {there!r} has too"
+                raise InputError(
+                    f"{setting} {path!r} has a member {name!r} {where}: names tell images apart"
+                )
+            names += member.name
+            lengths.append(len(member.name))
+            shard_ids.append(number)
+            offsets.append(member.offset)
+            sizes.append(member.size)
+            headers.append(member.header)
+            labels.append(classes.get(sample_of(member.name)))
+    if not lengths:
+        raise InputError(f"{setting} {paths[0]!r} holds no images: members like KEY.jpg count")
+    known = tuple(sorted({label for label in labels if label is not None}))
+    place = {label: position for position, label in enumerate(known)}
+    return ShardList(
+        tuple(shards), known, np.frombuffer(names, np.uint8), np.array(lengths),
+        np.array(shard_ids), np.array(offsets), np.array(sizes), np.array(headers),
+        np.array([NO_LABEL if label is None else place[label] for label in labels], np.int32),
+    )  # fmt: skip
+
+
+def _checked(shard: Shard, path: str) -> Shard:
+    """The shard at a path, if it is the same.
+
+    Raises:
+        InputError: it is not, or it is missing.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise InputError(f"shard {path!r} is missing ({error.strerror}): restore it") from error
+    found = shard._replace(path=path, size=status.st_size, changed=status.st_mtime_ns)
+    if found.size == shard.size and found.changed != shard.changed:
+        found, *_ = _read_headers(path, "shard")
+    if (found.size, found.digest) != (shard.size, shard.digest):
+        raise InputError(f"shard {path!r} has changed since it was indexed: restore it")
+    return found
+
+
+class Member(NamedTuple):
+    """An image of a shard; `again` if its name was there before."""
+
+    name: bytes
+    offset: int
+    size: int
+    header: int
+    again: bool
+
+
+def sample_of(name: bytes) -> bytes:
+    """Return a member's name up to the first dot after the last slash."""
+    folder, slash, file = name.rpartition(b"/")
+    return folder + slash + file.split(b".", 1)[0]
+
+
+def _read_headers(path: str, setting: str) -> tuple[Shard, list[Member], dict[bytes, str]]:
+    """Return a shard, its images, and the labels of its samples."""
+    members, classes, names, digest = list[Member](), dict[bytes, str](), set[bytes](), None
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            magic = file.read(6)
+            for mark, kind in _COMPRESSED.items():
+                if magic.startswith(mark):
+                    raise InputError(
+                        f"{setting} {path!r} is compressed ({kind}), so images can't be read one "
+                        "by one: unpack it, or make shards with `fcmae shard`"
+                    )
+            file.seek(0)
+            digest = hashlib.sha256()
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while (info := tar.next()) is not None:
+                    vars(tar)["members"].clear()  # or it keeps all of them
+                    header = os.pread(file.fileno(), BLOCK, info.offset_data - BLOCK)
+                    digest.update(header)
+                    name = os.fsencode(info.name)
+                    if info.offset_data + info.size > status.st_size:
+                        raise tarfile.ReadError("unexpected end of data")
+                    if info.isreg() and _IMAGE.search(info.name):
+                        crc = zlib.crc32(header)
+                        again = name in names
+                        members.append(Member(name, info.offset_data, info.size, crc, again))
+                        names.add(name)
+                    elif info.isreg() and info.name.endswith(".cls"):
+                        label = os.pread(file.fileno(), info.size, info.offset_data)
+                        classes[sample_of(name)] = label.decode("utf-8", "replace").strip()
+    except (OSError, tarfile.TarError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{setting} {path!r} can't be read as a tar file ({what}): replace it or leave it out"
+        ) from error
+    shard = Shard(path, status.st_size, status.st_mtime_ns, digest.hexdigest())
+    return shard, members, classes
+
+
+def read_shard(path: str) -> list[tuple[bytes, int, int]]:
+    """Return the name, the size and the CRC-32 of the content of every member of a tar file.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    found = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                file = tar.extractfile(info)
+                content = b"" if file is None else file.read()
+                found.append((os.fsencode(info.name), len(content), zlib.crc32(content)))
+    except (OSError, tarfile.TarError) as error:
+        raise InputError(f"shard {path!r} can't be read ({error}): delete it") from error
+    return found
+
+
+def expand(pattern: str) -> list[str]:
+    """Return what braces stand for: `{0000..0127}` and `{a,b}`, as in a shell."""
+    parts, last = list[list[str]](), 0
+    for found in _BRACES.finditer(pattern):
+        low, high, words = found.groups()
+        numbers = range(int(low), int(high) + 1) if low else ()
+        parts += [[pattern[last : found.start()]]]
+        parts += [words.split(",") if words else [f"{n:0{len(low)}}" for n in numbers]]
+        last = found.end()
+    return ["".join(words) for words in product(*parts, [pattern[last:]])]

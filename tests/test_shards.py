@@ -1,0 +1,245 @@
+"""Tar shards: what is indexed, what is read, what is noticed; runs equal those on loose files."""
+
+import io
+import os
+import pickle
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fcmae.commands.shard import ShardConfig
+from fcmae.data.decode import BadImage
+from fcmae.data.file_list import find_images
+from fcmae.data.find import find_source, load_source
+from fcmae.data.sharding import shard
+from fcmae.data.shards import INDEX, ShardList, expand, find_shards, index_shards, open_shards
+from sparse.errors import InputError
+from tests.cli import TINY, kill_all, reaped, run, start, wait_for_steps, weights
+from tests.conftest import write_pictures
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two classes of images, with names that tar has to extend."""
+    root = tmp_path_factory.mktemp("loose")
+    write_pictures(root / "a", 7, size=64)
+    write_pictures(root / "ü ber.b", 6, size=64)
+    (root / "a" / ("long" * 40 + ".png")).write_bytes((root / "a" / "0000.png").read_bytes())
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "shards"
+    assert shard(ShardConfig(str(folder), str(out), per_shard=5, classes=True)) == 14
+    return out
+
+
+def content(source, index) -> bytes:
+    opened = source.open(index)
+    if isinstance(opened, bytes):
+        return Path(os.fsdecode(opened)).read_bytes()
+    with opened:
+        return opened.read()
+
+
+def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def killed_after(steps: int, out: Path, command: list[object]) -> None:
+    """Start a run and kill it once it has logged a number of steps."""
+    with reaped():
+        process = start(*command)
+        wait_for_steps(out, steps, process)
+        kill_all(process)
+    assert not (out / "exported").exists()
+
+
+def test_shards_hold_the_images_in_their_order_under_their_names(folder, shards):
+    loose, packed = find_images(str(folder)), find_source(str(shards))
+    assert isinstance(packed, ShardList)
+    assert [packed.key(n) for n in range(14)] == [loose.key(n) for n in range(14)]
+    assert [content(packed, n) for n in range(14)] == [content(loose, n) for n in range(14)]
+    assert packed.fingerprint() == loose.fingerprint()
+    assert packed.classes == ("a", "ü ber.b")
+    assert packed.labels.tolist() == [0] * 8 + [1] * 6
+    names = sorted(path.name for path in shards.iterdir())
+    assert names == [INDEX, *(f"shard-{n:06}.tar" for n in range(3))]
+
+
+def test_pythons_tarfile_reads_the_shards(folder, shards):
+    with tarfile.open(shards / "shard-000001.tar") as tar:
+        names = tar.getnames()
+        file = tar.extractfile("a/0005.png")
+        assert file is not None
+        assert file.read() == (folder / "a" / "0005.png").read_bytes()
+        label = tar.extractfile("a/0005.cls")
+        assert label is not None
+        assert label.read() == b"a"
+    assert names[:2] == ["a/0005.png", "a/0005.cls"]
+    assert len(names) == 10
+
+
+def test_a_selection_reads_its_own_images_and_is_stored(shards, tmp_path):
+    packed = find_source(str(shards))
+    picked = packed.select([9, 2, 2])
+    assert [content(picked, n) for n in range(3)] == [content(packed, n) for n in (9, 2, 2)]
+    picked.save(tmp_path / "list")
+    again = load_source(tmp_path / "list")
+    assert isinstance(again, ShardList)
+    assert [again.name(n) for n in range(3)] == [packed.name(n) for n in (9, 2, 2)]
+    assert again.fingerprint() == picked.fingerprint() != packed.fingerprint()
+    assert again.labels.tolist() == [1, 0, 0]
+    assert content(pickle.loads(pickle.dumps(again)), 0) == content(packed, 9)  # noqa: S301
+
+
+def test_shards_are_named_by_folder_file_or_pattern(shards):
+    paths = [str(shards / f"shard-{n:06}.tar") for n in range(3)]
+    assert find_shards(str(shards)) == paths
+    assert find_shards(f"{shards}/shard-{{000000..000002}}.tar") == paths
+    assert find_shards(paths[1]) == paths[1:2]
+    assert expand("x-{8..10}-{a,b}.tar") == [f"x-{n}-{w}.tar" for n in (8, 9, 10) for w in "ab"]
+    assert expand("{0098..0101}") == ["0098", "0099", "0100", "0101"]
+    assert len(find_source(paths[:2])) == 10
+
+
+def test_packing_again_keeps_what_is_there_and_repairs_the_rest(folder, tmp_path):
+    config = ShardConfig(str(folder), str(tmp_path / "out"), per_shard=5)
+    shard(config)
+    paths = sorted((tmp_path / "out").glob("*.tar"))
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
+    damaged = bytearray(before[1][0])
+    damaged[700] ^= 1
+    paths[1].write_bytes(damaged)
+    paths[2].unlink()
+    shard(config)
+    after = [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
+    assert [one for one, _ in after] == [one for one, _ in before]
+    assert after[0] == before[0]
+
+
+def test_an_index_is_used_only_for_its_shards(shards, tmp_path, monkeypatch, caplog):
+    paths = find_shards(str(shards))
+    monkeypatch.setattr("fcmae.data.shards.index_shards", None)
+    assert len(open_shards(paths)) == 14
+    monkeypatch.undo()
+    (tmp_path / "moved").mkdir()
+    for path in shards.iterdir():
+        (tmp_path / "moved" / path.name).write_bytes(path.read_bytes())
+    moved = open_shards(find_shards(str(tmp_path / "moved")))
+    assert "anew" not in caplog.text  # other times, the same headers
+    assert content(moved, 3) == content(find_source(str(shards)), 3)
+    part = find_shards(str(tmp_path / "moved"))[2:0:-1]
+    assert [open_shards(part).name(n) for n in (0, 4)] == [moved.name(10), moved.name(5)]
+    assert "anew" not in caplog.text
+    write_tar(tmp_path / "moved" / "x.tar", {"x.png": b"x"})
+    assert len(open_shards(find_shards(str(tmp_path / "moved")))) == 15
+    assert "indexed anew: the index lacks " in caplog.text
+
+
+@pytest.mark.parametrize("how", ["content replaced", "cut off", "removed", "renamed inside"])
+def test_a_changed_shard_is_noticed_when_it_is_read(tmp_path, how):
+    images = {f"{n}.png": bytes([n]) * 600 for n in range(3)}
+    path = write_tar(tmp_path / "x.tar", images)
+    packed = open_shards([str(path)])
+    if how == "content replaced":
+        write_tar(path, {"0.png": b"other" * 200, "1.png": b"1", "2.png": b"2"})
+    elif how == "cut off":
+        os.truncate(path, 2500)
+    elif how == "removed":
+        path.unlink()
+    else:
+        write_tar(path, {f"{n}.jpg": bytes([n]) * 600 for n in range(3)})
+    with pytest.raises(BadImage, match=r"has changed since|No such file"):
+        packed.open(2)
+    with pytest.raises(InputError, match=r"shard .* (has changed since|is missing)"):
+        packed.checked()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: write_tar(p, {"a.png": b"1"}, "w:gz"), r"is compressed \(gzip\).*fcmae shard"),
+        (lambda p: write_tar(p, {"a.txt": b"1"}), "holds no images: members like KEY.jpg"),
+        (lambda p: p.write_bytes(b"no tar" * 200), "can't be read as a tar file"),
+        (lambda p: os.truncate(write_tar(p, {"a.png": b"1" * 5000}), 3000), "unexpected end"),
+        (lambda p: p.mkdir(), "can't be read as a tar file"),
+    ],
+)
+def test_what_is_no_shard_is_refused(tmp_path, make, words):
+    make(tmp_path / "x.tar")
+    with pytest.raises(InputError, match=words):
+        index_shards([str(tmp_path / "x.tar")])
+
+
+def test_names_tell_images_apart(tmp_path):
+    one = write_tar(tmp_path / "1.tar", {"a.png": b"1", "b.png": b"2"})
+    two = write_tar(tmp_path / "2.tar", {"b.png": b"3"})
+    with pytest.raises(InputError, match=r"2.tar' has a member 'b.png' that '.*1.tar' has too"):
+        index_shards([str(one), str(two)])
+    with tarfile.open(one, "a") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"))
+    with pytest.raises(InputError, match=r"1.tar' has a member 'a.png' twice"):
+        index_shards([str(one)])
+
+
+def test_shards_and_folders_do_not_mix(folder, shards):
+    with pytest.raises(InputError, match=r"mixes shards with .*give either shards or images"):
+        find_source([str(shards), str(folder)])
+    with pytest.raises(InputError, match=r"missing.tar' can't be read as a tar file"):
+        find_source(str(shards / "missing.tar"))
+
+
+def test_classes_need_folders(tmp_path):
+    write_pictures(tmp_path / "flat", 2, size=32)
+    with pytest.raises(InputError, match="is in no folder, which would be its class"):
+        shard(ShardConfig(str(tmp_path / "flat"), str(tmp_path / "out"), classes=True))
+
+
+def test_pretraining_on_shards_equals_that_on_files_also_resumed(folder, shards, tmp_path):
+    """Bit for bit, held-out images and another number of workers included."""
+    common = [*TINY, "--epochs", 25, "--batch_size", 4]
+    run("pretrain", "--data", folder, "--out", tmp_path / "loose", *common)
+    run("pretrain", "--data", shards, "--out", tmp_path / "packed", *common, "--workers", 2)
+    assert weights(tmp_path / "packed") == weights(tmp_path / "loose") != b""
+    again = ["pretrain", "--data", shards, "--out", tmp_path / "again", *common]
+    killed_after(7, tmp_path / "again", again)
+    run(*again, "--workers", 1)
+    assert weights(tmp_path / "again") == weights(tmp_path / "loose")
+
+
+def test_a_run_does_not_resume_on_changed_shards(folder, tmp_path):
+    shard(ShardConfig(str(folder), str(tmp_path / "shards"), per_shard=5))
+    command = ["pretrain", "--data", tmp_path / "shards", "--out", tmp_path / "run", *TINY]
+    killed_after(6, tmp_path / "run", [*command, "--epochs", 200])
+    path = tmp_path / "shards" / "shard-000000.tar"
+    write_tar(path, {"a/0000.png": b"x"})
+    done = run(*command, "--epochs", 200, code=2)
+    assert "has changed since it was indexed: restore it" in done.stderr
+
+
+def test_an_index_is_small_and_fast(tmp_path):
+    """A hundredth of a million images: at most 64 bytes each, and loaded at once."""
+    paths = []
+    for number in range(10):
+        members = {f"{number:03}{n:06}.jpg": b"" for n in range(1000)}
+        paths.append(str(write_tar(tmp_path / f"{number}.tar", members)))
+    began = time.perf_counter()
+    packed = open_shards(paths)
+    indexed = time.perf_counter() - began
+    arrays = [getattr(packed, part) for part in ("names", "lengths", "shard_ids", "offsets")]
+    arrays += [packed.sizes, packed.headers, packed.labels, packed._starts]
+    assert sum(array.nbytes for array in arrays) <= 64 * len(packed)
+    assert all(isinstance(array, np.ndarray) for array in arrays)
+    began = time.perf_counter()
+    open_shards(paths)
+    assert time.perf_counter() - began < min(1.0, indexed)
