@@ -35,7 +35,8 @@ def execute(notebook: Any, seconds: int = 1800) -> Any:
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
-            cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
+            kept = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
+            cell.outputs = [out for out in kept if out.get("text", "-").strip()]
     return notebook
 
 

@@ -22,7 +22,7 @@ MOST_ROWS = 100
 """With more classes than this, a table shows only this many, the worst."""
 
 HEADINGS = {
-    "top1": "top-1 %", "top5": "top-5 %", "top5_of": "top 5 of", "balanced": "balanced %",
+    "top1": "top-1 %", "top5": "top-5 %", "balanced": "balanced %",
     "ap": "AP %", "map": "mAP %", "f1": "F1 %", "mae": "MAE", "rmse": "RMSE", "r2": "R²",
     "miou": "mean IoU %", "iou": "IoU %", "accuracy": "accuracy %", "n": "images",
     "ap50": "AP50 %", "ap75": "AP75 %", "box_ap": "AP of boxes %", "objects": "objects",
@@ -121,6 +121,8 @@ def _print_table(result: dict[str, Any], measurement: Measurement) -> None:
         title += f"; the lowest {MOST_ROWS} of {len(each)}, --json has all"
     if absent := len(result.get("not_measured", [])):
         title += f"; {absent} of {len(each)} classes not measured"
+    if (best := total.pop("top5_of", None)) not in (None, 5):
+        total = {f"top-{best} %" if key == "top5" else key: total[key] for key in total}
     last = [(f"all: {HEADINGS.get(key, key)}", _cell(value)) for key, value in total.items()]
     heads = [HEADINGS.get(key, key) for key in next(iter(each.values()))]
     print_table(("", *heads), [*rows, (), *last], f"{result['weights']} on {title}")

@@ -17,7 +17,7 @@ from fcmae.data.labelled import TRAIN, VAL, LabelledData, Labels, Split
 from fcmae.data.masks import IMAGES, MaskLabels
 from fcmae.data.object_files import VOC_IMAGES
 from fcmae.data.objects import ObjectLabels
-from fcmae.data.table import Table, find_in_table, read_table
+from fcmae.data.table import Table, find_in_table, labels_file, read_table
 from fcmae.train.checkpoint import STATE, SavedCheckpoint, list_checkpoints
 from fcmae.train.resume import stored_source
 from fcmae.train.run_paths import RunPaths
@@ -29,12 +29,6 @@ from finetune.tuned import Tuned
 from sparse.errors import InputError
 
 _log = logging.getLogger(__name__)
-
-
-def labels_file(config: Any) -> str | None:
-    """Return the CSV file that a config names as its labels or its data, if any."""
-    csv = str(config.data).lower().endswith(".csv")
-    return config.labels or (config.data if csv else None)
 
 
 def open_labels(config: Any) -> Table | Path:

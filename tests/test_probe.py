@@ -324,3 +324,12 @@ def test_classes_of_another_fine_tuning_run_are_refused(
             probe(config(weights, other))
         assert probe(config(weights, classes), show=False)["val"] == 12
     assert probe(config(run, other, other_classes=True), show=False)["val"] == 12
+
+
+def test_a_csv_file_may_be_given_as_the_data(source: Path, classes: Path, tmp_path: Path) -> None:
+    rows = [f"{path},{path.parent.name},{path.parts[-3]}" for path in sorted(classes.rglob("*.*g"))]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label,split", *rows]))
+    found = probe(config(source, tmp_path / "labels.csv"), show=False)
+    expected = probe(config(source, classes), show=False)
+    for key in ("knn5", "knn20", "train", "val", "classes"):  # other paths, another penalty
+        assert found[key] == expected[key]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -97,6 +98,12 @@ class Table:
 Reader = Callable[[Table, Indices, tuple[str, ...] | None], tuple[Labels, tuple[str, ...]]]
 """Returns the labels (N, …) of some rows of a table and the names of classes or targets. These are
 the given ones; for None, those that the rows have. Raises InputError if a cell is not a label."""
+
+
+def labels_file(config: Any) -> str | None:
+    """Return the CSV file that a config names as its labels or its data, if any."""
+    is_table = str(config.data).lower().endswith(".csv")
+    return config.labels or (config.data if is_table else None)
 
 
 def read_table(file: str | Path) -> Table:

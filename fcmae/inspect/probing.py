@@ -20,7 +20,7 @@ from fcmae.data.duplicates import report_duplicates
 from fcmae.data.file_list import find_images
 from fcmae.data.labelled import LabelledData, Split, check_known, find_labelled, split_by_hash
 from fcmae.data.sample import Batch
-from fcmae.data.table import find_in_table, read_classes, read_table
+from fcmae.data.table import find_in_table, labels_file, read_classes, read_table
 from fcmae.inspect.embedding import extract
 from fcmae.inspect.prologue import Setting, print_result, print_table, set_up
 from fcmae.train.processes import ALONE, World
@@ -234,10 +234,10 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
         RunError: no image could be read.
     """
     setting = set_up(config, config.source, load_backbone)
-    if config.labels is None:
+    if (file := labels_file(config)) is None:
         data = find_labelled(config.data, config.val_fraction, exclude=config.source)
     else:
-        data = find_in_table(read_table(config.labels), config.val_fraction, read_classes)
+        data = find_in_table(read_table(file), config.val_fraction, read_classes)
     names = setting.model.label_names
     if names and not config.other_classes:
         try:
