@@ -13,10 +13,12 @@ import numpy as np
 from fcmae.atomic import atomic_write
 from fcmae.config.files import read_yaml
 from fcmae.data.file_list import FileList, find_images
+from fcmae.data.find import load_source
 from fcmae.data.labelled import TRAIN, VAL, LabelledData, Labels, Split
 from fcmae.data.masks import IMAGES, MaskLabels
 from fcmae.data.object_files import VOC_IMAGES
 from fcmae.data.objects import ObjectLabels
+from fcmae.data.sources import Source
 from fcmae.data.table import Table, find_in_table, labels_file, read_table
 from fcmae.train.checkpoint import STATE, SavedCheckpoint, list_checkpoints
 from fcmae.train.resume import stored_source
@@ -114,8 +116,6 @@ def stored_labels(
     """
     names = tuple(start.state["settings"]["label_names"])
     train, val = (stored_source(start, part) for part in (TRAIN, VAL))
-    assert isinstance(train, FileList)
-    assert isinstance(val, FileList)
     if labels_file(config) is None and not Path(config.data).expanduser().is_dir():
         raise InputError(f"data {config.data!r} is not a folder any more: put a link there")
     paths = RunPaths(start.path.parent.parent)
@@ -129,17 +129,20 @@ def stored_labels(
     return LabelledData(first, second, names)
 
 
-def report_added(stored: Sequence[FileList], exclude: str) -> None:
+def report_added(stored: Sequence[Source], exclude: str) -> None:
     """Log how many images in the folders of a run are not part of it."""
-    roots = sorted({root for files in stored for root in files.roots})
+    lists = [files for files in stored if isinstance(files, FileList)]
+    roots = sorted({root for files in lists for root in files.roots})
     there = sum(len(find_images(root, exclude)) for root in roots if os.path.isdir(root))
-    added = there - sum(map(len, stored))
+    added = there - sum(map(len, lists))
     if added > 0:
         _log.info("%d images are ignored: added since the run began, or skipped then", added)
 
 
-def prefix_of(files: FileList, config: Any) -> str:
+def prefix_of(files: Source, config: Any) -> str:
     """Return what precedes the names of images in messages: their folder in `config.data`."""
+    if not isinstance(files, FileList):
+        return ""
     inside = os.path.relpath(files.roots[0], os.path.expanduser(config.data))
     return "" if labels_file(config) or inside == "." else f"{inside}/"
 
@@ -177,7 +180,7 @@ def find_split(config: Any, tuned: Tuned) -> Measured:
     if divided and not held_out:
         _log.warning("all of %s is measured: the run held out images of other data", place)
     if held_out:
-        files = FileList.load(run.images(VAL))
+        files = load_source(run.images(VAL))
         _log.info("measuring on the %d images that the run held out", len(files))
         labels = _labels(run, VAL, type(kind), files, kind.names)
         split = Split(files, "" if file else prefix_of(files, config), labels)
@@ -219,7 +222,7 @@ def _same(one: str | Path, other: str | Path) -> bool:
 
 
 def _labels(
-    run: RunPaths, part: str, kind: type[LabelKind], files: FileList, names: tuple[str, ...]
+    run: RunPaths, part: str, kind: type[LabelKind], files: Source, names: tuple[str, ...]
 ) -> Labels:
     """The labels of images whose list a run has stored.
 
@@ -232,6 +235,7 @@ def _labels(
     try:
         labels = np.load(path, allow_pickle=False)
         if not isinstance(labels, np.ndarray):
+            assert isinstance(files, FileList)
             labels = ObjectLabels.stored(files, names, labels)
     except Exception as error:  # a damaged archive raises nearly anything
         raise InputError(f"labels {str(path)!r} are damaged ({error}): restore them") from error

@@ -1,6 +1,7 @@
 """Tar shards: what is indexed, what is read, what is noticed; runs equal those on loose files."""
 
 import io
+import json
 import os
 import pickle
 import tarfile
@@ -15,10 +16,11 @@ from fcmae.commands.shard import ShardConfig
 from fcmae.data.decode import BadImage
 from fcmae.data.file_list import find_images
 from fcmae.data.find import find_source, load_source
+from fcmae.data.labelled import find_labelled
 from fcmae.data.sharding import shard
 from fcmae.data.shards import INDEX, ShardList, expand, find_shards, index_shards, open_shards
 from sparse.errors import InputError
-from tests.cli import TINY, kill_all, reaped, run, start, wait_for_steps, weights
+from tests.cli import TINY, kill_all, metrics, reaped, run, start, wait_for_steps, weights
 from tests.conftest import write_pictures
 
 
@@ -244,3 +246,55 @@ def test_an_index_is_small_and_fast(tmp_path):
     began = time.perf_counter()
     open_shards(paths)
     assert time.perf_counter() - began < min(1.0, indexed)
+
+
+@pytest.fixture(scope="module")
+def labelled(classes, tmp_path_factory) -> Path:
+    """`classes` as shards."""
+    out = tmp_path_factory.mktemp("labelled")
+    for split in ("train", "val"):
+        config = ShardConfig(str(classes / split), str(out / split), per_shard=10, classes=True)
+        shard(config)
+    return out
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_shards_equals_that_on_folders_also_resumed(classes, labelled, tmp_path):
+    common = ["--model", "atto", "--img_size", 32, "--epochs", 2, "--batch_size", 8, "--workers", 0]
+    common += ["--log_steps", 1, "--checkpoint_steps", 2]
+    run("finetune", classes, "--out", tmp_path / "loose", *common)
+    run("finetune", labelled, "--out", tmp_path / "packed", *common)
+    assert weights(tmp_path / "packed") == weights(tmp_path / "loose") != b""
+    assert metrics(tmp_path / "packed", "val_top1") == metrics(tmp_path / "loose", "val_top1")
+    again = ["finetune", labelled, "--out", tmp_path / "again", *common]
+    killed_after(3, tmp_path / "again", again)
+    run(*again)
+    assert weights(tmp_path / "again") == weights(tmp_path / "loose")
+    scores = [
+        json.loads(run("evaluate", tmp_path / "loose", "--data", data, "--json").stdout)
+        for data in (classes, labelled)
+    ]
+    assert scores[0]["per_class"] == scores[1]["per_class"]
+
+
+def test_labels_of_shards_are_checked(classes, labelled, tmp_path):
+    found = find_labelled(str(labelled / "train"), 0.25)
+    expected = find_labelled(str(classes / "train"), 0.25)
+    assert found.names == expected.names
+    assert found.val.labels.tolist() == expected.val.labels.tolist()
+    assert [found.val.source.key(n) for n in range(len(found.val.source))] == [
+        expected.val.source.key(n) for n in range(len(expected.val.source))
+    ]
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+    write_tar(tmp_path / "train" / "0.tar", {"a.png": b"1", "b.png": b"2", "b.cls": b"x"})
+    write_tar(tmp_path / "val" / "0.tar", {"a.png": b"1", "a.cls": b"y"})
+    with pytest.raises(InputError, match="has one class, 'x': give at least two"):
+        find_labelled(str(tmp_path), 0.0)
+    more = {"a.png": b"1", "a.cls": b"z", "b.png": b"2", "b.cls": b"x", "c.png": b"3"}
+    write_tar(tmp_path / "train" / "0.tar", more)
+    with pytest.raises(InputError, match="has classes that train does not have: 'y'"):
+        find_labelled(str(tmp_path), 0.0)
+    write_tar(tmp_path / "val" / "0.tar", {"a.png": b"1"})
+    with pytest.raises(InputError, match=r"has shards without labels: members like KEY.cls"):
+        find_labelled(str(tmp_path), 0.0)

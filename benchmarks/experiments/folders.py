@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from fcmae.data.file_list import find_images
+from fcmae.data.file_list import FileList, find_images
 from fcmae.data.labelled import find_classes, labels_of, split_by_hash
 
 
@@ -106,6 +106,7 @@ def _halves(folder: Path, share: float) -> list[dict[str, str]]:
     """Images of a folder of classes, relative path → real path, in two parts with 1 - share and
     share of each class."""
     files, names = find_classes(folder)
+    assert isinstance(files, FileList)
     return [
         {
             os.fsdecode(files.key(index)): os.path.realpath(os.fsdecode(files.path(index)))

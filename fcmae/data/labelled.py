@@ -1,7 +1,7 @@
-"""Labelled images: what they are to training, and folders of classes.
+"""Labelled images: what they are to training, folders of classes, and tar shards with labels.
 
-In a folder, a class is the first folder below a split; deeper folders do not matter. Classes are
-sorted by name, which is the order of the classifier's outputs.
+In a folder, a class is the first folder below a split; deeper folders do not matter. In shards it
+is what `KEY.cls` says. Classes are sorted by name, which is the order of the classifier's outputs.
 """
 
 import logging
@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fcmae.data.augment import Geometry
-from fcmae.data.file_list import FileList, find_images
+from fcmae.data.file_list import find_images
+from fcmae.data.shards import NO_LABEL, ShardList, find_shards, open_shards
 from fcmae.data.sources import Source, key_hashes
 from sparse.errors import InputError, brief, did_you_mean
 
@@ -103,12 +104,15 @@ def report_unmeasured(names: Sequence[str], val: Split) -> None:
         _log.warning("not in val, so never measured: %s", brief(map(repr, unseen)))
 
 
-def find_classes(folder: Path, exclude: str | None = None) -> tuple[FileList, tuple[str, ...]]:
-    """Return the images below the class folders of `folder`, and the classes' names, sorted.
+def find_classes(folder: Path, exclude: str | None = None) -> tuple[Source, tuple[str, ...]]:
+    """Return the images below the class folders of `folder`, or those of its tar shards that have a
+    label; and the classes' names, sorted.
 
     Raises:
-        InputError: no class folder, one without images, or names that look the same.
+        InputError: no class folder, one without images, no label, or names that look the same.
     """
+    if shards := find_shards(str(folder)):
+        return _labelled_shards(shards, folder)
     names = _class_names(folder, exclude)
     if not names:
         raise InputError(f"{folder} has no folders: expected one per class, as in {_LAYOUT}")
@@ -124,8 +128,19 @@ def find_classes(folder: Path, exclude: str | None = None) -> tuple[FileList, tu
     return files, names
 
 
+def _labelled_shards(paths: Sequence[str], folder: Path) -> tuple[Source, tuple[str, ...]]:
+    source = open_shards(paths)
+    labelled = np.flatnonzero(source.labels != NO_LABEL)
+    if not len(labelled):
+        raise InputError(f"{folder} has shards without labels: members like KEY.cls count")
+    if stray := len(source) - len(labelled):
+        _log.warning("%d images in %s have no label and are skipped", stray, folder)
+    return source.select(labelled), check_names(source.classes, folder)
+
+
 def labels_of(source: Source, names: Sequence[str]) -> Labels:
-    """Return each image's class (N,), the first folder of its key, as its position in `names`.
+    """Return each image's class (N,) as its position in `names`: the first folder of its key, or in
+    shards its label.
 
     Raises:
         InputError: an image is of no class in `names`.
@@ -133,6 +148,9 @@ def labels_of(source: Source, names: Sequence[str]) -> Labels:
     positions = {os.fsencode(name): position for position, name in enumerate(names)}
     folders = (source.key(index).split(b"/", 1)[0] for index in range(len(source)))
     try:
+        if isinstance(source, ShardList):
+            own = np.array([positions[os.fsencode(name)] for name in source.classes], np.int64)
+            return own[source.labels]
         return np.fromiter((positions[folder] for folder in folders), np.int64, len(source))
     except KeyError as error:
         raise InputError(f"{os.fsdecode(error.args[0])!r} is not among the classes") from None

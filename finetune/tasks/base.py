@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from fcmae.atomic import check_out_file, out_file
 from fcmae.data.evaluation import EvalDataset
-from fcmae.data.file_list import FileList
 from fcmae.data.labelled import LabelledData, Labels, Split
 from fcmae.data.sample import Batch
 from fcmae.data.sources import Indices, Source
@@ -167,7 +166,7 @@ class LabelKind(ABC):
         raise cls.not_labels(folder)
 
     @classmethod
-    def labels_of(cls, files: FileList, names: Sequence[str]) -> Labels:
+    def labels_of(cls, files: Source, names: Sequence[str]) -> Labels:
         """Return the labels of images in a folder whose list a run has stored without labels."""
         raise InputError(f"the run has no stored labels for {cls.task}: start over")
 

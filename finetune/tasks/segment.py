@@ -195,8 +195,9 @@ class Segment(OnFeatures):
         return find_pairs(folder, layout, own, names)
 
     @classmethod
-    def labels_of(cls, files: FileList, names: Sequence[str]) -> Any:
+    def labels_of(cls, files: Source, names: Sequence[str]) -> Any:
         """Masks beside the images of a stored list, whose root is a folder of images."""
+        assert isinstance(files, FileList)
         (images,) = map(Path, files.roots)
         for root in (images.parent.parent, images.parent):
             layout = find_layout(root)
