@@ -43,6 +43,11 @@ def start_on_features(
         InputError: a library is not installed, the backbone has no features of strides 4 to 32 for
             images of any size, or the weights are of another model.
     """
+    if patch := 8 * start.args.get("patch_size", 0):
+        raise InputError(
+            f"{start.origin} was pretrained with --patch_size {patch}: {what} needs strides of 4 "
+            "to 32, which --patch_size 32 gives"
+        )
     rate: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     any_size = {"strict_img_size": False}  # of timm's Swin
     refused: Exception | None = None

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 import torch
 
 from fcmae import __version__
@@ -16,7 +15,7 @@ from fcmae.atomic import check_out_file, check_out_folder, out_file
 from fcmae.commands.export import ExportConfig
 from fcmae.config.values import height_width
 from fcmae.data.statistics import Preprocessing, default_preprocessing
-from fcmae.weights.export import timm_variant
+from fcmae.weights.export import create_model, timm_variant
 from fcmae.weights.graphs import SMALLEST, Exportable, read_description, write_onnx, write_pt2
 from fcmae.weights.load import find_weights, is_tuned, load_weights, read_preprocessing
 from fcmae.weights.read import CONFIG_FILE, read_json
@@ -108,7 +107,7 @@ def load_source(config: ExportConfig) -> Source:
         images = read_preprocessing(file) or default_preprocessing(architecture.in_chans)
         images = replace(images, img_size=size or images.img_size)
         name, args = timm_variant(architecture)
-        model = timm.create_model(name, num_classes=0, in_chans=architecture.in_chans, **args)
+        model = create_model(name, num_classes=0, in_chans=architecture.in_chans, **args)
         model.load_state_dict(to_timm(encoder_part(weights.state)))
         model.eval()
     description = {

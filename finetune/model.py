@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fcmae.data.statistics import Preprocessing
 from fcmae.train.checkpoint import first_difference
-from fcmae.weights.export import timm_variant
+from fcmae.weights.export import create_model, timm_variant
 from fcmae.weights.load import find_weights, load_weights, read_preprocessing
 from fcmae.weights.read import CONFIG_FILE, first_line, read_json, read_state
 from finetune import roadmap  # noqa: F401  # timm then knows its models
@@ -123,7 +123,7 @@ def build_model(
     rate: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     for optional in (size | rate, size, rate, {}):
         try:
-            model = timm.create_model(
+            model = create_model(
                 start.name, num_classes=num_classes, in_chans=in_chans, **(start.args | optional)
             ).eval()
             with torch.no_grad():

@@ -6,6 +6,7 @@ from typing import Literal
 
 from fcmae.config.fields import DATA, IMAGES, MODEL, WEIGHTS, Config, runtime, setting
 from fcmae.config.training import AugmentBase, TrainingConfig
+from sparse.sizes import PATCH
 
 
 @dataclass
@@ -60,8 +61,12 @@ class PretrainConfig(TrainingConfig):
     dims: list[int] | None = setting(None, group=MODEL, example="'[40,80,160,320]'")
     """Channels of each of the four stages, such as '[40,80,160,320]'. null uses those of model."""
 
+    patch_size: int = setting(PATCH, at_least=8, at_most=PATCH, group=MODEL)
+    """Side of a hidden patch in pixels, and the encoder's total stride: 32, the paper's, or for
+    small images 16 or 8. The stem's stride is an eighth of it."""
+
     mask_ratio: float = setting(0.6, group=MODEL)
-    """Fraction of the 32x32 pixel patches to hide, between 0 and 1. The paper's best is 0.6."""
+    """Fraction of the patches to hide, between 0 and 1. The paper's best is 0.6."""
 
     decoder: DecoderConfig = setting(DecoderConfig)
 

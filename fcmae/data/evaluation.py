@@ -22,6 +22,7 @@ from fcmae.data.sources import Source, key_hash
 from fcmae.data.statistics import Preprocessing, center_crop
 from fcmae.model.mask import grid_of, random_mask
 from fcmae.train.processes import ALONE, World
+from sparse.sizes import PATCH
 
 SHOWN = 20
 """Largest number of images that are reported one by one."""
@@ -157,7 +158,12 @@ def prepared(images: Tensor, how: Preprocessing, device: torch.device) -> Tensor
 
 
 def held_out_masks(
-    source: Source, indices: Tensor, img_size: tuple[int, int], mask_ratio: float, seed: int
+    source: Source,
+    indices: Tensor,
+    img_size: tuple[int, int],
+    mask_ratio: float,
+    seed: int,
+    patch: int = PATCH,
 ) -> Tensor:
     """Masks (B, h, w) of held-out images: each depends on the image's key and the seed alone.
 
@@ -167,8 +173,9 @@ def held_out_masks(
         img_size: (height, width) of the crops.
         mask_ratio: share of the patches that a mask hides.
         seed: of the run.
+        patch: side of a patch in pixels.
     """
     keys = [key_hash(source, index) for index in indices.tolist()]
-    grid, stream = grid_of(img_size), rng.HOLDOUT_MASK
+    grid, stream = grid_of(img_size, patch), rng.HOLDOUT_MASK
     masks = [random_mask(seed, 0, key, grid, mask_ratio, stream) for key in keys]
     return torch.from_numpy(np.stack(masks))

@@ -107,7 +107,7 @@ class PretrainDataset(CropDataset):
 
     def crop(self, epoch: int, index: int, place: int) -> Sample:
         sample = super().crop(epoch, index, place)
-        grid, ratio = grid_of(self.images.img_size), self.config.mask_ratio
+        grid, ratio = grid_of(self.images.img_size, self.config.patch_size), self.config.mask_ratio
         return replace(sample, mask=random_mask(self.config.seed, epoch, index, grid, ratio))
 
 

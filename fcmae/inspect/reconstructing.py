@@ -143,7 +143,9 @@ def reconstruct(config: ReconstructConfig) -> float:
     report_skipped(batch.bad)
     if not len(batch):
         raise InputError(f"images {config.images!r}: none of the first {config.count} can be read")
-    masks = held_out_masks(files, batch.indices, how.img_size, model.mask_ratio, config.seed)
+    masks = held_out_masks(
+        files, batch.indices, how.img_size, model.mask_ratio, config.seed, model.encoder.patch_size
+    )
     columns, loss = reconstruct_batch(model, images, masks, how)
     with out_file(Path(config.out)) as path:
         Image.fromarray(grid(columns)).save(path, format="PNG")

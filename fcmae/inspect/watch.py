@@ -133,7 +133,8 @@ def make_watchers(
     for batch, pixels in each_batch(dataset, device, SHOWN, workers=0):
         bad += batch.bad
         if len(batch):
-            masks = held_out_masks(held, batch.indices, size, ratio, config.seed)
+            drawn = held_out_masks
+            masks = drawn(held, batch.indices, size, ratio, config.seed, config.patch_size)
             batches.append((pixels, masks))
     if folder is not None:
         folder.record_bad(bad)

@@ -25,15 +25,20 @@ def keep_count(patches: int, mask_ratio: float) -> int:
     return int(patches * (1 - mask_ratio))
 
 
-def check_mask_ratio(mask_ratio: float, grid: tuple[int, int]) -> None:
+def check_mask_ratio(mask_ratio: float, grid: tuple[int, int], patch: int = PATCH) -> None:
     """Make sure that the ratio leaves at least one patch visible and one hidden on this grid.
+
+    Args:
+        mask_ratio: share of the patches to hide.
+        grid: patches down and across.
+        patch: side of a patch in pixels, for messages.
 
     Raises:
         InputError: the ratio is outside (0, 1), or too close to 0 or 1 for so few patches.
     """
     patches = grid[0] * grid[1]
     if patches < 2:
-        raise InputError(f"img_size {PATCH} gives a single patch: use at least {2 * PATCH}")
+        raise InputError(f"img_size {patch} gives a single patch: use at least {2 * patch}")
     if not (0 < mask_ratio < 1 and 0 < keep_count(patches, mask_ratio) < patches):
         most = math.floor((1 - 1 / patches) * 1000) / 1000
         raise InputError(

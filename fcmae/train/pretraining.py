@@ -42,6 +42,10 @@ ALL_IMAGES = "all"
 """The list of all images of a run, including those held out; see `RunPaths.images`."""
 
 FEW_IMAGES = 10_000
+FEW_PATCHES = 16
+"""With fewer in an image, smaller ones are advised."""
+
+PATCH_SIZES = (8, 16, 32)
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +68,10 @@ class Pretraining(Task):
     def check(self, device: torch.device) -> tuple[int, int]:
         config = self.config
         img_size = height_width(config.img_size)
-        check_mask_ratio(config.mask_ratio, grid_of(img_size))
+        if config.patch_size not in PATCH_SIZES:
+            raise InputError(f"patch_size {config.patch_size} must be one of 32, 16 and 8")
+        grid = grid_of(img_size, config.patch_size)
+        check_mask_ratio(config.mask_ratio, grid, config.patch_size)
         resolve_size(config.model, config.depths, config.dims)
         self._engine = get_engine(config.engine, device.type, compiled=config.compile)
         return img_size
@@ -113,13 +120,19 @@ class Pretraining(Task):
         config, encoder = self.config, self.model.encoder
         named = config.depths is None and config.dims is None
         name = config.model if named else f"of depths {encoder.depths} and dims {encoder.dims}"
-        h, w = grid_of(self.resolved.images.img_size)
+        h, w = grid_of(self.resolved.images.img_size, config.patch_size)
         millions = sum(p.numel() for p in encoder.parameters()) / 1e6
         why = f" ({self._engine.why})" if self._engine.why else ""
         lines = [
             f"encoder {name}: {millions:.3g} M weights, engine {self._engine.name}{why}",
             f"{keep_count(h * w, config.mask_ratio)} of {h * w} patches are visible",
         ]
+        if h * w < FEW_PATCHES and config.patch_size > PATCH_SIZES[0]:
+            half = config.patch_size // 2
+            lines.append(
+                f"{h * w} patches are few: --patch_size {half} gives {4 * h * w}, at four times "
+                "the work"
+            )
         few = len(self.images.train) < FEW_IMAGES and self.resolved.start is None
         if few and named and config.init_from is None and config.in_chans == 3:
             lines.append(
@@ -169,7 +182,7 @@ def build_model(config: PretrainConfig) -> FCMAE:
     encoder = SparseConvNeXtV2.from_size(
         config.model, config.depths, config.dims, in_chans=config.in_chans, engine=config.engine,
         drop_path=config.drop_path, use_grn=config.use_grn, layer_scale=config.layer_scale,
-        recompute=config.recompute,
+        recompute=config.recompute, patch_size=config.patch_size,
     )  # fmt: skip
     if config.init == "fan_in":
         init_fan_in(encoder)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fcmae.atomic import atomic_write, check_out_file, check_out_folder
 from fcmae.commands.convert import ConvertConfig
@@ -18,7 +18,7 @@ from fcmae.weights.read import CONFIG_FILE, WEIGHTS_FILE, read_json
 from sparse.convert import CONV_MLP_WIDTHS, encoder_part, to_minkowski, to_timm
 from sparse.errors import InputError, RunError
 from sparse.layouts import Architecture
-from sparse.sizes import SIZES
+from sparse.sizes import PATCH, SIDES, SIZES
 
 
 def convert(config: ConvertConfig) -> Path:
@@ -51,7 +51,10 @@ def convert(config: ConvertConfig) -> Path:
         raise RunError(f"out {out} could not be written: {error}") from error
     print(f"{out}: written from {weights.origin}")
     if timm:
-        print(f'load it with timm.create_model("local-dir:{out}", pretrained=True)')
+        if kind.patch_size == 16:
+            print("timm has one more layer for patches of 16: see docs/data.md")
+        else:
+            print(f'load it with timm.create_model("local-dir:{out}", pretrained=True)')
     return out
 
 
@@ -168,6 +171,20 @@ def timm_config(
     return {key: value for key, value in config.items() if value or key == "num_classes"}
 
 
+def create_model(name: str, **arguments: Any) -> Any:
+    """`timm.create_model`, for weights of any patch size.
+
+    With a stem of stride 2, timm's ConvNeXt halves the map once more before its first stage. Ours
+    does not, so this layer is removed.
+    """
+    import timm  # only what fine-tunes or exports needs it
+
+    model: Any = timm.create_model(name, **arguments)
+    if name.startswith("convnextv2") and arguments.get("patch_size") == 2:
+        model.stages[0].downsample = nn.Identity()
+    return model
+
+
 def timm_variant(architecture: Architecture) -> tuple[str, dict[str, Any]]:
     """Return timm's model name and the arguments that make it this architecture.
 
@@ -186,6 +203,8 @@ def timm_variant(architecture: Architecture) -> tuple[str, dict[str, Any]]:
         arguments["use_grn"] = False
     if architecture.layer_scale:
         arguments["ls_init_value"] = architecture.layer_scale
+    if architecture.patch_size != PATCH:
+        arguments["patch_size"] = architecture.patch_size // SIDES[0]
     return f"convnextv2_{base.name}", arguments
 
 

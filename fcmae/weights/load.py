@@ -19,6 +19,7 @@ from sparse.convert import canonical, encoder_part
 from sparse.encoder import init_fan_in
 from sparse.errors import InputError, brief
 from sparse.layouts import Architecture, infer_architecture
+from sparse.sizes import SIDES
 
 _log = logging.getLogger(__name__)
 
@@ -100,14 +101,16 @@ def is_tuned(source: str | Path) -> bool:
 
 def init_encoder(encoder: SparseConvNeXtV2, source: str) -> None:
     """Start an encoder of pretraining from given weights. The first layer is adapted to the input
-    channels; parameters that the weights do not have, such as GRN, keep their initial values.
+    channels and to the size of patches; parameters that the weights do not have, such as GRN, keep
+    their initial values.
 
     Raises:
         InputError: the weights can't be read, or are of another size.
     """
     weights = load_weights(source)
     state = dict(encoder_part(weights.state))
-    state["stem.0.weight"] = adapt_in_chans(state["stem.0.weight"], encoder.in_chans)
+    stem = adapt_in_chans(state["stem.0.weight"], encoder.in_chans)
+    state["stem.0.weight"] = adapt_patch_size(stem, encoder.patch_size)
     found = infer_architecture(state)
     if (found.depths, found.dims) != (encoder.depths, encoder.dims):
         raise InputError(
@@ -120,6 +123,23 @@ def init_encoder(encoder: SparseConvNeXtV2, source: str) -> None:
     if missing:
         _log.warning("not in %s, so they keep their initial values: %s", source, ", ".join(missing))
     _log.info("encoder starts from %s", weights.origin)
+
+
+def adapt_patch_size(stem_weight: Tensor, patch_size: int) -> Tensor:
+    """Fit the stem's weight (C, I, K, K) to patches of another size, K = patch_size / 8.
+
+    A smaller kernel has the sums over blocks of the larger one: it answers to an image as the
+    larger one does to the same image enlarged, each pixel repeated. A larger one has the entries
+    repeated, divided by their number: it answers to an image as the smaller one does to the means
+    of its blocks.
+    """
+    side, before = patch_size // SIDES[0], stem_weight.shape[-1]
+    if side < before:
+        blocks = stem_weight.unflatten(3, (side, -1)).unflatten(2, (side, -1))
+        return blocks.sum((3, 5))
+    times = side // before
+    repeated = stem_weight.repeat_interleave(times, 2).repeat_interleave(times, 3)
+    return repeated / times**2
 
 
 def adapt_in_chans(stem_weight: Tensor, in_chans: int) -> Tensor:
