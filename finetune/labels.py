@@ -18,6 +18,7 @@ from fcmae.data.labelled import TRAIN, VAL, LabelledData, Labels, Split
 from fcmae.data.masks import IMAGES, MaskLabels
 from fcmae.data.object_files import VOC_IMAGES
 from fcmae.data.objects import ObjectLabels
+from fcmae.data.shards import ShardList
 from fcmae.data.sources import Source
 from fcmae.data.table import Table, find_in_table, labels_file, read_table
 from fcmae.train.checkpoint import STATE, SavedCheckpoint, list_checkpoints
@@ -141,9 +142,12 @@ def report_added(stored: Sequence[Source], exclude: str) -> None:
 
 def prefix_of(files: Source, config: Any) -> str:
     """Return what precedes the names of images in messages: their folder in `config.data`."""
-    if not isinstance(files, FileList):
-        return ""
-    inside = os.path.relpath(files.roots[0], os.path.expanduser(config.data))
+    if isinstance(files, FileList):
+        folder = files.roots[0]
+    else:
+        assert isinstance(files, ShardList)
+        folder = os.path.dirname(files.shards[0].path)
+    inside = os.path.relpath(folder, os.path.expanduser(config.data))
     return "" if labels_file(config) or inside == "." else f"{inside}/"
 
 

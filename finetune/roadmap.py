@@ -72,7 +72,7 @@ class Block(nn.Module):
         super().__init__()
         d = design
         inner, dim = (4 * width, width) if d.inverted else (width, 4 * width)
-        self.scale = nn.Parameter(LAYER_SCALE * torch.ones(dim, 1, 1)) if d.separate else None
+        self.scale = nn.Parameter(LAYER_SCALE * torch.ones(dim)) if d.separate else None
         seen = dim_in if d.conv_first else inner
         spatial = nn.Conv2d(
             seen, seen, d.kernel, stride, d.kernel // 2,
@@ -85,7 +85,11 @@ class Block(nn.Module):
             body += [conv]
             body += [] if d.few_norms and place else [d.norm(conv.out_channels)]
             body += [] if d.few_acts and not place else [d.act()]
-        self.body = nn.Sequential(*body, narrow, *([] if d.few_norms else [d.norm(dim)]))
+        self.body = nn.Sequential(*body, narrow)
+        if not d.few_norms:
+            last: Any = d.norm(dim)
+            nn.init.zeros_(last.weight)  # the block starts as its shortcut, as in timm
+            self.body.append(last)
         self.shortcut = nn.Sequential()
         if stride > 1 or dim_in != dim:
             projection = nn.Conv2d(dim_in, dim, 1, stride, bias=False)
@@ -96,7 +100,7 @@ class Block(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         found = self.body(x_BCHW)
         if self.scale is not None:
-            found = self.scale * found
+            found = self.scale.view(-1, 1, 1) * found
         return self.act(self.shortcut(x_BCHW) + self.drop_path(found))
 
 

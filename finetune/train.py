@@ -19,7 +19,7 @@ from fcmae import rng
 from fcmae.config.values import height_width
 from fcmae.data.duplicates import report_duplicates, write_duplicates
 from fcmae.data.evaluation import each_batch
-from fcmae.data.file_list import find_images
+from fcmae.data.find import find_source
 from fcmae.data.labelled import LabelledData
 from fcmae.data.sample import Batch, normalise
 from fcmae.data.statistics import MeanStd, imagenet_mean_std
@@ -123,7 +123,7 @@ class Finetuning(Task):
             self._origin = Start(settings["model"], settings["model_args"], origin=str(start.path))
         self._suspects = None
         if config.near_duplicates is not None:
-            self._suspects = find_images(config.near_duplicates, setting="near_duplicates")
+            self._suspects = find_source(config.near_duplicates, setting="near_duplicates")
         data = self._find_labels(start)
         return Images(data.train.source, {"train": data.train.source, "val": data.val.source})
 

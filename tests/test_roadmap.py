@@ -5,7 +5,7 @@ import timm
 import torch
 
 from benchmarks.experiments.roadmap import PUBLISHED, gmacs
-from finetune.roadmap import CHANGES, designs
+from finetune.roadmap import CHANGES, Block, designs
 from tests.test_config import CONFIGS, load
 
 ENDS = {
@@ -20,6 +20,9 @@ def test_an_end_of_the_road_is_timms_model_weight_for_weight(name):
     ours, timms = (timm.create_model(model, num_classes=7).eval() for model in (name, ENDS[name]))
     torch.manual_seed(0)
     pairs = list(zip(ours.parameters(), timms.parameters(), strict=True))
+    assert [mine.ndim > 1 for mine, _ in pairs] == [theirs.ndim > 1 for _, theirs in pairs]
+    zeros = [bool(theirs.any()) for _, theirs in pairs if theirs.ndim == 1]
+    assert [bool(mine.any()) for mine, _ in pairs if mine.ndim == 1] == zeros
     pairs += zip(ours.buffers(), timms.buffers(), strict=True)
     with torch.no_grad():
         for mine, theirs in pairs:
@@ -63,8 +66,12 @@ def test_each_step_has_a_recipe():
 
 
 @pytest.mark.parametrize("name", ["gelu", "separate_downsampling"])
-def test_every_block_learns_and_stochastic_depth_skips(name):
+def test_every_weight_learns_and_stochastic_depth_rises(name):
     model = timm.create_model(f"roadmap_{name}", num_classes=3, drop_path_rate=0.5)
-    model(torch.rand(2, 3, 64, 64)).sum().backward()
-    assert model.stages[3][-1].drop_path.drop_prob == pytest.approx(0.5)
-    assert all(p.grad is not None for p in model.stem.parameters())
+    rates = [part.drop_path.drop_prob for part in model.modules() if isinstance(part, Block)]
+    assert rates == pytest.approx([0.5 * n / 17 for n in range(18)])
+    model.eval()(torch.rand(2, 3, 64, 64)).square().sum().backward()
+    for stage in model.stages:
+        for part in stage:
+            assert any(p.grad.any() for p in part.parameters())
+    assert all(p.grad is not None for p in model.parameters())

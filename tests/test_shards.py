@@ -7,6 +7,7 @@ import pickle
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from fcmae.data.decode import BadImage
 from fcmae.data.file_list import find_images
 from fcmae.data.find import find_source, load_source
 from fcmae.data.labelled import find_labelled
-from fcmae.data.sharding import shard
+from fcmae.data.sharding import RECORD, shard
 from fcmae.data.shards import INDEX, ShardList, expand, find_shards, index_shards, open_shards
+from fcmae.data.sources import split_holdout
+from finetune.labels import prefix_of
 from sparse.errors import InputError
 from tests.cli import TINY, kill_all, metrics, reaped, run, start, wait_for_steps, weights
 from tests.conftest import write_pictures
@@ -76,7 +79,7 @@ def test_shards_hold_the_images_in_their_order_under_their_names(folder, shards)
     assert packed.classes == ("a", "ü ber.b")
     assert packed.labels.tolist() == [0] * 8 + [1] * 6
     names = sorted(path.name for path in shards.iterdir())
-    assert names == [INDEX, *(f"shard-{n:06}.tar" for n in range(3))]
+    assert names == [INDEX, RECORD, *(f"shard-{n:06}.tar" for n in range(3))]
 
 
 def test_pythons_tarfile_reads_the_shards(folder, shards):
@@ -102,7 +105,11 @@ def test_a_selection_reads_its_own_images_and_is_stored(shards, tmp_path):
     assert [again.name(n) for n in range(3)] == [packed.name(n) for n in (9, 2, 2)]
     assert again.fingerprint() == picked.fingerprint() != packed.fingerprint()
     assert again.labels.tolist() == [1, 0, 0]
-    assert content(pickle.loads(pickle.dumps(again)), 0) == content(packed, 9)  # noqa: S301
+    assert again._files == {}
+    assert content(again, 0) == content(packed, 9)
+    copy = pickle.loads(pickle.dumps(again))  # noqa: S301
+    assert (len(again._files), len(copy._files)) == (1, 0)
+    assert content(copy, 0) == content(packed, 9)
 
 
 def test_shards_are_named_by_folder_file_or_pattern(shards):
@@ -113,6 +120,8 @@ def test_shards_are_named_by_folder_file_or_pattern(shards):
     assert expand("x-{8..10}-{a,b}.tar") == [f"x-{n}-{w}.tar" for n in (8, 9, 10) for w in "ab"]
     assert expand("{0098..0101}") == ["0098", "0099", "0100", "0101"]
     assert len(find_source(paths[:2])) == 10
+    with pytest.raises(InputError, match=r"has a range that falls: give \{1\.\.3\}"):
+        find_source("x-{3..1}.tar")
 
 
 def test_packing_again_keeps_what_is_there_and_repairs_the_rest(folder, tmp_path):
@@ -128,6 +137,28 @@ def test_packing_again_keeps_what_is_there_and_repairs_the_rest(folder, tmp_path
     after = [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
     assert [one for one, _ in after] == [one for one, _ in before]
     assert after[0] == before[0]
+    for change in ({"per_shard": 6}, {"classes": True}):
+        other = ShardConfig(str(folder), str(tmp_path / "out"), **{"per_shard": 5} | change)
+        with pytest.raises(InputError, match="holds shards of other images or settings"):
+            shard(other)
+    (tmp_path / "mine").mkdir()
+    write_tar(tmp_path / "mine" / "shard-000000.tar", {"x.png": b"x"})
+    with pytest.raises(InputError, match=r"holds shard-000000.tar: give a new folder"):
+        shard(ShardConfig(str(folder), str(tmp_path / "mine")))
+
+
+def test_names_that_do_not_work_in_shards_are_refused_before_any_work(folder, tmp_path):
+    out = tmp_path / "out"
+    listed = tmp_path / "list.txt"
+    for line in (str(folder / "a" / "0000.png"), "../x/y.png"):
+        listed.write_text(line)
+        with pytest.raises(InputError, match="has no path below a folder"):
+            shard(ShardConfig(str(listed), str(out)))
+    for half in ("x", "y"):
+        write_pictures(tmp_path / half, 2, size=32)
+    with pytest.raises(InputError, match="is there twice, from different folders"):
+        shard(ShardConfig([str(tmp_path / "x"), str(tmp_path / "y")], str(out)))
+    assert not out.exists()
 
 
 def test_an_index_is_used_only_for_its_shards(shards, tmp_path, monkeypatch, caplog):
@@ -168,13 +199,97 @@ def test_a_changed_shard_is_noticed_when_it_is_read(tmp_path, how):
         packed.checked()
 
 
+def cut(path: Path, where: int) -> None:
+    os.truncate(path, where)
+
+
+def flip(path: Path, where: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[where] ^= 1
+    path.write_bytes(data)
+
+
+FIVE = {f"{n}.png": bytes([n]) * 600 for n in range(5)}
+MEMBER = 512 + 1024
+"""Bytes of a header and of the content of one of them."""
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda p: cut(p, 2 * MEMBER), f"cut off at byte {2 * MEMBER}"),
+        (lambda p: cut(p, 2 * MEMBER + 300), f"cut off at byte {2 * MEMBER}"),
+        (lambda p: cut(p, 2 * MEMBER + 700), "it ends inside of '2.png'"),
+        (lambda p: flip(p, 2 * MEMBER + 3), f"damaged or cut off at byte {2 * MEMBER}"),
+        (lambda p: p.write_bytes(2 * p.read_bytes()), "it has more after its end"),
+    ],
+)
+def test_a_damaged_shard_is_not_shortened(tmp_path, harm, words):
+    path = write_tar(tmp_path / "x.tar", FIVE)
+    assert len(index_shards([str(path)])) == 5
+    harm(path)
+    with pytest.raises(InputError, match=words):
+        index_shards([str(path)])
+
+
+def test_hidden_names_links_and_a_leading_dot(tmp_path, caplog):
+    path = tmp_path / "x.tar"
+    names = ["./a/1.png", "./a/._1.png", "__MACOSX/a/1.png", ".thumb/1.png", "b/2.png"]
+    write_tar(path, dict.fromkeys(names, b"x"))
+    with tarfile.open(path, "a") as tar:
+        for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+            info = tarfile.TarInfo(f"c/{kind.decode()}.png")
+            info.type, info.linkname = kind, "./a/1.png"
+            tar.addfile(info)
+    found = index_shards([str(path)])
+    assert [found.key(n) for n in range(len(found))] == [b"a/1.png", b"b/2.png"]
+    assert "2 images in shards are links or sparse files and are skipped" in caplog.text
+
+
+def test_a_stray_tar_file_does_not_hide_images(folder, tmp_path):
+    write_pictures(tmp_path / "photos" / "cat", 3, size=32)
+    write_tar(tmp_path / "photos" / "download.tar", {"x.png": b"x"})
+    assert len(find_source(str(tmp_path / "photos"))) == 3
+    (tmp_path / "photos" / "loop").symlink_to("loop")
+    (tmp_path / "only").mkdir()
+    write_tar(tmp_path / "only" / "0.tar", {"x.png": b"x"})
+    (tmp_path / "only" / "._0.tar").write_bytes(b"junk")
+    (tmp_path / "only" / "loop").symlink_to("loop")
+    assert [Path(path).name for path in find_shards(str(tmp_path / "only"))] == ["0.tar"]
+
+
+def test_changed_labels_are_a_changed_shard(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {"a.png": b"1", "a.cls": b"3"})
+    assert open_shards([str(path)]).classes == ("3",)
+    before = path.stat()
+    write_tar(path, {"a.png": b"1", "a.cls": b"7"})
+    assert path.stat().st_size == before.st_size
+    assert open_shards([str(path)]).classes == ("7",)
+
+
+def test_an_index_heals(shards, tmp_path, monkeypatch, caplog):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in shards.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    open_shards(find_shards(str(moved)))  # other times: headers are read once more
+    monkeypatch.setattr("fcmae.data.shards._read_headers", None)
+    assert len(open_shards(find_shards(str(moved)))) == 14
+    monkeypatch.undo()
+    with np.load(moved / INDEX) as stored:
+        parts = dict(stored)
+    np.savez(moved / INDEX, **parts | {"shard_ids": parts["shard_ids"] + 9})
+    assert len(open_shards(find_shards(str(moved)))) == 14
+    assert "indexed anew" in caplog.text
+    np.testing.assert_array_equal(np.load(moved / INDEX)["shard_ids"], parts["shard_ids"])
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda p: write_tar(p, {"a.png": b"1"}, "w:gz"), r"is compressed \(gzip\).*fcmae shard"),
         (lambda p: write_tar(p, {"a.txt": b"1"}), "holds no images: members like KEY.jpg"),
         (lambda p: p.write_bytes(b"no tar" * 200), "can't be read as a tar file"),
-        (lambda p: os.truncate(write_tar(p, {"a.png": b"1" * 5000}), 3000), "unexpected end"),
         (lambda p: p.mkdir(), "can't be read as a tar file"),
     ],
 )
@@ -187,7 +302,7 @@ def test_what_is_no_shard_is_refused(tmp_path, make, words):
 def test_names_tell_images_apart(tmp_path):
     one = write_tar(tmp_path / "1.tar", {"a.png": b"1", "b.png": b"2"})
     two = write_tar(tmp_path / "2.tar", {"b.png": b"3"})
-    with pytest.raises(InputError, match=r"2.tar' has a member 'b.png' that '.*1.tar' has too"):
+    with pytest.raises(InputError, match=r"a member 'b.png' that '.*1.tar' has too: rename"):
         index_shards([str(one), str(two)])
     with tarfile.open(one, "a") as tar:
         tar.addfile(tarfile.TarInfo("a.png"))
@@ -204,12 +319,12 @@ def test_shards_and_folders_do_not_mix(folder, shards):
 
 def test_classes_need_folders(tmp_path):
     write_pictures(tmp_path / "flat", 2, size=32)
-    with pytest.raises(InputError, match="is in no folder, which would be its class"):
+    with pytest.raises(InputError, match="is in no folder, which would be its class: omit"):
         shard(ShardConfig(str(tmp_path / "flat"), str(tmp_path / "out"), classes=True))
 
 
 def test_pretraining_on_shards_equals_that_on_files_also_resumed(folder, shards, tmp_path):
-    """Bit for bit, held-out images and another number of workers included."""
+    """Bit for bit, also with another number of workers."""
     common = [*TINY, "--epochs", 25, "--batch_size", 4]
     run("pretrain", "--data", folder, "--out", tmp_path / "loose", *common)
     run("pretrain", "--data", shards, "--out", tmp_path / "packed", *common, "--workers", 2)
@@ -293,8 +408,33 @@ def test_labels_of_shards_are_checked(classes, labelled, tmp_path):
         find_labelled(str(tmp_path), 0.0)
     more = {"a.png": b"1", "a.cls": b"z", "b.png": b"2", "b.cls": b"x", "c.png": b"3"}
     write_tar(tmp_path / "train" / "0.tar", more)
+    assert find_labelled(str(labelled / "train"), 0.25).train.prefix == ""
     with pytest.raises(InputError, match="has classes that train does not have: 'y'"):
         find_labelled(str(tmp_path), 0.0)
     write_tar(tmp_path / "val" / "0.tar", {"a.png": b"1"})
     with pytest.raises(InputError, match=r"has shards without labels: members like KEY.cls"):
         find_labelled(str(tmp_path), 0.0)
+
+
+def test_classes_that_no_image_has_are_left_out(labelled, tmp_path):
+    for number in range(2):
+        source = labelled / "train" / f"shard-{number:06}.tar"
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    whole = find_labelled(str(tmp_path), 0.25)
+    assert whole.names == ("class 0", "class 1", "class 2")
+    (tmp_path / "shard-000001.tar").unlink()
+    assert find_labelled(str(tmp_path), 0.25).names == ("class 0", "class 1")
+
+
+def test_a_held_out_split_is_that_of_the_files(tmp_path):
+    write_pictures(tmp_path / "photos" / "x", 520, size=32)
+    shard(ShardConfig(str(tmp_path / "photos"), str(tmp_path / "shards")))
+    loose, packed = (find_source(str(tmp_path / name)) for name in ("photos", "shards"))
+    for one, other in zip(split_holdout(loose, 32), split_holdout(packed, 32), strict=True):
+        assert one.tolist() == other.tolist()
+
+
+def test_names_of_images_do_not_change_when_a_run_resumes(labelled):
+    config = SimpleNamespace(data=str(labelled), labels=None)
+    for part, split in zip(("train", "val"), find_labelled(str(labelled), 0.0)[:2], strict=True):
+        assert prefix_of(split.source, config) == split.prefix == f"{part}/"

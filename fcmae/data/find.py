@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from fcmae.data.file_list import FileList, find_images
 from fcmae.data.shards import ShardList, find_shards, open_shards
@@ -34,6 +35,20 @@ def find_source(
         files = given[shards.index([])]
         raise InputError(f"{setting} mixes shards with {files!r}: give either shards or images")
     return open_shards([path for found in shards for path in found], setting)
+
+
+def load_lengths(path: str | os.PathLike[str]) -> npt.NDArray[np.uint16]:
+    """Read the lengths of the names (N,) from what `save` of a list wrote, wherever its images are.
+
+    Raises:
+        InputError: the file can't be read, or is not what `save` wrote.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            lengths: npt.NDArray[np.uint16] = stored["lengths"]
+            return lengths
+    except Exception as error:  # a damaged archive raises nearly anything
+        raise InputError(f"file list {str(path)!r} is damaged ({error}): restore it") from error
 
 
 def load_source(path: str | os.PathLike[str]) -> Source:

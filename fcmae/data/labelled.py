@@ -135,7 +135,9 @@ def _labelled_shards(paths: Sequence[str], folder: Path) -> tuple[Source, tuple[
         raise InputError(f"{folder} has shards without labels: members like KEY.cls count")
     if stray := len(source) - len(labelled):
         _log.warning("%d images in %s have no label and are skipped", stray, folder)
-    return source.select(labelled), check_names(source.classes, folder)
+    used = np.unique(source.labels[labelled]).tolist()
+    names = check_names([source.classes[label] for label in used], folder)
+    return source.select(labelled), names
 
 
 def labels_of(source: Source, names: Sequence[str]) -> Labels:
@@ -149,8 +151,8 @@ def labels_of(source: Source, names: Sequence[str]) -> Labels:
     folders = (source.key(index).split(b"/", 1)[0] for index in range(len(source)))
     try:
         if isinstance(source, ShardList):
-            own = np.array([positions[os.fsencode(name)] for name in source.classes], np.int64)
-            return own[source.labels]
+            classes = [os.fsencode(source.classes[label]) for label in source.labels.tolist()]
+            return np.fromiter((positions[name] for name in classes), np.int64, len(source))
         return np.fromiter((positions[folder] for folder in folders), np.int64, len(source))
     except KeyError as error:
         raise InputError(f"{os.fsdecode(error.args[0])!r} is not among the classes") from None

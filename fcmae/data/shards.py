@@ -7,7 +7,10 @@ that of its image.
 Shards are read once, header by header, for an index of where each image is. Reading an image is
 then one positioned read of its header and its content, from any process and in any order; the
 header has to be the one that was indexed. A shard is the same as before if its size and its
-modification time are, or else its size and the hash of all its headers.
+modification time are, or else its size and the hash of all its headers, names and labels.
+
+As in folders, hidden names are skipped, here also what macOS adds. Names are relative: `./` in
+front, which `tar` writes for a folder, is removed.
 """
 
 import hashlib
@@ -42,17 +45,25 @@ INDEX = "fcmae-index.npz"
 OPEN_SHARDS = 64
 """Shards that a process keeps open."""
 
+LARGEST = 0x7FFFF000 - BLOCK
+"""Bytes of an image: Linux reads no more at a time."""
+
+HIDDEN = re.compile(rb"(^|/)(\.|__MACOSX(/|$))")
+
 NO_LABEL = -1
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 _IMAGE = re.compile(rf"\.({'|'.join(EXTENSIONS)})$", re.IGNORECASE)
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 _log = logging.getLogger(__name__)
-_ARRAYS = ("names", "lengths", "shard_ids", "offsets", "sizes", "headers", "labels")
+_ARRAYS = {
+    "names": np.uint8, "lengths": np.uint16, "shard_ids": np.uint32, "offsets": np.int64,
+    "sizes": np.uint32, "headers": np.uint32, "labels": np.int32,
+}  # fmt: skip
 
 
 class Shard(NamedTuple):
     """What identifies a shard: its path, size, modification time in ns, and the SHA-256 of its
-    headers."""
+    headers, names and labels."""
 
     path: str
     size: int
@@ -92,6 +103,14 @@ class ShardList:
     def __post_init__(self, starts: Indices | None) -> None:
         ends = np.cumsum(self.lengths, dtype=np.int64)
         self._starts = ends - self.lengths if starts is None else starts
+
+    def __del__(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open files, which mean nothing to another process."""
+        return self.__dict__ | {"_files": OrderedDict()}
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -162,7 +181,7 @@ class ShardList:
     def select(self, indices: npt.ArrayLike) -> "ShardList":
         """Return the images at `indices`, in that order."""
         picks = np.asarray(indices, dtype=np.int64)
-        parts: Any = {part: getattr(self, part)[picks] for part in _ARRAYS[1:]}
+        parts: Any = {part: getattr(self, part)[picks] for part in [*_ARRAYS][1:]}
         starts = self._starts[picks]
         return ShardList(self.shards, self.classes, self.names, **parts, starts=starts)
 
@@ -194,7 +213,14 @@ class ShardList:
                 rows, classes = stored["shards"].tolist(), stored["classes"].tolist()
                 parts: list[Any] = [stored[part] for part in _ARRAYS]
             shards = tuple(Shard(where, int(s), int(c), digest) for where, s, c, digest in rows)
-            if len({len(part) for part in parts[1:]}) > 1 or parts[1].sum() != len(parts[0]):
+            _, lengths, shard_ids, *_, labels = parts
+            if (
+                [part.dtype for part in parts] != [*_ARRAYS.values()]
+                or len({len(part) for part in parts[1:]}) > 1
+                or lengths.sum(dtype=np.int64) != len(parts[0])
+                or (shard_ids >= len(shards)).any()
+                or ((labels < NO_LABEL) | (labels >= len(classes))).any()
+            ):
                 raise ValueError("its parts do not fit together")
         except Exception as error:  # a damaged archive raises nearly anything
             raise InputError(
@@ -206,16 +232,29 @@ class ShardList:
 def find_shards(given: str) -> list[str]:
     """Return the tar files that a path or a pattern means; none if it means something else.
 
-    A folder means shards if it directly holds tar files and no images.
+    A folder means shards if it directly holds tar files, and neither images nor folders.
     """
     path = os.path.expanduser(given)
-    if os.path.isdir(path):
-        names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
-        tars = [os.path.join(path, name) for name in names if name.endswith(".tar")]
-        found = [] if any(map(_IMAGE.search, names)) else tars
-    else:
+    if not os.path.isdir(path):
         found = expand(path) if path.endswith(".tar") else []
-    return list(map(os.path.abspath, found))
+        return list(map(os.path.abspath, found))
+    names = []
+    with suppress(OSError), os.scandir(path) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if _IMAGE.search(entry.name) or _is_folder(entry):
+                return []
+            names.append(entry.name)
+    tars = sorted(name for name in names if name.endswith(".tar"))
+    return [os.path.join(os.path.abspath(path), name) for name in tars]
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def open_shards(paths: Sequence[str], setting: str = "data") -> ShardList:
@@ -226,15 +265,20 @@ def open_shards(paths: Sequence[str], setting: str = "data") -> ShardList:
         InputError: see `index_shards`.
     """
     folders = {os.path.dirname(path) for path in paths}
-    folder = folders.pop() if len(folders) == 1 else None
-    if folder is not None and os.path.isfile(place := os.path.join(folder, INDEX)):
+    folder = folders.pop() if len(folders) == 1 else ""
+    place = Path(folder) / INDEX
+    known = found = None
+    if folder and place.is_file():
         try:
-            return ShardList.load(place).of_shards(paths)
+            known = ShardList.load(place)
+            found = known.of_shards(paths)
         except InputError as error:
-            _log.warning("shards are indexed anew: %s", error)
-    found = index_shards(paths, setting)
-    if folder is not None and list(paths) == find_shards(folder):
-        with suppress(OSError), atomic_write(Path(folder) / INDEX) as path:
+            _log.warning("shards are indexed anew: %s", str(error).split(":", 1)[0])
+    if found is None:
+        found = index_shards(paths, setting)
+    changed = known is None or found.shards != known.shards
+    if folder and changed and list(paths) == find_shards(folder):
+        with suppress(OSError), atomic_write(place) as path:
             found.save(path)
     return found
 
@@ -249,18 +293,24 @@ def index_shards(paths: Sequence[str], setting: str = "data") -> ShardList:
     names, lengths, shard_ids = bytearray(), array("H"), array("I")
     offsets, sizes, headers = array("q"), array("I"), array("I")
     labels, shards, seen = list[str | None](), list[Shard](), dict[bytes, int]()
+    skipped = 0
     for number, path in enumerate(paths):
-        shard, members, classes = _read_headers(path, setting)
+        shard, members, classes, links = _read_headers(path, setting)
         shards.append(shard)
+        skipped += links
         for member in members:
-            if len(member.name) > LONGEST:
-                raise InputError(f"{setting} {path!r} has a name of {len(member.name)} bytes")
+            if len(member.name) > LONGEST or member.size > LARGEST:
+                raise InputError(
+                    f"{setting} {path!r} has an image of {member.size} bytes with a name of "
+                    f"{len(member.name)}: at most {LARGEST} and {LONGEST} can be read"
+                )
             digest = hashlib.blake2b(member.name, digest_size=8).digest()
             if (other := seen.setdefault(digest, number)) != number or member.again:
                 name, there = os.fsdecode(member.name), paths[other]
                 where = "twice" if member.again else f"that {there!r} has too"
                 raise InputError(
-                    f"{setting} {path!r} has a member {name!r} {where}: names tell images apart"
+                    f"{setting} {path!r} has a member {name!r} {where}: rename one, or give one of "
+                    "the shards, since names tell images apart"
                 )
             names += member.name
             lengths.append(len(member.name))
@@ -271,6 +321,8 @@ def index_shards(paths: Sequence[str], setting: str = "data") -> ShardList:
             labels.append(classes.get(sample_of(member.name)))
     if not lengths:
         raise InputError(f"{setting} {paths[0]!r} holds no images: members like KEY.jpg count")
+    if skipped:
+        _log.warning("%d images in shards are links or sparse files and are skipped", skipped)
     known = tuple(sorted({label for label in labels if label is not None}))
     place = {label: position for position, label in enumerate(known)}
     return ShardList(
@@ -292,7 +344,7 @@ def _checked(shard: Shard, path: str) -> Shard:
         raise InputError(f"shard {path!r} is missing ({error.strerror}): restore it") from error
     found = shard._replace(path=path, size=status.st_size, changed=status.st_mtime_ns)
     if found.size == shard.size and found.changed != shard.changed:
-        found, *_ = _read_headers(path, "shard")
+        found = _read_headers(path, "shard")[0]
     if (found.size, found.digest) != (shard.size, shard.digest):
         raise InputError(f"shard {path!r} has changed since it was indexed: restore it")
     return found
@@ -314,44 +366,72 @@ def sample_of(name: bytes) -> bytes:
     return folder + slash + file.split(b".", 1)[0]
 
 
-def _read_headers(path: str, setting: str) -> tuple[Shard, list[Member], dict[bytes, str]]:
-    """Return a shard, its images, and the labels of its samples."""
-    members, classes, names, digest = list[Member](), dict[bytes, str](), set[bytes](), None
+def _read_headers(path: str, setting: str) -> tuple[Shard, list[Member], dict[bytes, str], int]:
+    """Return a shard, its images, the labels of its samples, and the number of images that are
+    links or sparse files.
+
+    Raises:
+        InputError: it can't be read to its end.
+    """
+    members, classes, names = list[Member](), dict[bytes, str](), set[bytes]()
+    skipped, digest = 0, hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            magic = file.read(6)
+            handle, status = file.fileno(), os.fstat(file.fileno())
             for mark, kind in _COMPRESSED.items():
-                if magic.startswith(mark):
+                if os.pread(handle, 6, 0).startswith(mark):
                     raise InputError(
                         f"{setting} {path!r} is compressed ({kind}), so images can't be read one "
                         "by one: unpack it, or make shards with `fcmae shard`"
                     )
-            file.seek(0)
-            digest = hashlib.sha256()
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (info := tar.next()) is not None:
                     vars(tar)["members"].clear()  # or it keeps all of them
-                    header = os.pread(file.fileno(), BLOCK, info.offset_data - BLOCK)
-                    digest.update(header)
+                    header = os.pread(handle, BLOCK, info.offset_data - BLOCK)
                     name = os.fsencode(info.name)
-                    if info.offset_data + info.size > status.st_size:
-                        raise tarfile.ReadError("unexpected end of data")
-                    if info.isreg() and _IMAGE.search(info.name):
-                        crc = zlib.crc32(header)
-                        again = name in names
+                    while name.startswith(b"./"):
+                        name = name[2:]
+                    digest.update(header + name)
+                    plain = info.isreg() and not info.issparse()
+                    if plain and info.offset_data + info.size > status.st_size:
+                        raise tarfile.ReadError(f"it ends inside of {info.name!r}")
+                    if HIDDEN.search(name):
+                        continue
+                    if not _IMAGE.search(info.name):
+                        if plain and name.endswith(b".cls"):
+                            label = os.pread(handle, info.size, info.offset_data)
+                            digest.update(label)
+                            if label.strip():
+                                text = label.decode("utf-8", "replace").strip()
+                                classes[sample_of(name)] = text
+                    elif plain:
+                        crc, again = zlib.crc32(header), name in names
                         members.append(Member(name, info.offset_data, info.size, crc, again))
                         names.add(name)
-                    elif info.isreg() and info.name.endswith(".cls"):
-                        label = os.pread(file.fileno(), info.size, info.offset_data)
-                        classes[sample_of(name)] = label.decode("utf-8", "replace").strip()
+                    else:
+                        skipped += not info.isdir()
+                _check_end(handle, tar.offset)
     except (OSError, tarfile.TarError) as error:
         what = getattr(error, "strerror", None) or error
         raise InputError(
             f"{setting} {path!r} can't be read as a tar file ({what}): replace it or leave it out"
         ) from error
     shard = Shard(path, status.st_size, status.st_mtime_ns, digest.hexdigest())
-    return shard, members, classes
+    return shard, members, classes, skipped
+
+
+def _check_end(handle: int, offset: int) -> None:
+    """Make sure that a tar file ends where its reader stopped, which also stops at damage.
+
+    Raises:
+        ReadError: it does not.
+    """
+    if len(end := os.pread(handle, BLOCK, offset)) < BLOCK or any(end):
+        raise tarfile.ReadError(f"it is damaged or cut off at byte {offset}")
+    while block := os.pread(handle, 1 << 20, offset):
+        if any(block):
+            raise tarfile.ReadError("it has more after its end, as if it were two in one")
+        offset += len(block)
 
 
 def read_shard(path: str) -> list[tuple[bytes, int, int]]:
@@ -373,10 +453,16 @@ def read_shard(path: str) -> list[tuple[bytes, int, int]]:
 
 
 def expand(pattern: str) -> list[str]:
-    """Return what braces stand for: `{0000..0127}` and `{a,b}`, as in a shell."""
+    """Return what braces stand for: `{0000..0127}` and `{a,b}`, as in a shell.
+
+    Raises:
+        InputError: a range does not ascend.
+    """
     parts, last = list[list[str]](), 0
     for found in _BRACES.finditer(pattern):
         low, high, words = found.groups()
+        if low and int(low) > int(high):
+            raise InputError(f"{pattern!r} has a range that falls: give {{{high}..{low}}}")
         numbers = range(int(low), int(high) + 1) if low else ()
         parts += [[pattern[last : found.start()]]]
         parts += [words.split(",") if words else [f"{n:0{len(low)}}" for n in numbers]]

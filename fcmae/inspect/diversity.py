@@ -91,11 +91,14 @@ def _draw_maps(
     few = split._replace(source=split.source.select(range(min(MAPPED, len(split.source)))))
     maps, pixels = {}, torch.empty(0)
     for (source, setting), (name, block) in zip(settings.items(), blocks, strict=True):
-        batch, images = next(iter(setting.batches(few)))
-        encoder = setting.model.encoder
-        maps[f"{source}, {name}"] = channel_maps(encoder, images, block)
-        channels = batch.images.shape[1]
-        pixels = normalise(batch.images, (0.0,) * channels, (1.0,) * channels, "cpu").clamp(0, 1)
+        encoder, found = setting.model.encoder, list[Tensor]()
+        shown_images = list[Tensor]()
+        for batch, images in setting.batches(few):
+            found.append(channel_maps(encoder, images, block))
+            shown_images.append(batch.images)
+        maps[f"{source}, {name}"], stored = torch.cat(found), torch.cat(shown_images)
+        channels = stored.shape[1]
+        pixels = normalise(stored, (0.0,) * channels, (1.0,) * channels, "cpu").clamp(0, 1)
     shown = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
     with out_file(out) as path:
         draw(shown.permute(0, 2, 3, 1), maps).savefig(path, format="png", dpi=150)

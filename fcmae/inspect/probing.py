@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fcmae.commands.probe import ProbeConfig
 from fcmae.console import tracked
 from fcmae.data.duplicates import report_duplicates
-from fcmae.data.file_list import find_images
+from fcmae.data.find import find_source
 from fcmae.data.labelled import LabelledData, Split, check_known, find_labelled, split_by_hash
 from fcmae.data.sample import Batch
 from fcmae.data.table import find_in_table, labels_file, read_classes, read_table
@@ -248,7 +248,7 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
             raise InputError(f"{error}; to probe on other classes, use --other_classes") from error
     result: dict[str, Any] = {}
     if config.near_duplicates is not None:  # first, since a wrong folder ends the command
-        suspects = find_images(config.near_duplicates, setting="near_duplicates")
+        suspects = find_source(config.near_duplicates, setting="near_duplicates")
         world = World(device=setting.device)
         duplicates = report_duplicates(suspects, data, config.workers, world)
         result["near_duplicates"] = [entry._asdict() for entry in duplicates]

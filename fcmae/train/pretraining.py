@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fcmae import rng
 from fcmae.config.pretraining import PretrainConfig
 from fcmae.config.values import height_width
-from fcmae.data.file_list import FileList
+from fcmae.data.file_list import FileList, find_images
 from fcmae.data.find import find_source
 from fcmae.data.labelled import LabelledData, Split, find_labelled
 from fcmae.data.loader import PretrainDataset
@@ -83,7 +83,7 @@ class Pretraining(Task):
         else:
             files = stored_source(start, ALL_IMAGES)
             if isinstance(files, FileList):
-                added = len(find_source(config.data, exclude=config.out)) - len(files)
+                added = len(find_images(config.data, exclude=config.out)) - len(files)
                 if added > 0:
                     _log.info("%d files added since the run began are ignored", added)
         train_places, held_places = split_holdout(files, config.holdout)

@@ -10,6 +10,7 @@ from contextlib import closing, nullcontext
 
 import torch
 
+from fcmae.atomic import atomic_write
 from fcmae.config.files import save_yaml
 from fcmae.console import show_logs, step_progress
 from fcmae.data.loader import make_loader
@@ -64,7 +65,8 @@ def train(task: Task) -> int:
             if folder is not None:
                 save_yaml(config, folder.paths.config)
                 for part, source in images.lists.items():
-                    source.save(folder.paths.images(part))
+                    with atomic_write(folder.paths.images(part)) as path:
+                        source.save(path)
             task.begin()
             loop = Loop(task)
             if start is not None:
