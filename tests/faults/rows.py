@@ -6,6 +6,7 @@ from tests.faults.machines import ROWS as MACHINES
 from tests.faults.malice import ROWS as MALICE
 from tests.faults.processes import ROWS as PROCESSES
 from tests.faults.segment import ROWS as SEGMENT
+from tests.faults.shards import ROWS as SHARDS
 from tests.faults.soak import ROWS as SOAK
 
-ROWS = (*PROCESSES, *MACHINES, *DISK, *DATA, *MALICE, *SEGMENT, *SOAK)
+ROWS = (*PROCESSES, *MACHINES, *DISK, *DATA, *MALICE, *SEGMENT, *SHARDS, *SOAK)
