@@ -17,7 +17,7 @@ from fcmae.config.fields import runtime_keys
 from fcmae.config.files import read_yaml
 from fcmae.config.pretraining import PretrainConfig
 from fcmae.config.values import flatten
-from fcmae.data.find import load_lengths
+from fcmae.data.find import load_source
 from fcmae.data.statistics import default_preprocessing
 from fcmae.train.run_folder import read_lines
 from fcmae.train.run_paths import WHOLE_MODEL
@@ -177,7 +177,7 @@ def _of_run(file: Path) -> dict[str, Any]:
     dull = {*PLACES, *runtime_keys(kind)}
     return {
         "start": _named(start),
-        "images": len(load_lengths(trained)) if trained else 0,
+        "images": len(load_source(trained, check=False)) if trained else 0,
         "scores": [
             (key, value)
             for key, value in scores.items()

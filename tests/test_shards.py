@@ -120,7 +120,7 @@ def test_shards_are_named_by_folder_file_or_pattern(shards):
     assert expand("x-{8..10}-{a,b}.tar") == [f"x-{n}-{w}.tar" for n in (8, 9, 10) for w in "ab"]
     assert expand("{0098..0101}") == ["0098", "0099", "0100", "0101"]
     assert len(find_source(paths[:2])) == 10
-    with pytest.raises(InputError, match=r"has a range that falls: give \{1\.\.3\}"):
+    with pytest.raises(InputError, match=r"has a descending range: give \{1\.\.3\}"):
         find_source("x-{3..1}.tar")
 
 

@@ -4,7 +4,6 @@ A million files take about 50 MB, which forked workers share. Paths are bytes, s
 be any bytes; they become text only in messages.
 """
 
-import hashlib
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from fcmae.data.names import Named
 from fcmae.data.sources import Indices, Source
 from sparse.errors import InputError
 
@@ -27,13 +27,12 @@ _SUFFIXES = tuple(f".{extension}".encode() for extension in EXTENSIONS)
 LONGEST = 65_535
 """Largest number of bytes of a name."""
 
-_BLOCK = 65_536
 _Key = tuple[int, int]
 """Device and inode: the same for every path to a folder."""
 
 
 @dataclass(eq=False)
-class FileList:
+class FileList(Named):
     """A source of image files: one block of all names, and 12 more bytes per file.
 
     A name is relative to one of the roots, and is the file's key. No Python object exists per file,
@@ -53,10 +52,6 @@ class FileList:
     root_ids: npt.NDArray[np.uint16]
     starts: InitVar[Indices | None] = None
 
-    def __post_init__(self, starts: Indices | None) -> None:
-        ends = np.cumsum(self.lengths, dtype=np.int64)
-        self._starts = ends - self.lengths if starts is None else starts
-
     @classmethod
     def of(cls, root: str, names: Iterable[bytes]) -> "FileList":
         """Return the list of files with these names, of at most `LONGEST` bytes, in this order."""
@@ -64,14 +59,6 @@ class FileList:
         lengths = np.array([len(name) for name in kept], np.uint16)
         blob = np.frombuffer(b"".join(kept), np.uint8)
         return cls((root,), blob, lengths, np.zeros(len(kept), np.uint16))
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def key(self, index: int) -> bytes:
-        """Return a file's path relative to its root (or absolute, as given in a text file)."""
-        start = int(self._starts[index])
-        return self.names[start : start + int(self.lengths[index])].tobytes()
 
     def path(self, index: int) -> bytes:
         """Return a file's path, root included."""
@@ -91,27 +78,13 @@ class FileList:
         lengths, root_ids, starts = self.lengths[picks], self.root_ids[picks], self._starts[picks]
         return FileList(self.roots, self.names, lengths, root_ids, starts)
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of the keys in their order, wherever the roots lie."""
-        digest = hashlib.sha256(self.lengths.astype("<u2").tobytes())
-        for names in self._blocks():
-            digest.update(names.tobytes())
-        return digest.hexdigest()
-
-    def _blocks(self) -> Iterator[npt.NDArray[np.uint8]]:
-        """Yield the names end to end in the order of the files, a bounded number at a time."""
-        for first in range(0, len(self), _BLOCK):
-            starts = self._starts[first : first + _BLOCK]
-            lengths = self.lengths[first : first + _BLOCK].astype(np.int64)
-            ends = np.cumsum(lengths)
-            yield self.names[np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1])]
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the list as an .npz file: `roots`, `names` end to end, `lengths`, `root_ids`."""
-        names = np.concatenate([*self._blocks(), self.names[:0]])
         roots = np.array([os.fsencode(root) for root in self.roots], np.bytes_)
         with open(path, "wb") as file:  # given a path, numpy would add a suffix
-            np.savez(file, roots=roots, names=names, lengths=self.lengths, root_ids=self.root_ids)
+            np.savez(
+                file, roots=roots, names=self.joined(), lengths=self.lengths, root_ids=self.root_ids
+            )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "FileList":

@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from fcmae.data.file_list import FileList, find_images
 from fcmae.data.shards import ShardList, find_shards, open_shards
@@ -37,22 +36,12 @@ def find_source(
     return open_shards([path for found in shards for path in found], setting)
 
 
-def load_lengths(path: str | os.PathLike[str]) -> npt.NDArray[np.uint16]:
-    """Read the lengths of the names (N,) from what `save` of a list wrote, wherever its images are.
-
-    Raises:
-        InputError: the file can't be read, or is not what `save` wrote.
-    """
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            lengths: npt.NDArray[np.uint16] = stored["lengths"]
-            return lengths
-    except Exception as error:  # a damaged archive raises nearly anything
-        raise InputError(f"file list {str(path)!r} is damaged ({error}): restore it") from error
-
-
-def load_source(path: str | os.PathLike[str]) -> Source:
+def load_source(path: str | os.PathLike[str], check: bool = True) -> Source:
     """Read what `save` of a list of files or of shards wrote.
+
+    Args:
+        path: of the list.
+        check: look whether shards have changed.
 
     Raises:
         InputError: the file can't be read, is not what `save` wrote, or shards have changed.
@@ -62,4 +51,7 @@ def load_source(path: str | os.PathLike[str]) -> Source:
             of_shards = "shards" in stored.files
     except Exception:  # noqa: BLE001  # the readers say what is wrong
         of_shards = False
-    return ShardList.load(path).checked() if of_shards else FileList.load(path)
+    if not of_shards:
+        return FileList.load(path)
+    shards = ShardList.load(path)
+    return shards.checked() if check else shards

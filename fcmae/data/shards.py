@@ -35,6 +35,7 @@ import numpy.typing as npt
 from fcmae.atomic import atomic_write
 from fcmae.data.decode import BadImage
 from fcmae.data.file_list import EXTENSIONS, LONGEST
+from fcmae.data.names import Named
 from fcmae.data.sources import Indices
 from sparse.errors import InputError
 
@@ -72,7 +73,7 @@ class Shard(NamedTuple):
 
 
 @dataclass(eq=False)
-class ShardList:
+class ShardList(Named):
     """A source of the images in tar files. No Python object exists per image.
 
     Args:
@@ -100,10 +101,6 @@ class ShardList:
     starts: InitVar[Indices | None] = None
     _files: "OrderedDict[int, int]" = field(default_factory=OrderedDict, init=False, repr=False)
 
-    def __post_init__(self, starts: Indices | None) -> None:
-        ends = np.cumsum(self.lengths, dtype=np.int64)
-        self._starts = ends - self.lengths if starts is None else starts
-
     def __del__(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
@@ -111,14 +108,6 @@ class ShardList:
     def __getstate__(self) -> dict[str, Any]:
         """Without the open files, which mean nothing to another process."""
         return self.__dict__ | {"_files": OrderedDict()}
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def key(self, index: int) -> bytes:
-        """Return the name of an image inside its shard."""
-        start = int(self._starts[index])
-        return self.names[start : start + int(self.lengths[index])].tobytes()
 
     def name(self, index: int) -> str:
         """Return the name of an image inside its shard, as text."""
@@ -185,17 +174,9 @@ class ShardList:
         starts = self._starts[picks]
         return ShardList(self.shards, self.classes, self.names, **parts, starts=starts)
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of the keys in their order, wherever the shards lie."""
-        digest = hashlib.sha256(self.lengths.astype("<u2").tobytes())
-        for index in range(len(self)):
-            digest.update(self.key(index))
-        return digest.hexdigest()
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the list as an .npz file."""
-        names = np.frombuffer(b"".join(map(self.key, range(len(self)))), np.uint8)
-        parts = {part: getattr(self, part) for part in _ARRAYS} | {"names": names}
+        parts = {part: getattr(self, part) for part in _ARRAYS} | {"names": self.joined()}
         shards = np.array([[*map(str, shard)] for shard in self.shards], dtype=np.str_)
         classes = np.array(self.classes, dtype=np.str_)
         with open(path, "wb") as file:
@@ -462,7 +443,7 @@ def expand(pattern: str) -> list[str]:
     for found in _BRACES.finditer(pattern):
         low, high, words = found.groups()
         if low and int(low) > int(high):
-            raise InputError(f"{pattern!r} has a range that falls: give {{{high}..{low}}}")
+            raise InputError(f"{pattern!r} has a descending range: give {{{high}..{low}}}")
         numbers = range(int(low), int(high) + 1) if low else ()
         parts += [[pattern[last : found.start()]]]
         parts += [words.split(",") if words else [f"{n:0{len(low)}}" for n in numbers]]

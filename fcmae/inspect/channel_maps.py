@@ -27,13 +27,18 @@ RANGE = (0.01, 0.99)
 GAP = 1
 
 
+def blocks_of(encoder: SparseConvNeXtV2) -> dict[str, SparseBlock]:
+    """The encoder's blocks by name, in order."""
+    return {name: m for name, m in encoder.named_modules() if isinstance(m, SparseBlock)}
+
+
 def find_block(encoder: SparseConvNeXtV2, name: str | None) -> tuple[str, SparseBlock]:
     """The block of a name as `diversity` prints it; None takes the last one of the third stage.
 
     Raises:
         InputError: there is no such block.
     """
-    blocks = {name: m for name, m in encoder.named_modules() if isinstance(m, SparseBlock)}
+    blocks = blocks_of(encoder)
     if name is None:
         name = [key for key in blocks if key.startswith("stages.2.")][-1]
     if name not in blocks:

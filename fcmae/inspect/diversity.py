@@ -26,7 +26,7 @@ from fcmae.data.labelled import Split
 from fcmae.data.sample import normalise
 from fcmae.data.sources import split_holdout
 from fcmae.inspect import figures
-from fcmae.inspect.channel_maps import channel_maps, draw, find_block
+from fcmae.inspect.channel_maps import blocks_of, channel_maps, draw, find_block
 from fcmae.inspect.embedding import pooled
 from fcmae.inspect.figures import block_order
 from fcmae.inspect.prologue import Setting, print_result, print_table, set_up
@@ -120,7 +120,7 @@ def block_diversity(
     Args:
         batches: normalised images (B, C, H, W), nothing hidden.
     """
-    blocks = {name: m for name, m in encoder.named_modules() if isinstance(m, SparseBlock)}
+    blocks = blocks_of(encoder)
     sums = {block: torch.zeros(3) for block in blocks.values()}
 
     def record(block: Any, arguments: tuple[Tensor, Sites]) -> None:

@@ -133,8 +133,7 @@ def make_watchers(
     for batch, pixels in each_batch(dataset, device, SHOWN, workers=0):
         bad += batch.bad
         if len(batch):
-            drawn = held_out_masks
-            masks = drawn(held, batch.indices, size, ratio, config.seed, config.patch_size)
+            masks = held_out_masks(held, batch.indices, size, ratio, config.seed, config.patch_size)
             batches.append((pixels, masks))
     if folder is not None:
         folder.record_bad(bad)
