@@ -32,6 +32,7 @@ from fcmae.config.values import MAX_PIXELS
 from fcmae.data.augment import crop_box
 from fcmae.data.decode import read_image
 from fcmae.data.file_list import FileList, find_images
+from fcmae.data.image import Reading
 from fcmae.data.labelled import Split
 from fcmae.data.loader import PretrainDataset, make_loader
 from fcmae.data.order import StepSampler
@@ -132,14 +133,14 @@ def largest_difference(files: FileList) -> int:
     worst = 0
     for index in range(min(COMPARED, len(files))):
         path = files.path(index)
-        picture = read_image(path, 3, MAX_PIXELS)
+        picture = read_image(path, Reading(3, MAX_PIXELS))
         left, top, width, height = crop_box(0, 0, index, picture.size, SHAPES)
         image = default_loader(path)
         expected = transforms.functional.resized_crop(
             image, top, left, height, width, [SIDE, SIDE],
             transforms.InterpolationMode.BICUBIC,
         )  # fmt: skip
-        found = picture.resized((left, top, width, height), (SIDE, SIDE))
+        found = picture.resized((left, top, width, height), (SIDE, SIDE)).pixels
         gap = found.astype(int) - np.asarray(expected).transpose(2, 0, 1)
         worst = max(worst, int(np.abs(gap).max()))
     return worst

@@ -11,9 +11,9 @@ from PIL import Image
 from fcmae.atomic import check_out_file, check_out_folder
 from fcmae.commands.predict import PredictConfig
 from fcmae.config.values import MAX_PIXELS
-from fcmae.data.decode import read_image
 from fcmae.data.file_list import FileList, refuse_to_replace
 from fcmae.data.sources import Source
+from fcmae.data.statistics import Preprocessing
 from fcmae.inspect.prologue import set_up, write_skipped
 from finetune.figures import check_png_folder, save_png
 from finetune.tuned import load_tuned
@@ -68,7 +68,7 @@ def predict(config: PredictConfig) -> Path:
             write(paths, batch, found)
             if overlays is not None:
                 for index, prediction in zip(batch.indices.tolist(), found, strict=True):
-                    image = rgb_image(split.source, index, len(setting.images.mean))
+                    image = rgb_image(split.source, index, setting.images)
                     drawn = kind.overlay(image, prediction)
                     save_png(drawn, overlays, split.source.key(index))
             written += len(batch)
@@ -77,11 +77,11 @@ def predict(config: PredictConfig) -> Path:
     return out
 
 
-def rgb_image(source: Source, index: int, channels: int) -> Image.Image:
+def rgb_image(source: Source, index: int, how: Preprocessing) -> Image.Image:
     """Return an image as 8-bit RGB, of its own size: the only channel or the first three."""
-    opened = read_image(source.open(index), channels, MAX_PIXELS)
+    opened = how.read(source, index, MAX_PIXELS)
     width, height = opened.size
-    pixels = opened.resized((0, 0, width, height), (height, width))
+    pixels, channels = opened.resized((0, 0, width, height), (height, width)).pixels, len(how.mean)
     if pixels.dtype != np.uint8:
         pixels = (255 * pixels).round().clip(0, 255).astype(np.uint8)
     shown = [0, 1, 2] if channels >= 3 else [0, 0, 0]

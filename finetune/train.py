@@ -246,7 +246,7 @@ class Finetuning(Task):
 
     def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
         how, device = self.resolved.images, self.resolved.world.device
-        images = normalise(batch.images, how.mean, how.std, device)
+        images = normalise(batch.images, how.mean, how.std, device, batch.valid)
         images = images.contiguous(memory_format=torch.channels_last)
         assert batch.targets is not None
         return self.kind.loss(forward, images, batch.targets_on(device))

@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 from fcmae.config.training import AugmentBase
 from fcmae.data.augment import center_box, crop_box, random_geometry
 from fcmae.data.decode import read_image
+from fcmae.data.image import Reading
 
 SCALE, RATIO = (0.2, 1.0), (0.75, 4 / 3)
 SHAPES = AugmentBase(crop_scale=[*SCALE], crop_ratio=[*RATIO])
@@ -111,7 +112,7 @@ def photograph(width: int, height: int) -> Image.Image:
 def test_resized_crops_equal_torchvision(tmp_path: Path, size: tuple[int, int]) -> None:
     image = photograph(*size)
     image.save(tmp_path / "x.png")
-    picture = read_image(str(tmp_path / "x.png"), 3, 10**8)
+    picture = read_image(str(tmp_path / "x.png"), Reading(3, 10**8))
     assert picture.size == size
     for index in range(12):
         left, top, w, h = crop_box(0, 0, index, size, SHAPES)
@@ -122,9 +123,9 @@ def test_resized_crops_equal_torchvision(tmp_path: Path, size: tuple[int, int]) 
         expected = v2.functional.resized_crop(
             image, top, left, h, w, list(img_size), v2.InterpolationMode.BICUBIC, antialias=True
         )
-        ours = picture.resized((left, top, w, h), img_size).transpose(1, 2, 0)
+        ours = picture.resized((left, top, w, h), img_size).pixels.transpose(1, 2, 0)
         assert np.abs(ours.astype(int) - np.asarray(expected).astype(int)).max() <= 2
-        flipped = picture.resized((left, top, w, h), img_size, True, True).transpose(1, 2, 0)
+        flipped = picture.resized((left, top, w, h), img_size, True, True).pixels.transpose(1, 2, 0)
         assert (flipped == ours[::-1, ::-1]).all()
 
 

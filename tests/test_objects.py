@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as v2
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
 from fcmae.data.augment import Geometry, jittered_geometry
-from fcmae.data.decode import BadImage
+from fcmae.data.image import BadImage
 from fcmae.data.loader import padded
 from fcmae.data.object_files import find_objects, find_place, image_ids, read_split
 from fcmae.data.objects import (

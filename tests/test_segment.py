@@ -21,9 +21,9 @@ from fcmae.commands.evaluate import EvaluateConfig
 from fcmae.commands.predict import PredictConfig
 from fcmae.config.parsing import parse
 from fcmae.data.augment import Geometry, jittered_geometry
-from fcmae.data.decode import BadImage
 from fcmae.data.evaluation import EvalDataset, WholeDataset
 from fcmae.data.file_list import find_images
+from fcmae.data.image import BadImage
 from fcmae.data.masks import IGNORE, find_masks, voc_colours
 from fcmae.data.statistics import Preprocessing
 from fcmae.train.checkpoint import list_checkpoints

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from fcmae.commands.shard import ShardConfig
-from fcmae.data.decode import BadImage
 from fcmae.data.file_list import find_images
 from fcmae.data.find import find_source, load_source
+from fcmae.data.image import BadImage
 from fcmae.data.labelled import find_labelled
 from fcmae.data.sharding import RECORD, shard
 from fcmae.data.shards import INDEX, ShardList, expand, find_shards, index_shards, open_shards

@@ -17,6 +17,7 @@ from fcmae.data.decode import read_image
 from fcmae.data.duplicates import find_duplicates
 from fcmae.data.evaluation import EvalDataset, held_out_masks
 from fcmae.data.file_list import FileList, find_images
+from fcmae.data.image import Reading
 from fcmae.data.labelled import Split, labels_of, split_by_hash
 from fcmae.data.loader import PretrainDataset, make_loader
 from fcmae.data.order import StepSampler
@@ -131,6 +132,6 @@ def test_a_file_is_closed_after_reading(memory: Memory) -> None:
     for index in range(len(memory)):
         if memory.name(index) != BAD:
             file = memory.open(index)
-            opened = read_image(file, 3, 10**6)
+            opened = read_image(file, Reading(3, 10**6))
             assert file.closed
-            assert opened.resized((0, 0, *opened.size), (32, 32)).shape == (3, 32, 32)
+            assert opened.resized((0, 0, *opened.size), (32, 32)).pixels.shape == (3, 32, 32)

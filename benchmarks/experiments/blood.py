@@ -34,6 +34,7 @@ def main() -> int:
     parser = arguments(__doc__ or "", "blood", img_size=256, epochs=600, side=480)
     parser.add_argument("--shares", type=int, nargs="+", choices=SHARES, default=[10])
     parser.add_argument("--longest", type=int, help="epochs of fine-tuning; longer is not tried")
+    parser.add_argument("--rate", type=float, help="base_lr found by an earlier search, for all")
     options = parser.parse_args()
     study, data = Study(options), options.data.resolve()
     size = ["--img_size", options.img_size, "--precision", options.precision]
@@ -44,9 +45,8 @@ def main() -> int:
         ("boxes", share): (BOXES, label_share(data, share, study.out / f"labels-{share}"))
         for share in options.shares
     }
-    found = both_sides(
-        study, questions, dict(zip(SIDES, (pretrained, None), strict=True)), size, options.longest
-    )
+    sides = dict(zip(SIDES, (pretrained, None), strict=True))
+    found = both_sides(study, questions, sides, size, options.longest, options.rate)
     print_table(found, questions)
     return 0
 

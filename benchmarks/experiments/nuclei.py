@@ -53,6 +53,7 @@ def main() -> int:
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=["masks", "numbers"])
     parser.add_argument("--shares", type=int, nargs="+", choices=SHARES, default=SHARES)
     parser.add_argument("--longest", type=int, help="epochs of fine-tuning; longer is not tried")
+    parser.add_argument("--rate", type=float, help="base_lr found by an earlier search, for all")
     options = parser.parse_args()
     study = Study(options)
     data = cut(options.data, study.out / "cut", options.side)
@@ -65,9 +66,8 @@ def main() -> int:
         for name in options.questions:
             place = counts if name == "numbers" else masks
             questions[name, share] = QUESTIONS[name], place
-    found = both_sides(
-        study, questions, dict(zip(SIDES, (pretrained, None), strict=True)), size, options.longest
-    )
+    sides = dict(zip(SIDES, (pretrained, None), strict=True))
+    found = both_sides(study, questions, sides, size, options.longest, options.rate)
     print_table(found, questions)
     return 0
 

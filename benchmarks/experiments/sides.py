@@ -50,6 +50,7 @@ def both_sides(
     sides: Mapping[str, Callable[[], Path] | None],
     common: list[object],
     longest: int | None = None,
+    rate: float | None = None,
 ) -> dict[tuple[Name, str], dict[str, Any]]:
     """The settings and scores of each side for each question.
 
@@ -59,7 +60,10 @@ def both_sides(
         sides: a function that gives the weights of each, when they are needed; None for none.
         common: options of all runs.
         longest: no longer runs are tried, in epochs; None for all lengths.
+        rate: of both sides, from an earlier search; None searches.
     """
+    if rate is not None:
+        questions = {n: (asked._replace(rates=(rate,)), d) for n, (asked, d) in questions.items()}
     cells = {
         (name, side): partial(_side, study, name, *questions[name], side, weights, common, longest)
         for name in questions

@@ -60,7 +60,9 @@ def search(
     study: Study, rates: Sequence[float], tried: Callable[[float], dict[str, float]]
 ) -> tuple[float, dict[str, float]]:
     """The best learning rate on val, and its result: tries `rates`, a constant factor apart, then
-    further rates down or up by that factor while the best is at an end."""
+    further rates down or up by that factor while the best is at an end. A single rate is taken."""
+    if len(rates) == 1:
+        return rates[0], tried(rates[0])
     found = study.together({rate: partial(tried, rate) for rate in rates})
     while (best := max(found, key=lambda rate: found[rate]["val"])) in (min(found), max(found)):
         low, *_, high = sorted(found)

@@ -56,6 +56,12 @@ class AugmentBase(Config):
     vflip: bool = False
     """Flip half of the samples vertically. For images without top and bottom, such as cells."""
 
+    clip: list[float] | None = setting(
+        None, length=2, ascending=True, at_least=0, at_most=100, example="'[1,99]'"
+    )
+    """Percentiles that each channel's values are clipped to, '[LOW,HIGH]', measured on the training
+    images. null does not clip."""
+
     fast_decode: bool = False
     """Decode JPEGs that are much larger than the crop needs at 1/2, 1/4 or 1/8 of their size:
     several times faster on photographs of many megapixels, with slightly different pixels. Training
@@ -86,7 +92,15 @@ class TrainingConfig(DeviceConfig):
     _: KW_ONLY
 
     in_chans: int = setting(3, at_least=1, group=DATA)
-    """Input channels: 1 reads images as grey, 3 as RGB, 4 as RGB and alpha; more need .npy."""
+    """Input channels: 1 reads images as grey, 3 as RGB, 4 as RGB and alpha; more need a format with
+    bands, such as GeoTIFF, OME-TIFF, zarr or .npy."""
+
+    bands: list[int] | None = setting(None, at_least=1, group=DATA, example="'[4,3,2]'")
+    """Bands of the images that become the channels, from 1, such as '[4,3,2]'. null takes all."""
+
+    nodata: Literal["auto", "none", "alpha"] | float = setting("auto", group=DATA)
+    """Pixels without a value, which take no part in anything: auto, those that the files mark, and
+    NaN; alpha, transparent ones too; a number, those with this value; none, no pixels."""
 
     img_size: int | list[int] = setting(224, multiple=PATCH, group=DATA)
     """Side of the square crops in pixels, or '[HEIGHT,WIDTH]'. Multiples of 32."""
@@ -156,6 +170,12 @@ class TrainingConfig(DeviceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.bands is not None and len(self.bands) != self.in_chans:
+            count = len(self.bands)
+            raise InputError(
+                f"bands {self.bands} are {count}, not in_chans {self.in_chans}: "
+                f"give --in_chans {count}"
+            )
         for name in ("mean", "std"):
             values = getattr(self.augment, name)
             if not isinstance(values, str) and len(values) != self.in_chans:

@@ -21,13 +21,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fcmae.atomic import atomic_write
-from fcmae.config.values import MAX_PIXELS
 from fcmae.console import tracked
-from fcmae.data.decode import BadImage, read_image
+from fcmae.data.decode import read_image
 from fcmae.data.evaluation import batches_of, warn_of_first
+from fcmae.data.image import BadImage, Reading
 from fcmae.data.labelled import LabelledData
 from fcmae.data.loader import lost_workers, make_loader
-from fcmae.data.sample import Sample, as_float
+from fcmae.data.resize import as_float
+from fcmae.data.sample import Sample
 from fcmae.data.sources import PathOrFile, Source
 from fcmae.train.machine import resolve_workers
 from fcmae.train.processes import ALONE, World
@@ -73,8 +74,8 @@ class _HashDataset(Dataset[Sample]):
 def perceptual_hash(path_or_file: PathOrFile) -> Hash | None:
     """The hash of an image, 32 bytes; None if it can't be read or has a single tone."""
     try:
-        image = read_image(path_or_file, 1, MAX_PIXELS)
-        small = as_float(image.resized((0, 0, *image.size), (SIDE, SIDE), fast=True))[0]
+        image = read_image(path_or_file, Reading(1))
+        small = as_float(image.resized((0, 0, *image.size), (SIDE, SIDE), fast=True).pixels)[0]
     except BadImage:
         return None
     hashed = np.packbits((_COSINES @ small @ _COSINES.T).ravel()[1:] > 0)

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from fcmae import rng
 from fcmae.config.values import MAX_PIXELS
 from fcmae.console import tracked
 from fcmae.data.augment import Geometry, covering, scale_to
-from fcmae.data.decode import BadImage, read_image
+from fcmae.data.image import BadImage, Crop
 from fcmae.data.labelled import Split
 from fcmae.data.loader import make_loader
+from fcmae.data.resize import as_float
 from fcmae.data.sample import Batch, Sample, normalise
 from fcmae.data.sources import Source, key_hash
 from fcmae.data.statistics import Preprocessing, center_crop
@@ -66,9 +68,17 @@ class EvalDataset(Dataset[Sample]):
         Raises:
             BadImage: it, or its label, can't be read.
         """
-        image, geometry = center_crop(self.split.source, index, self.images, self.max_pixels)
+        crop, geometry = center_crop(self.split.source, index, self.images, self.max_pixels)
         target = self.split.target(index, geometry, self.images.img_size)
-        return Sample(image, index, target=target, geometry=geometry)
+        return self.sample(crop, index, target, geometry)
+
+    def sample(self, crop: Crop, index: int, target: Any, geometry: Geometry) -> Sample:
+        """Return a sample; without normalisation to come, pixels that do not count are the mean."""
+        pixels, valid = crop
+        if self.raw and valid is not None:
+            mean = np.array(self.images.mean, np.float32).reshape(-1, 1, 1)
+            pixels, valid = np.where(valid, as_float(pixels), mean), None
+        return Sample(pixels, index, valid=valid, target=target, geometry=geometry)
 
 
 @dataclass
@@ -90,15 +100,15 @@ class WholeDataset(EvalDataset):
 
     def read(self, index: int) -> Sample:
         split, images = self.split, self.images
-        opened = read_image(split.source.open(index), len(images.mean), self.max_pixels)
+        opened = images.read(split.source, index, self.max_pixels)
         width, height = opened.size
         scale = scale_to(self.short_side, opened.size)
         if self.covers:
             scale = covering(opened.size, images.img_size, scale)
         geometry = Geometry(opened.size, (0, 0, width, height))
         size = max(1, round(height * scale)), max(1, round(width * scale))
-        pixels = opened.resized(geometry.box, size, interpolation=images.interpolation)
-        return Sample(pixels, index, target=split.target(index, geometry), geometry=geometry)
+        crop = opened.resized(geometry.box, size, interpolation=images.interpolation)
+        return self.sample(crop, index, split.target(index, geometry), geometry)
 
 
 def report_skipped(bad: Sequence[tuple[str, str]], most: int = SHOWN) -> None:
@@ -148,12 +158,19 @@ def each_batch(
     loaded = make_loader(dataset, batches, workers, device.type == "cuda")
     for batch in tracked(loaded, len(batches), shown):
         as_read = dataset.raw or not len(batch)
-        yield batch, batch.images if as_read else prepared(batch.images, dataset.images, device)
+        yield (
+            batch,
+            batch.images
+            if as_read
+            else prepared(batch.images, dataset.images, device, batch.valid),
+        )
 
 
-def prepared(images: Tensor, how: Preprocessing, device: torch.device) -> Tensor:
-    """Return images (B, C, H, W) normalised on the device, channels last."""
-    normal = normalise(images, how.mean, how.std, device)
+def prepared(
+    images: Tensor, how: Preprocessing, device: torch.device, valid: Tensor | None = None
+) -> Tensor:
+    """Return images (B, C, H, W) normalised on the device, channels last; see `normalise`."""
+    normal = normalise(images, how.mean, how.std, device, valid)
     return normal.contiguous(memory_format=torch.channels_last)
 
 

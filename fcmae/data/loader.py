@@ -25,7 +25,7 @@ from fcmae import rng
 from fcmae.config.pretraining import PretrainConfig
 from fcmae.config.training import TrainingConfig
 from fcmae.data.augment import Geometry, random_geometry
-from fcmae.data.decode import BadImage, read_image
+from fcmae.data.image import BadImage, OpenedImage
 from fcmae.data.labelled import Split
 from fcmae.data.order import Key
 from fcmae.data.resize import Pixels
@@ -74,16 +74,27 @@ class CropDataset(Dataset[Sample]):
         Raises:
             BadImage: it can't be read.
         """
-        split, images, config = self.split, self.images, self.config
-        opened = read_image(split.source.open(place), len(images.mean), config.max_pixels)
-        cut = self.geometry(epoch, index, opened.size)
-        size, fast = images.img_size, config.augment.fast_decode
-        pixels = opened.resized(
-            cut.box, cut.shape or size, cut.flip_h, cut.flip_v, fast, images.interpolation
-        )
+        opened = self.images.read(self.split.source, place, self.config.max_pixels)
+        return self.cut(opened, self.geometry(epoch, index, opened.size), place)
+
+    def cut(self, opened: OpenedImage, cut: Geometry, place: int) -> Sample:
+        """Cut a sample from the opened image at `place`.
+
+        Raises:
+            BadImage: it can't be read.
+        """
+        images, size = self.images, self.images.img_size
+        pixels, valid = opened.resized(
+            cut.box, cut.shape or size, cut.flip_h, cut.flip_v, self.config.augment.fast_decode,
+            images.interpolation,
+        )  # fmt: skip
         if cut.shape is not None:
             pixels = padded(pixels, size, images.mean)
-        return Sample(pixels, place, target=split.target(place, cut, size), geometry=cut)
+            if valid is not None:
+                room = [(0, whole - part) for whole, part in zip(size, cut.shape, strict=True)]
+                valid = np.pad(valid, room, constant_values=True)
+        target = self.split.target(place, cut, size)
+        return Sample(pixels, place, valid=valid, target=target, geometry=cut)
 
     def geometry(self, epoch: int, index: int, size: tuple[int, int]) -> Geometry:
         """Draw the crop of an image of (width, height) pixels."""

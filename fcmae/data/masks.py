@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from fcmae.config.values import MAX_PIXELS
 from fcmae.data.augment import Geometry
-from fcmae.data.decode import BadImage, reading
 from fcmae.data.file_list import FileList, find_images
+from fcmae.data.image import BadImage, reading
 from fcmae.data.labelled import (
     TRAIN,
     VAL,

@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 import numpy as np
 import yaml
 
-from fcmae.data.decode import BadImage
 from fcmae.data.file_list import FileList, find_images
+from fcmae.data.image import BadImage
 from fcmae.data.labelled import (
     TRAIN,
     VAL,

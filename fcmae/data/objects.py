@@ -16,8 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from fcmae.data.augment import Geometry
-from fcmae.data.decode import BadImage
 from fcmae.data.file_list import FileList
+from fcmae.data.image import BadImage
 from fcmae.data.masks import mask_numbers, stem
 from fcmae.data.sources import Indices
 from sparse.errors import InputError

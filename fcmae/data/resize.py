@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 
 Pixels = npt.NDArray[np.uint8 | np.float32]
+Valid = npt.NDArray[np.bool_]
+"""(H, W), True where a pixel counts."""
+Corners = tuple[int, int, int, int]
+"""Left, top, right and bottom in pixels, before the EXIF orientation."""
 
 _STRIP_BYTES = 4 * 2**20
 
@@ -21,8 +25,9 @@ class Raster:
     Attributes:
         width, height: in pixels.
         bounded: whether float values lie in [0, 1] and are clipped to it.
-        rows: maps (left, top, right, bottom) to that part of the image, (rows, columns, bands).
+        rows: maps corners to that part of the image, (rows, columns, bands).
         scale: how many of the file's pixels one pixel spans along each side.
+        valid: maps corners to which pixels count there; None if all of the image do.
     """
 
     width: int
@@ -30,22 +35,27 @@ class Raster:
     bounded: bool
     rows: Callable[[int, int, int, int], Pixels]
     scale: int = 1
+    valid: Callable[[int, int, int, int], Valid] | None = None
 
 
 def to_unit(pixels: npt.NDArray[Any]) -> Pixels:
-    """Return uint8 unchanged, uint16 in [0, 1], and floating point as float32."""
+    """Return uint8 unchanged, other unsigned integers in [0, 1], and all else as float32."""
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype.kind == "u":
-        return pixels.astype(np.float32) / np.float32(65535)
+        return pixels.astype(np.float32) / np.float32(np.iinfo(pixels.dtype).max)
     with np.errstate(over="ignore"):  # too large values become infinite, which is refused
         return pixels.astype(np.float32)
 
 
-def strips(
-    raster: Raster, box: tuple[int, int, int, int], upright: bool = False
-) -> Iterator[Pixels]:
-    """Yield a box (left, top, right, bottom) by rows (`upright`: columns), megabytes at a time."""
+def as_float(image: Pixels) -> npt.NDArray[np.float32]:
+    """Return pixels in units of [0, 1]: uint8 divided by 255, float32 unchanged."""
+    values = image.astype(np.float32, copy=False)
+    return values / np.float32(255) if image.dtype == np.uint8 else values
+
+
+def strips(raster: Raster, box: Corners, upright: bool = False) -> Iterator[Pixels]:
+    """Yield a box by rows (`upright`: columns), megabytes at a time."""
     left, top, right, bottom = box
     start, stop, across = (left, right, bottom - top) if upright else (top, bottom, right - left)
     step = max(1, _STRIP_BYTES // (4 * across))
@@ -55,9 +65,33 @@ def strips(
         yield raster.rows(*part)
 
 
-def resize(
-    raster: Raster, box: tuple[int, int, int, int], img_size: tuple[int, int], interpolation: str
-) -> Pixels:
+def resize_valid(
+    raster: Raster, box: Corners, img_size: tuple[int, int], interpolation: str
+) -> tuple[Pixels, Valid | None]:
+    """Return a box as `resize` does, and which of its pixels count (H, W), None if all do.
+
+    Invalid pixels have no weight in the filter (normalised convolution, Knutsson and Westin, 1993),
+    so what is stored there changes nothing. A pixel counts if half of the filter's weight does;
+    the others are 0.
+    """
+    valid = None if raster.valid is None else raster.valid(*box)
+    if valid is None or valid.all():
+        return resize(raster, box, img_size, interpolation), None
+    part = raster.rows(*box)
+    if part.shape[:2] == img_size:
+        return np.where(valid, part.transpose(2, 0, 1), part.dtype.type(0)), valid
+    if not valid.any():
+        return np.zeros((part.shape[2], *img_size), part.dtype), np.zeros(img_size, np.bool_)
+    dtype, mean = part.dtype, part[valid].mean(0, dtype=np.float64).astype(np.float32)
+    centred = np.where(valid[..., None], part - mean, np.float32(0))
+    weight = _interpolate(valid[..., None].astype(np.float32), *img_size, interpolation)
+    kept = weight >= 0.5
+    image = _interpolate(centred, *img_size, interpolation) / np.where(kept, weight, 1) + mean
+    image = np.where(kept, image.round().clip(0, 255) if dtype == np.uint8 else image, 0)
+    return image.astype(dtype).transpose(2, 0, 1), kept[..., 0]
+
+
+def resize(raster: Raster, box: Corners, img_size: tuple[int, int], interpolation: str) -> Pixels:
     """Return a box of the raster as (bands, H, W), resized by an antialiased filter.
 
     `interpolation` is bicubic or bilinear.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fcmae.data.augment import Geometry
-from fcmae.data.resize import Pixels
+from fcmae.data.resize import Pixels, Valid, as_float
 from sparse.devices import to_device
 from sparse.engines.base import Layout
 
@@ -37,7 +37,7 @@ class Sample:
     image: Pixels | None
     index: int
     mask: npt.NDArray[np.bool_] | None = None
-    valid: npt.NDArray[np.bool_] | None = None
+    valid: Valid | None = None
     target: Any = None
     geometry: Geometry | None = None
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -114,7 +114,7 @@ def collate(
         torch.from_numpy(np.stack(images)) if images else torch.empty(0, dtype=torch.uint8),
         torch.tensor([sample.index for sample in good], dtype=torch.int64),
         masks,
-        _joined([sample.valid for sample in good]),
+        _valid(good),
         _joined([sample.target for sample in good]),
         sites=None if lay_out is None or masks is None else lay_out(masks),
         geometry=[sample.geometry for sample in good],
@@ -122,6 +122,14 @@ def collate(
         missing=next((sample.bad for sample in samples if sample.image is None), []),
     )
     return batch.moved(Tensor.share_memory_) if share else batch
+
+
+def _valid(samples: Sequence[Sample]) -> Tensor | None:
+    """Which pixels of each sample count; None if all do."""
+    if all(sample.valid is None for sample in samples):
+        return None
+    every = np.ones(next(s.valid.shape for s in samples if s.valid is not None), np.bool_)
+    return torch.from_numpy(np.stack([every if s.valid is None else s.valid for s in samples]))
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -166,23 +174,23 @@ def each_target(targets: Any) -> Sequence[Any]:
     ]
 
 
-def as_float(image: Pixels) -> npt.NDArray[np.float32]:
-    """Return pixels in units of [0, 1]: uint8 divided by 255, float32 unchanged."""
-    values = image.astype(np.float32, copy=False)
-    return values / np.float32(255) if image.dtype == np.uint8 else values
-
-
 def normalise(
-    images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device | str
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Return (images / 255 - mean) / std as float32 on the device; float images are not divided.
 
-    The bytes are copied to the device, asynchronously if the batch is pinned.
+    Where pixels are not `valid` (B, H, W), the result is 0, the mean. The bytes are copied to the
+    device, asynchronously if the batch is pinned.
     """
     units = 255.0 if images.dtype == torch.uint8 else 1.0
     scaled = to_device(images, device).to(torch.float32, copy=True)
     factor, shift = _constants(tuple(mean), tuple(std), units, scaled.device)
-    return scaled.mul_(factor).sub_(shift)
+    scaled = scaled.mul_(factor).sub_(shift)
+    return scaled if valid is None else scaled.masked_fill_(~to_device(valid, device)[:, None], 0)
 
 
 @lru_cache

@@ -17,8 +17,8 @@ from pathlib import Path
 from fcmae.atomic import atomic_write, check_out_folder
 from fcmae.commands.shard import ShardConfig
 from fcmae.console import show_logs, tracked
-from fcmae.data.decode import BadImage, opened
 from fcmae.data.file_list import find_images
+from fcmae.data.image import BadImage, opened
 from fcmae.data.shards import HIDDEN, open_shards, read_shard, sample_of
 from fcmae.data.sources import Source
 from sparse.errors import InputError, RunError, brief

@@ -33,8 +33,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fcmae.atomic import atomic_write
-from fcmae.data.decode import BadImage
 from fcmae.data.file_list import EXTENSIONS, LONGEST
+from fcmae.data.image import BadImage
 from fcmae.data.names import Named
 from fcmae.data.sources import Indices
 from sparse.errors import InputError

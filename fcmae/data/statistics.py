@@ -1,17 +1,17 @@
 """Preprocessing: the size of images, and the mean and std that normalise them."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fcmae import rng
 from fcmae.data.augment import Geometry, center_box
-from fcmae.data.decode import BadImage, read_image
-from fcmae.data.resize import Pixels
-from fcmae.data.sample import as_float
+from fcmae.data.decode import read_image
+from fcmae.data.image import BadImage, Crop, OpenedImage, Reading
 from fcmae.data.sources import Source
 from sparse.errors import InputError
 
@@ -22,6 +22,9 @@ CROP_PCT = 0.875
 
 MEASURED = 1024
 """Largest number of images to measure mean and std on."""
+
+VALUES_EACH = 4096
+"""Pixels of each image that percentiles are measured on, about."""
 
 LOOKED_AT = 32
 """Number of images to compare with a given mean and std."""
@@ -41,6 +44,7 @@ class Preprocessing:
         mean, std: of each channel, in units of the full range 0 to 1.
         crop_pct: part of the resized image's side that evaluation keeps, from its centre.
         interpolation: bicubic or bilinear.
+        bands, nodata, clip: see `Reading`.
     """
 
     img_size: tuple[int, int]
@@ -48,6 +52,23 @@ class Preprocessing:
     std: tuple[float, ...]
     crop_pct: float = CROP_PCT
     interpolation: str = "bicubic"
+    bands: tuple[int, ...] = ()
+    nodata: str | float = "auto"
+    clip: MeanStd | None = None
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what is special about reading images, to be stored; see `stored_reading`."""
+        special = {"bands": [*self.bands], "nodata": self.nodata, "clip": self.clip}
+        return {key: value for key, value in special.items() if value not in ([], "auto", None)}
+
+    def read(self, source: Source, index: int, max_pixels: int) -> OpenedImage:
+        """Open an image of a source.
+
+        Raises:
+            BadImage: see `read_image`.
+        """
+        how = Reading(len(self.mean), max_pixels, self.bands, self.nodata, self.clip)
+        return read_image(source.open(index), how)
 
 
 def imagenet_mean_std(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -62,15 +83,31 @@ def default_preprocessing(in_chans: int) -> Preprocessing:
     return Preprocessing((224, 224), *imagenet_mean_std(in_chans))
 
 
-def resolve_mean_std(
+def stored_reading(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `Preprocessing` that `recorded`, or a config, has; others default."""
+    clip = known.get("clip")
+    return {
+        "bands": tuple(known.get("bands") or ()),
+        "nodata": known.get("nodata", "auto"),
+        "clip": None if clip is None else (clip[0], clip[1]),
+    }
+
+
+def asked_reading(config: Any) -> Reading:
+    """Return how a training config's images are read, without `augment.clip`, which is measured."""
+    return Reading(config.in_chans, config.max_pixels, tuple(config.bands or ()), config.nodata)
+
+
+def resolve_preprocessing(
     config: Any, img_size: tuple[int, int], source: Source, named: Mapping[str, MeanStd]
-) -> MeanStd:
-    """Return the mean and std that a training config asks for.
+) -> Preprocessing:
+    """Return how the images of a training config are prepared.
 
     Args:
-        config: `augment.mean` and `augment.std` are numbers, `imagenet`, `data` or in `named`.
-        img_size: (height, width) of the crops that `data` is measured on.
-        source: the training images, read only for `data`.
+        config: `augment.mean` and `augment.std` are numbers, `imagenet`, `data` or in `named`;
+            `augment.clip` is a pair of percentiles or None.
+        img_size: (height, width) of the crops that `data` and `clip` are measured on.
+        source: the training images, read only for these.
         named: further values by name.
 
     Raises:
@@ -78,71 +115,106 @@ def resolve_mean_std(
     """
     asked = (config.augment.mean, config.augment.std)
     known = {"imagenet": imagenet_mean_std(config.in_chans), **named}
+    how = asked_reading(config)
+    images = Preprocessing(
+        img_size, (0.0,) * how.in_chans, (1.0,) * how.in_chans, bands=how.bands, nodata=how.nodata
+    )
+    if config.augment.clip is not None:
+        low, high = measure_clip(config, images, source)
+        images = replace(images, clip=(low, high))
+        _log.info("values are clipped to %s and %s", *np.round([low, high], 4).tolist())
     if "data" in asked:
-        known["data"] = measure_mean_std(config, img_size, source)
+        known["data"] = measure_mean_std(config, images, source)
         _log.info("measured mean %s and std %s", *np.round(known["data"], 4).tolist())
     mean, std = (
         known[value][place] if isinstance(value, str) else [float(v) for v in value]
         for place, value in enumerate(asked)
     )
-    return mean, std
+    return replace(images, mean=tuple(mean), std=tuple(std))
 
 
 def measure_mean_std(
-    config: Any, img_size: tuple[int, int], source: Source, sample: int = MEASURED
+    config: Any, images: Preprocessing, source: Source, sample: int = MEASURED
 ) -> MeanStd:
-    """Return each channel's mean and standard deviation over centre crops, in units of [0, 1].
+    """Return each channel's mean and standard deviation over the pixels that count in centre crops,
+    in units of [0, 1].
 
     Args:
-        config: has `in_chans`, `max_pixels` and `seed`, which chooses the images.
-        img_size: (height, width) of the crops.
+        config: has `max_pixels` and `seed`, which chooses the images.
+        images: size of the crops, and how they are read.
         source: the images.
         sample: largest number of images to read.
 
     Raises:
         InputError: none of them can be read.
     """
-    channels = config.in_chans
-    images = Preprocessing(img_size, (0.0,) * channels, (1.0,) * channels, crop_pct=1.0)
-    count, total, squares = 0, np.zeros(channels), np.zeros(channels)
-    order = np.argsort(rng.bits(config.seed, rng.SAMPLE, 0, np.arange(len(source))), kind="stable")
-    reason = "no images"
-    for index in np.sort(order[:sample]).tolist():
-        try:
-            image, _ = center_crop(source, index, images, config.max_pixels)
-        except BadImage as error:
-            reason = f"{source.name(index)!r}: {error}"
-            continue
-        pixels = as_float(image).reshape(channels, -1).astype(np.float64)
+    count, total, squares = 0, np.zeros(len(images.mean)), np.zeros(len(images.mean))
+    for values in _sampled(config, images, source, sample):
+        pixels = values.astype(np.float64)
         count += pixels.shape[1]
         total += pixels.sum(axis=1)
         squares += np.square(pixels).sum(axis=1)
-    if not count:
-        raise InputError(f"mean and std can't be measured, no image can be read ({reason})")
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 1e-12))
     return mean.tolist(), std.tolist()
 
 
+def measure_clip(config: Any, images: Preprocessing, source: Source) -> MeanStd:
+    """Return the percentiles `config.augment.clip` of each channel's pixels that count, as
+    `measure_mean_std` reads them."""
+    parts = [
+        values[:, :: max(1, values.shape[1] // VALUES_EACH)]
+        for values in _sampled(config, images, source, MEASURED)
+    ]
+    low, high = np.percentile(np.concatenate(parts, axis=1), config.augment.clip, axis=1)
+    return low.tolist(), high.tolist()
+
+
+def _sampled(
+    config: Any, images: Preprocessing, source: Source, sample: int
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Yield the values (C, N) of pixels that count in centre crops of images chosen by the seed.
+
+    Raises:
+        InputError: there are none.
+    """
+    whole = replace(images, crop_pct=1.0)
+    order = np.argsort(rng.bits(config.seed, rng.SAMPLE, 0, np.arange(len(source))), kind="stable")
+    reason, found = "no images", False
+    for index in np.sort(order[:sample]).tolist():
+        try:
+            crop, _ = center_crop(source, index, whole, config.max_pixels)
+        except BadImage as error:
+            reason = f"{source.name(index)!r}: {error}"
+            continue
+        if (values := crop.values()).size:
+            found = True
+            yield values
+        else:
+            reason = f"{source.name(index)!r}: no pixel has a value, nodata is {images.nodata}"
+    if not found:
+        raise InputError(f"mean and std can't be measured, no image can be read ({reason})")
+
+
 def center_crop(
     source: Source, index: int, images: Preprocessing, max_pixels: int
-) -> tuple[Pixels, Geometry]:
+) -> tuple[Crop, Geometry]:
     """Return an image's centre crop (C, H, W) as evaluation sees it, and how it was cut.
 
     Raises:
         BadImage: it can't be read.
     """
-    opened = read_image(source.open(index), len(images.mean), max_pixels)
+    opened = images.read(source, index, max_pixels)
     box = center_box(*opened.size, images.img_size, images.crop_pct)
-    pixels = opened.resized(box, images.img_size, interpolation=images.interpolation)
-    return pixels, Geometry(opened.size, box)
+    crop = opened.resized(box, images.img_size, interpolation=images.interpolation)
+    return crop, Geometry(opened.size, box)
 
 
 def warn_if_far_off(config: Any, images: Preprocessing, source: Source) -> None:
     """Warn if mean and std are far from those of the images: little is learned from values that are
     nearly equal or far from zero."""
     try:
-        found = np.array(measure_mean_std(config, images.img_size, source, LOOKED_AT))
+        found = np.array(measure_mean_std(config, images, source, LOOKED_AT))
     except InputError:  # none can be read: the run will report it
         return
     given = np.array([images.mean, images.std])

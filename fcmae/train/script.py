@@ -15,7 +15,12 @@ from fcmae.config.files import save_yaml
 from fcmae.console import show_logs, step_progress
 from fcmae.data.loader import make_loader
 from fcmae.data.order import StepSampler, check_parts
-from fcmae.data.statistics import Preprocessing, resolve_mean_std, warn_if_far_off
+from fcmae.data.statistics import (
+    Preprocessing,
+    resolve_preprocessing,
+    stored_reading,
+    warn_if_far_off,
+)
 from fcmae.train import machine
 from fcmae.train.checkpoint import SavedCheckpoint
 from fcmae.train.loop import Loop
@@ -102,10 +107,11 @@ def _resolve(
 ) -> Resolved:
     config, train_images = task.config, task.images.train
     if start is None:
-        mean, std = resolve_mean_std(config, img_size, train_images, task.named_mean_std())
+        images = resolve_preprocessing(config, img_size, train_images, task.named_mean_std())
     else:
-        mean, std = start.state["settings"]["mean"], start.state["settings"]["std"]
-    images = Preprocessing(img_size, tuple(mean), tuple(std))
+        known = start.state["settings"]
+        mean, std = tuple(known["mean"]), tuple(known["std"])
+        images = Preprocessing(img_size, mean, std, **stored_reading(known))
     if start is None and world.is_main:
         warn_if_far_off(config, images, train_images)
     epochs = task.auto_epochs.resolve(config.epochs, len(train_images))

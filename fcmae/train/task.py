@@ -143,6 +143,7 @@ class Task(ABC):
             "img_size": list(resolved.images.img_size),
             "mean": list(resolved.images.mean),
             "std": list(resolved.images.std),
+            "clip": resolved.images.clip,
             "precision": resolved.precision,
             "workers": resolved.workers,
         }

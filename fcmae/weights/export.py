@@ -153,6 +153,7 @@ def timm_config(
         "global_pool": "avg" if name.startswith("convnext") else "",
         "model_args": dict(model_args),
         "label_names": list(label_names),
+        "reading": images.recorded(),
         "pretrained_cfg": {
             "input_size": [channels, *images.img_size],
             "fixed_input_size": "img_size" in model_args,

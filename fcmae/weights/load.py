@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fcmae.data.statistics import CROP_PCT, Preprocessing, default_preprocessing
+from fcmae.data.statistics import CROP_PCT, Preprocessing, default_preprocessing, stored_reading
 from fcmae.model.fcmae import FCMAE
 from fcmae.train import checkpoint
 from fcmae.train.run_paths import WHOLE_MODEL, RunPaths
@@ -175,6 +175,7 @@ def read_preprocessing(weights_file: Path) -> Preprocessing | None:
     """
     known: Any = read_settings(weights_file)
     known = {**known.get("augment", {}), **known.get("pretrained_cfg", {}), **known}
+    known |= known.get("reading", {})
     size = known.get("img_size", known.get("input_size", [])[1:])
     size = [size, size] if isinstance(size, int) else size
     mean, std = known.get("mean"), known.get("std")
@@ -182,7 +183,8 @@ def read_preprocessing(weights_file: Path) -> Preprocessing | None:
         return None
     crop_pct = known.get("crop_pct", CROP_PCT)
     kind = "bilinear" if known.get("interpolation") == "bilinear" else "bicubic"
-    return Preprocessing((size[0], size[1]), tuple(mean), tuple(std), crop_pct, kind)
+    reading = stored_reading(known)
+    return Preprocessing((size[0], size[1]), tuple(mean), tuple(std), crop_pct, kind, **reading)
 
 
 @dataclass(frozen=True)
@@ -272,5 +274,6 @@ def load_pretrained(run: str, device: torch.device) -> Pretrained:
     )  # fmt: skip
     model.load_state_dict(tensors)
     height, width = settings["img_size"]
-    images = Preprocessing((height, width), tuple(settings["mean"]), tuple(settings["std"]))
+    mean, std = tuple(settings["mean"]), tuple(settings["std"])
+    images = Preprocessing((height, width), mean, std, **stored_reading(settings))
     return Pretrained(model.to(device).eval(), images, saved.state["step"])

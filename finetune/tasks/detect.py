@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from fcmae.atomic import check_out_file, out_file
 from fcmae.data.augment import Geometry, jittered_geometry, scale_to
-from fcmae.data.decode import BadImage, read_image
+from fcmae.data.decode import read_image
 from fcmae.data.evaluation import EvalDataset, WholeDataset, prepared
 from fcmae.data.file_list import FileList
+from fcmae.data.image import BadImage
 from fcmae.data.labelled import TRAIN, LabelledData, Split
 from fcmae.data.masks import voc_colours
 from fcmae.data.object_files import (
@@ -35,7 +36,7 @@ from fcmae.data.object_files import (
 from fcmae.data.objects import ObjectLabels, coco_masks, decode
 from fcmae.data.sample import Batch, each_target, map_tensors
 from fcmae.data.sources import Source
-from fcmae.data.statistics import Preprocessing
+from fcmae.data.statistics import Preprocessing, asked_reading
 from fcmae.data.table import Table
 from fcmae.train.processes import World
 from finetune.augment import TrainDataset
@@ -411,7 +412,7 @@ def _anchor(labels: ObjectLabels, config: FinetuneConfig) -> int:
     sizes: list[float] = []
     for index in np.unique(np.linspace(0, len(labels) - 1, LOOKED_AT, dtype=int)).tolist():
         try:
-            size = read_image(labels.files.open(index), config.in_chans, config.max_pixels).size
+            size = read_image(labels.files.open(index), asked_reading(config)).size
             there = labels.cut(index, Geometry(size, (0, 0, *size)), None)
         except BadImage:
             continue  # training reports it

@@ -30,11 +30,12 @@ LARGEST = {
 
 READ = """
 import re, sys
-from fcmae.data.decode import BadImage, read_image
+from fcmae.data.decode import read_image
+from fcmae.data.image import BadImage, Reading
 for path in sys.argv[1:]:
     try:
-        picture = read_image(path, 3, 179_000_000)
-        picture.resized((0, 0, *picture.size), (224, 224))
+        picture = read_image(path, Reading(3, 179_000_000))
+        picture.resized((0, 0, *picture.size), (224, 224)).pixels
         print("read")
     except BadImage as error:
         print("refused:", error)

@@ -1,0 +1,130 @@
+"""Microscopes' and large images: TIFF stacks and OME-TIFF with tifffile, zarr and OME-Zarr.
+
+All are arrays with named axes, of which one plane is an image: the first of each axis, but the
+middle of a z-stack; channels and colour samples are its bands. Of a pyramid it is the largest
+level. Only the tiles that a crop touches are read.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fcmae.data.image import (
+    BadImage,
+    MissingReader,
+    OpenedImage,
+    Reading,
+    check_dtype,
+    check_pixels,
+    within,
+)
+from fcmae.data.resize import Corners, Raster
+
+BANDS = "CS"
+"""Axes that become bands: channels and colour samples."""
+
+PLANE = "YX" + BANDS
+_MARKS = ("zarr.json", ".zarray", ".zgroup")
+
+Stack = tuple[Any, str]
+"""An array, of NumPy's interface, and a letter for each of its axes."""
+
+
+def is_zarr(path: str) -> bool:
+    """Whether a path is a folder of zarr."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in _MARKS)
+
+
+def read_stack(path_or_content: str | bytes, how: Reading) -> OpenedImage:
+    """Open a TIFF file: see `read_image`."""
+    return _opened(partial(_open_tiff, path_or_content), "TIFF stack", how)
+
+
+def read_zarr(path: str, how: Reading) -> OpenedImage:
+    """Open a folder of zarr or OME-Zarr: see `read_image`."""
+    return _opened(partial(_open_zarr, path), "zarr", how)
+
+
+@contextmanager
+def _open_tiff(path_or_content: str | bytes) -> Iterator[Stack]:
+    tifffile, zarr = _packages()
+    file = path_or_content if isinstance(path_or_content, str) else io.BytesIO(path_or_content)
+    with tifffile.TiffFile(file) as tiff:
+        first = tiff.series[0]
+        with first.aszarr(level=0) as store:
+            yield zarr.open(store, mode="r"), first.axes
+
+
+@contextmanager
+def _open_zarr(path: str) -> Iterator[Stack]:
+    _, zarr = _packages()
+    found = zarr.open(path, mode="r")
+    if hasattr(found, "shape"):
+        yield found, _axes(found)
+        return
+    described = dict(found.attrs)
+    described = described.get("ome", described)
+    if "multiscales" in described:
+        image = described["multiscales"][0]
+        axes = "".join((axis if isinstance(axis, str) else axis["name"]) for axis in image["axes"])
+        yield found[image["datasets"][0]["path"]], axes.upper()
+        return
+    arrays = [*found.arrays()]
+    if len(arrays) != 1:
+        raise BadImage(
+            f"zarr with {len(arrays)} arrays and no OME metadata: give one of its arrays"
+        )
+    yield arrays[0][1], _axes(arrays[0][1])
+
+
+def _axes(array: Any) -> str:
+    """The axes of an array that does not name them: (H, W), (H, W, C) or (C, H, W) with fewer
+    channels than pixels, or the last of (T, C, Z, H, W)."""
+    if array.ndim == 3:
+        return "CYX" if array.shape[0] < array.shape[2] else "YXC"
+    return "TCZYX"[-array.ndim :]
+
+
+def _packages() -> tuple[Any, Any]:
+    try:
+        import tifffile
+        import zarr
+    except ImportError as error:
+        raise MissingReader(
+            f"a TIFF stack or zarr needs {error.name}: pip install 'fcmae[bio]'"
+        ) from error
+    return tifffile, zarr
+
+
+def _opened(
+    open_again: Callable[[], AbstractContextManager[Stack]], form: str, how: Reading
+) -> OpenedImage:
+    with open_again() as (array, axes):
+        shape = dict(zip(axes, array.shape, strict=True))
+        if not {"Y", "X"} <= shape.keys() or len(shape) < len(axes):
+            raise BadImage(f"{form} with the axes {axes}: Y and X are needed")
+        check_dtype(array.dtype)
+        count = int(np.prod([shape[axis] for axis in BANDS if axis in shape]))
+        size, kind = (shape["X"], shape["Y"]), f"{form}, {count} bands of {array.dtype}"
+    picks = how.select(count)
+
+    def decode(_: int, corners: Corners) -> Raster:
+        left, top, right, bottom = corners
+        check_pixels(right - left, bottom - top, how.max_pixels)
+        places: dict[str, Any] = {axis: slice(None) for axis in BANDS}
+        places |= {"Y": slice(top, bottom), "X": slice(left, right), "Z": shape.get("Z", 0) // 2}
+        with open_again() as (array, axes):
+            part = np.asarray(array[tuple(places.get(axis, 0) for axis in axes)])
+        kept = [axis for axis in axes if axis in PLANE]
+        order = [kept.index(axis) for axis in PLANE if axis in kept]
+        part_HWC = part.transpose(order).reshape(bottom - top, right - left, count)
+        return within(corners, size, part_HWC[..., picks], how)
+
+    return OpenedImage(size, how, decode, kind)
