@@ -22,6 +22,8 @@ AUGMENT = 9
 SAMPLE = 10
 DROP_PATH = 11
 FINETUNE = 12
+REDRAW = 13
+WINDOW = 14
 """Streams: what a number is drawn for. Never reuse or change a value: old runs depend on it."""
 
 Words = npt.NDArray[np.uint64]

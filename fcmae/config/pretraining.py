@@ -95,7 +95,19 @@ class PretrainConfig(TrainingConfig):
     crops in total."""
 
     holdout: int = setting(32, at_least=0, group=DATA)
-    """Images held out for figures and a validation loss; none of fewer than 500 images."""
+    """Images held out for figures and a validation loss, or windows of them; none of fewer than 500
+    images, times crops_per_image."""
+
+    window: int | None = setting(None, at_least=32, group=DATA, example="1024")
+    """Side in pixels of a random square that is cut out of an image first, and the crop out of it:
+    of a large raster, only the tiles it touches are read. null crops the whole image."""
+
+    crops_per_image: int = setting(1, at_least=1, group=DATA)
+    """Crops of each image in an epoch, for few large images."""
+
+    min_valid: float = setting(0.5, at_least=0, at_most=1, group=DATA)
+    """Share of the pixels of a patch that must have a value for it to be visible or a target, and
+    of the patches of a crop for it to be used."""
 
     engine: str = runtime("auto")
     """Engine of the encoder; all give the same numbers. auto uses minkowski on the CPU if it is

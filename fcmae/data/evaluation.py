@@ -22,7 +22,7 @@ from fcmae.data.resize import as_float
 from fcmae.data.sample import Batch, Sample, normalise
 from fcmae.data.sources import Source, key_hash
 from fcmae.data.statistics import Preprocessing, center_crop
-from fcmae.model.mask import grid_of, random_mask
+from fcmae.model.mask import MIN_VALID, grid_of, pixels_of, random_mask, usable_patches
 from fcmae.train.processes import ALONE, World
 from sparse.sizes import PATCH
 
@@ -176,23 +176,31 @@ def prepared(
 
 def held_out_masks(
     source: Source,
-    indices: Tensor,
-    img_size: tuple[int, int],
+    batch: Batch,
     mask_ratio: float,
     seed: int,
     patch: int = PATCH,
-) -> Tensor:
-    """Masks (B, h, w) of held-out images: each depends on the image's key and the seed alone.
+    min_valid: float = MIN_VALID,
+) -> tuple[Tensor, Tensor | None]:
+    """Masks (B, h, w) of held-out images, and which of their pixels count (B, H, W) as in training,
+    None if all do. A mask depends on the image's key, its valid pixels and the seed alone.
 
     Args:
         source: the images.
-        indices: which of them, (B,).
-        img_size: (height, width) of the crops.
+        batch: some of them.
         mask_ratio: share of the patches that a mask hides.
         seed: of the run.
         patch: side of a patch in pixels.
+        min_valid: share of the pixels of a patch that have to count.
     """
-    keys = [key_hash(source, index) for index in indices.tolist()]
-    grid, stream = grid_of(img_size, patch), rng.HOLDOUT_MASK
-    masks = [random_mask(seed, 0, key, grid, mask_ratio, stream) for key in keys]
-    return torch.from_numpy(np.stack(masks))
+    _, _, height, width = batch.images.shape
+    grid, stream = grid_of((height, width), patch), rng.HOLDOUT_MASK
+    usable, valid = [np.ones(grid, np.bool_)] * len(batch), batch.valid
+    if valid is not None:
+        usable = [usable_patches(pixels, patch, min_valid) for pixels in valid.numpy()]
+        valid = valid & torch.from_numpy(np.stack([pixels_of(each, patch) for each in usable]))
+    masks = [
+        random_mask(seed, 0, key_hash(source, index), grid, mask_ratio, stream, patches)
+        for index, patches in zip(batch.indices.tolist(), usable, strict=True)
+    ]
+    return torch.from_numpy(np.stack(masks)), valid

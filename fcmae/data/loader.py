@@ -10,9 +10,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -31,9 +31,13 @@ from fcmae.data.order import Key
 from fcmae.data.resize import Pixels
 from fcmae.data.sample import Sample, collate
 from fcmae.data.statistics import Preprocessing
-from fcmae.model.mask import grid_of, random_mask
+from fcmae.data.windows import Place, overlap, window_box
+from fcmae.model.mask import grid_of, pixels_of, random_mask, usable_patches
 from sparse.engines.base import Layout
 from sparse.errors import RunError
+
+DRAWS = 64
+"""Most crops that are drawn for a sample: even if 80 % of an image has no values, one has some."""
 
 _CANDIDATES = 20
 
@@ -111,15 +115,59 @@ def padded(image_CHW: Pixels, size: tuple[int, int], mean: Sequence[float]) -> P
     return canvas
 
 
+@dataclass
 class PretrainDataset(CropDataset):
-    """Random crops with masks, by (epoch, index)."""
+    """Random crops with masks, by (epoch, index).
+
+    A patch is visible, or a target, if enough of its pixels count. A crop with few such patches, or
+    that overlaps a window held out, is drawn again.
+
+    Args:
+        split, images, config: see `CropDataset`.
+        taken: the windows held out of images, by their keys.
+    """
 
     config: PretrainConfig
+    taken: Mapping[bytes, Sequence[Place]] = field(default_factory=dict)
 
     def crop(self, epoch: int, index: int, place: int) -> Sample:
-        sample = super().crop(epoch, index, place)
-        grid, ratio = grid_of(self.images.img_size, self.config.patch_size), self.config.mask_ratio
-        return replace(sample, mask=random_mask(self.config.seed, epoch, index, grid, ratio))
+        config, best = self.config, 0.0
+        p, seed, ratio = config.patch_size, config.seed, config.mask_ratio
+        grid = grid_of(self.images.img_size, p)
+        whole = self.images.read(self.split.source, place, config.max_pixels)
+        found: Sample | None = None
+        for attempt in range(DRAWS):
+            drawn = int(rng.bits(seed, rng.REDRAW, epoch, index, attempt)[0]) if attempt else index
+            opened = self._window(whole, epoch, drawn, place)
+            if opened is None:
+                continue
+            sample, usable = self.cut(opened, self.geometry(epoch, drawn, opened.size), place), None
+            if sample.valid is not None:
+                usable = usable_patches(sample.valid, p, config.min_valid)
+                sample.valid &= pixels_of(usable, p)
+            share = 1.0 if usable is None else float(usable.mean())
+            if share > best:
+                mask = random_mask(seed, epoch, index, grid, ratio, usable=usable)
+                best, found = share, replace(sample, mask=mask)
+            if best >= config.min_valid:
+                break
+        if found is None:
+            raise BadImage(
+                f"none of {DRAWS} crops has a patch of which {config.min_valid:.0%} has values"
+            )
+        return found
+
+    def _window(self, whole: OpenedImage, epoch: int, drawn: int, place: int) -> OpenedImage | None:
+        """A random window of an image; None if it overlaps one held out."""
+        side = self.config.window
+        if side is None:
+            return whole
+        x, y = rng.uniform(self.config.seed, rng.WINDOW, epoch, drawn, np.arange(2)).tolist()
+        box = window_box(whole.size, side, (x, y))
+        taken = self.taken.get(self.split.source.key(place), ()) if self.taken else ()
+        if any(overlap(box, window_box(whole.size, side, other)) for other in taken):
+            return None
+        return whole.window(box)
 
 
 def _candidates(index: int, n: int, seed: int) -> Iterator[int]:

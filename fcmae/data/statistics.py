@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,16 @@ class Preprocessing:
             BadImage: see `read_image`.
         """
         how = Reading(len(self.mean), max_pixels, self.bands, self.nodata, self.clip)
-        return read_image(source.open(index), how)
+        opened = read_image(source.open(index), how)
+        return source.cut(index, opened) if isinstance(source, Cutting) else opened
+
+
+@runtime_checkable
+class Cutting(Protocol):
+    """A source of parts of images."""
+
+    def cut(self, index: int, opened: OpenedImage, /) -> OpenedImage:
+        """Return the part of its opened image."""
 
 
 def imagenet_mean_std(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

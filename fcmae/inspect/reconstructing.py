@@ -46,7 +46,11 @@ _log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def reconstruct_batch(
-    model: FCMAE, images_BCHW: Tensor, mask_BHW: Tensor, preprocessing: Preprocessing
+    model: FCMAE,
+    images_BCHW: Tensor,
+    mask_BHW: Tensor,
+    preprocessing: Preprocessing,
+    valid_BHW: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], float]:
     """Reconstruct normalised images.
 
@@ -63,6 +67,7 @@ def reconstruct_batch(
         images_BCHW: on the model's device.
         mask_BHW: on the CPU, True = hidden.
         preprocessing: how the images were normalised, to undo it.
+        valid_BHW: which pixels count (B, H, W); the others are drawn in grey. None if all do.
 
     Returns:
         Pixels (B, C, H, W) from 0 to 1 on the CPU by column: "original", "masked", with
@@ -70,7 +75,7 @@ def reconstruct_batch(
     """
     was_training = model.training
     model.eval()
-    out = model(images_BCHW, mask_BHW)
+    out = model(images_BCHW, mask_BHW, valid=valid_BHW)
     model.train(was_training)
     scale = torch.tensor(preprocessing.std).view(1, -1, 1, 1)
     shift = torch.tensor(preprocessing.mean).view(1, -1, 1, 1)
@@ -85,11 +90,14 @@ def reconstruct_batch(
     low, high = _shown_range(original)
     columns = {"original": original, "masked": original}
     for name, pred in predictions.items():
-        pixels = to_pixels(pred, images_BCHW, model.norm_pix_loss).cpu() * scale + shift
+        pixels = to_pixels(pred, images_BCHW, model.norm_pix_loss, valid_BHW).cpu() * scale + shift
         pixels = torch.where(colourless, pixels.mean(1, keepdim=True), pixels)
         columns[name] = torch.where(hidden, pixels, original)
     columns = {name: ((c - low) / (high - low)).clamp(0, 1) for name, c in columns.items()}
     columns["masked"] = torch.where(hidden, GREY, columns["masked"])
+    if valid_BHW is not None:
+        counts = valid_BHW.cpu()[:, None]
+        columns = {name: torch.where(counts, c, GREY) for name, c in columns.items()}
     return columns, float(out.loss)
 
 
@@ -135,7 +143,7 @@ def reconstruct(config: ReconstructConfig) -> float:
         RunError: `out` could not be written.
     """
     setting = set_up(config, config.run, load_pretrained, ".png")
-    model, how, step = setting.model
+    model, how, step, min_valid = setting.model
     found = setting.find_images().source
     files, whole = found.select(range(min(config.count, len(found)))), replace(how, crop_pct=1.0)
     dataset = EvalDataset(Split(files), whole)
@@ -143,10 +151,9 @@ def reconstruct(config: ReconstructConfig) -> float:
     report_skipped(batch.bad)
     if not len(batch):
         raise InputError(f"images {config.images!r}: none of the first {config.count} can be read")
-    masks = held_out_masks(
-        files, batch.indices, how.img_size, model.mask_ratio, config.seed, model.encoder.patch_size
-    )
-    columns, loss = reconstruct_batch(model, images, masks, how)
+    p = model.encoder.patch_size
+    masks, valid = held_out_masks(files, batch, model.mask_ratio, config.seed, p, min_valid)
+    columns, loss = reconstruct_batch(model, images, masks, how, valid)
     with out_file(Path(config.out)) as path:
         Image.fromarray(grid(columns)).save(path, format="PNG")
     _log.info(f"{config.out}: {len(batch)} images after {step} steps, loss {loss:.4f}")

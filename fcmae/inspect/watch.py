@@ -30,14 +30,14 @@ class HoldoutWatcher:
     """Loss and reconstructions of held-out images, and the diversity of every block's channels.
 
     Args:
-        batches: normalised images with their masks, always the same; may be empty. The first batch
-            is drawn.
+        batches: normalised images with their masks and which pixels count, always the same; may be
+            empty. The first batch is drawn.
         resolved: how images are prepared.
         epochs: between two measurements; 0 never measures.
         folder: where the main process records; None on the others.
     """
 
-    batches: Sequence[tuple[Tensor, Tensor]]
+    batches: Sequence[tuple[Tensor, Tensor, Tensor | None]]
     resolved: Resolved
     epochs: int
     folder: RunFolder | None
@@ -47,12 +47,12 @@ class HoldoutWatcher:
         if not self.batches:
             return {}
         total = 0.0
-        for number, (images, masks) in enumerate(self.batches):
-            columns, loss = reconstruct_batch(model, images, masks, self.resolved.images)
+        for number, (images, masks, valid) in enumerate(self.batches):
+            columns, loss = reconstruct_batch(model, images, masks, self.resolved.images, valid)
             total += loss * len(images)
             if self.folder is not None and number == 0:
                 self.folder.trackers.image("reconstructions", grid(columns), step)
-        blocks, count = block_diversity(model.encoder, (images for images, _ in self.batches))
+        blocks, count = block_diversity(model.encoder, (images for images, *_ in self.batches))
         spread = {f"diversity/{name}": block["diversity"] for name, block in blocks.items()}
         return {"holdout_loss": total / count, **spread}
 
@@ -127,14 +127,14 @@ def make_watchers(
         folder: where the main process records; None on the others.
     """
     images = replace(resolved.images, crop_pct=1.0)
-    device, size, ratio = resolved.world.device, images.img_size, config.mask_ratio
+    device, ratio, p = resolved.world.device, config.mask_ratio, config.patch_size
     batches, bad = [], []
     dataset = EvalDataset(Split(held), images, config.max_pixels)
     for batch, pixels in each_batch(dataset, device, SHOWN, workers=0):
         bad += batch.bad
         if len(batch):
-            masks = held_out_masks(held, batch.indices, size, ratio, config.seed, config.patch_size)
-            batches.append((pixels, masks))
+            masks, valid = held_out_masks(held, batch, ratio, config.seed, p, config.min_valid)
+            batches.append((pixels, masks, valid))
     if folder is not None:
         folder.record_bad(bad)
     found: list[Watcher] = [HoldoutWatcher(batches, resolved, config.picture_epochs, folder)]

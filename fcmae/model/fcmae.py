@@ -97,6 +97,7 @@ class FCMAE(nn.Module):
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         layout: Layout | None = None,
+        valid: Tensor | None = None,
     ) -> FCMAEOutput:
         """Reconstruct the hidden patches of normalised images.
 
@@ -106,6 +107,8 @@ class FCMAE(nn.Module):
                 mask with `mask_ratio`.
             generator: CPU generator for a random mask.
             layout: of the mask, if it is made ahead; see `SparseConvNeXtV2.forward`.
+            valid: (B, H, W) bool, which pixels count; None if all do. The others are read as 0, the
+                mean, and take no part in the loss and its targets.
 
         Raises:
             InputError: the shapes do not match, or the ratio leaves nothing visible or nothing
@@ -115,19 +118,31 @@ class FCMAE(nn.Module):
             batch, _, height, width = images_BCHW.shape
             grid = grid_of((height, width), self.encoder.patch_size)
             mask = random_masks(batch, grid, self.mask_ratio, generator)
-        if layout is not None and (graph := self._graph_for(images_BCHW, layout)) is not None:
+        device, graph = images_BCHW.device, None
+        if valid is not None:
+            valid = to_device(valid, device)
+            images_BCHW = images_BCHW.masked_fill(~valid[:, None], 0)
+        elif layout is not None:
+            graph = self._graph_for(images_BCHW, layout)
+        if graph is not None and layout is not None:
             loss, pred = graph(images_BCHW, mask, layout.tables)
         else:
-            hidden = to_device(mask, images_BCHW.device)
-            loss, pred = self._reconstruct(images_BCHW, mask, hidden, layout)
+            loss, pred = self._reconstruct(
+                images_BCHW, mask, to_device(mask, device), layout, valid
+            )
         return FCMAEOutput(loss, pred, mask)
 
     def _reconstruct(
-        self, images_BCHW: Tensor, mask: Tensor, hidden: Tensor, layout: Layout | None
+        self,
+        images_BCHW: Tensor,
+        mask: Tensor,
+        hidden: Tensor,
+        layout: Layout | None,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss and the prediction; `hidden` is the mask on the device of the images."""
         pred = self.decoder(self.encoder(images_BCHW, mask, layout), hidden)
-        return reconstruction_loss(pred, images_BCHW, hidden, self.norm_pix_loss), pred
+        return reconstruction_loss(pred, images_BCHW, hidden, self.norm_pix_loss, valid), pred
 
     def _graph_for(self, images_BCHW: Tensor, layout: Layout) -> Graph | None:
         """The graph of passes like this one, recorded at the first; None if it must be eager."""

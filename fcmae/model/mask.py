@@ -11,6 +11,9 @@ from fcmae import rng
 from sparse.errors import InputError
 from sparse.sizes import PATCH
 
+MIN_VALID = 0.5
+"""Share of the pixels of a patch that have to count for it to be visible or a target."""
+
 
 def grid_of(img_size: tuple[int, int], patch: int = PATCH) -> tuple[int, int]:
     """Return the number of patches (h, w) down and across an image of (H, W) pixels."""
@@ -54,16 +57,36 @@ def random_mask(
     grid: tuple[int, int],
     mask_ratio: float,
     stream: int = rng.MASK,
+    usable: npt.NDArray[np.bool_] | None = None,
 ) -> npt.NDArray[np.bool_]:
     """Return the mask (h, w) of one image, True = hidden, with `keep_count` patches visible.
 
-    The patches with the smallest hashes stay visible: every choice of them is equally likely.
+    The patches with the smallest hashes stay visible: every choice of them is equally likely. Only
+    those that are `usable` (h, w) count and may be visible.
     """
     patches = grid[0] * grid[1]
     order = np.argsort(rng.bits(seed, stream, epoch, index, np.arange(patches)), kind="stable")
+    if usable is not None:
+        order = order[usable.reshape(-1)[order]]
     hidden = np.ones(patches, dtype=np.bool_)
-    hidden[order[: keep_count(patches, mask_ratio)]] = False
+    hidden[order[: keep_count(len(order), mask_ratio)]] = False
     return hidden.reshape(grid)
+
+
+def usable_patches(
+    valid_HW: npt.NDArray[np.bool_], patch: int, min_valid: float
+) -> npt.NDArray[np.bool_]:
+    """Return which patches (h, w) of an image have at least the share `min_valid` of valid pixels,
+    and one."""
+    h, w = grid_of((len(valid_HW), len(valid_HW[0])), patch)
+    counts = valid_HW.reshape(h, patch, w, patch).sum((1, 3))
+    usable: npt.NDArray[np.bool_] = counts >= max(1, min_valid * patch * patch)
+    return usable
+
+
+def pixels_of(patches_HW: npt.NDArray[np.bool_], patch: int) -> npt.NDArray[np.bool_]:
+    """Return which pixels (P·h, P·w) are in one of the patches (h, w)."""
+    return patches_HW.repeat(patch, 0).repeat(patch, 1)
 
 
 def random_masks(

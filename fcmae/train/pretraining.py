@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,13 @@ from fcmae.data.labelled import LabelledData, Split, find_labelled
 from fcmae.data.loader import PretrainDataset
 from fcmae.data.sample import Batch, normalise
 from fcmae.data.sources import FEWEST_TO_HOLD_OUT, Source, split_holdout
+from fcmae.data.windows import (
+    Held,
+    Windows,
+    hold_out_windows,
+    split_windows,
+    taken_places,
+)
 from fcmae.inspect.watch import make_watchers
 from fcmae.model.fcmae import FCMAE
 from fcmae.model.mask import check_mask_ratio, grid_of, keep_count
@@ -86,14 +94,22 @@ class Pretraining(Task):
                 added = len(find_images(config.data, exclude=config.out)) - len(files)
                 if added > 0:
                     _log.info("%d files added since the run began are ignored", added)
-        train_places, held_places = split_holdout(files, config.holdout)
+        if config.window is None:
+            train_places, held_places = split_holdout(files, config.holdout)
+            self._held: Source = files.select(held_places)
+            self._windows = list[Held]()
+        else:
+            saved = None if start is None else start.state.get("windows")
+            self._windows = hold_out_windows(files, config) if saved is None else saved
+            train_places, self._held = split_windows(files, self._windows, config.window)
         if config.holdout >= len(files) >= FEWEST_TO_HOLD_OUT:
             raise InputError(
                 f"holdout {config.holdout} leaves none of {len(files)} images to train on: use 32"
             )
-        seconds, held = time.perf_counter() - began, len(held_places)
-        _log.info(f"found {len(files)} images in {seconds:.1f} s, {held} of them are held out")
-        self._held = files.select(held_places)
+        seconds, parts = time.perf_counter() - began, "windows" if config.window else "of them"
+        held = f"{len(self._held)} {parts} are held out"
+        _log.info(f"found {len(files)} images in {seconds:.1f} s, {held}")
+        train_places = np.repeat(train_places, config.crops_per_image)
         self._labelled: LabelledData | None = None
         probed: list[Source] = []
         if probe.data is not None:
@@ -151,7 +167,12 @@ class Pretraining(Task):
         return super().settings() | own
 
     def dataset(self) -> PretrainDataset:
-        return PretrainDataset(Split(self.images.train), self.resolved.images, self.config)
+        taken = taken_places(self._held) if isinstance(self._held, Windows) else {}
+        split = Split(self.images.train)
+        return PretrainDataset(split, self.resolved.images, self.config, taken)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"windows": self._windows} if self._windows else {}
 
     def lay_out(self) -> Callable[[Tensor], Layout] | None:
         return self._engine.lay_out
@@ -159,7 +180,7 @@ class Pretraining(Task):
     def loss(self, forward: nn.Module, batch: Batch) -> Tensor:
         how, device = self.resolved.images, self.resolved.world.device
         images = normalise(batch.images, how.mean, how.std, device)
-        return forward(images, batch.masks, layout=batch.sites).loss
+        return forward(images, batch.masks, layout=batch.sites, valid=batch.valid).loss
 
     def end_epoch(self, epoch: int, step: int, stop: Callable[[], bool]) -> dict[str, float]:
         metrics: dict[str, float] = {}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fcmae.data.statistics import CROP_PCT, Preprocessing, default_preprocessing, stored_reading
 from fcmae.model.fcmae import FCMAE
+from fcmae.model.mask import MIN_VALID
 from fcmae.train import checkpoint
 from fcmae.train.run_paths import WHOLE_MODEL, RunPaths
 from fcmae.weights.hub import HUB, download
@@ -244,12 +245,13 @@ def random_backbone(like: Backbone) -> Backbone:
 
 
 class Pretrained(NamedTuple):
-    """A pretrained model with its decoder, in evaluation mode, its preprocessing, and the completed
-    steps."""
+    """A pretrained model with its decoder, in evaluation mode, its preprocessing, the completed
+    steps, and the share of a patch's pixels that have to count."""
 
     model: FCMAE
     images: Preprocessing
     step: int
+    min_valid: float
 
 
 def load_pretrained(run: str, device: torch.device) -> Pretrained:
@@ -276,4 +278,5 @@ def load_pretrained(run: str, device: torch.device) -> Pretrained:
     height, width = settings["img_size"]
     mean, std = tuple(settings["mean"]), tuple(settings["std"])
     images = Preprocessing((height, width), mean, std, **stored_reading(settings))
-    return Pretrained(model.to(device).eval(), images, saved.state["step"])
+    min_valid = settings.get("min_valid", MIN_VALID)
+    return Pretrained(model.to(device).eval(), images, saved.state["step"], min_valid)
