@@ -109,7 +109,7 @@ def test_a_source_in_memory_is_measured_and_split_like_its_folder(
     assert labels.tolist() == labels_of(folder, ("a", "b")).tolist()
     held, expected = (split_by_hash(source, labels, 0.3)[1] for source in (memory, folder))
     assert held.tolist() == expected.tolist()
-    measured = [measure_mean_std(PretrainConfig("", ""), (64, 64), s) for s in (memory, folder)]
+    measured = [measure_mean_std(PretrainConfig("", ""), IMAGES, s) for s in (memory, folder)]
     assert measured[0] == measured[1]
 
     crops = [
@@ -117,7 +117,7 @@ def test_a_source_in_memory_is_measured_and_split_like_its_folder(
         for source in (memory, folder)
     ]
     assert torch.equal(crops[0].images, crops[1].images)
-    masks = [held_out_masks(s, crops[0].indices, (64, 96), 0.6, 0) for s in (memory, folder)]
+    masks = [held_out_masks(s, crops[0], 0.6, 0)[0] for s in (memory, folder)]
     assert torch.equal(masks[0], masks[1])
     assert crops[0].bad == crops[1].bad == [(BAD, "not an image of a known format")]
 

@@ -31,7 +31,7 @@ from fcmae.data.image import (
     opened,
     reading,
 )
-from fcmae.data.rasters import is_georeferenced, is_map, read_raster
+from fcmae.data.rasters import driver_of, read_raster
 from fcmae.data.resize import Corners, Raster, Valid
 from fcmae.data.sources import PathOrFile
 from fcmae.data.stacks import is_zarr, read_stack, read_zarr
@@ -77,8 +77,8 @@ def read_image(path_or_file: PathOrFile, how: Reading) -> OpenedImage:
                 return _read_array(file, how, _masks_beside(path))
             tags = _tiff_tags(file, head) if head[:4] in _TIFF else {}
             file.seek(0)
-            if is_map(head) or is_georeferenced(tags):
-                return read_raster(file.read() if path is None else path, how)
+            if (driver := driver_of(head, tags)) is not None:
+                return read_raster(file.read() if path is None else path, driver, how)
             if tags and _is_stack(file, head, tags):
                 return read_stack(file.read() if path is None else path, how)
             return _read_with_pillow(file, how, _masks_beside(path))
@@ -88,7 +88,8 @@ def _tiff_tags(file: BinaryIO, head: bytes) -> dict[int, Any]:
     """The tags of the first page of a TIFF file; none if they can't be read."""
     tags = dict[int, Any]()
     with suppress(Exception):  # the reader says what is wrong
-        directory = TiffImagePlugin.ImageFileDirectory_v2(head[:16])
+        size = 16 if head[:4] in _BIG_TIFF else 8  # of the header
+        directory = TiffImagePlugin.ImageFileDirectory_v2(head[:size])
         file.seek(directory.next)
         directory.load(file)
         tags = dict(directory)

@@ -19,11 +19,13 @@ from sparse.errors import InputError
 
 EXTENSIONS = (
     *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff"),
-    *("ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "npy"),
+    *("ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "npy", "zarr"),
 )
-"""The images in a folder end in one of these. The content decides how a file is read."""
+"""The images in a folder end in one of these. The content decides how a file is read; a folder that
+ends in .zarr is an image."""
 
 _SUFFIXES = tuple(f".{extension}".encode() for extension in EXTENSIONS)
+_ZARR = b".zarr"
 LONGEST = 65_535
 """Largest number of bytes of a name."""
 
@@ -144,7 +146,7 @@ def find_images(
         path = os.fsencode(os.path.abspath(os.path.expanduser(source)))
         before = len(lengths)
         try:
-            is_folder = os.path.isdir(path)
+            is_folder = os.path.isdir(path) and not path.endswith(_ZARR)
             listed = _search(path, searched, excluded) if is_folder else _listed(path, shown)
             for name in listed:
                 names += name
@@ -205,7 +207,7 @@ def _kept(entry: os.DirEntry[bytes]) -> bytes | None:
         if name.startswith(b"."):
             return None
         if entry.is_dir():
-            return name + b"/"
+            return name if name.endswith(_ZARR) else name + b"/"
         return name if name.lower().endswith(_SUFFIXES) and entry.is_file() else None
     except OSError:  # a link to itself, or into a folder that we can't read
         return None

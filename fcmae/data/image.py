@@ -79,10 +79,10 @@ class Reading:
             return [*range(self.in_chans)]
         if count - alpha == 1 and self.in_chans <= 4:
             return [0]
-        choice = [*range(1, self.in_chans + 1)]
+        choice = ",".join(map(str, range(1, min(count, self.in_chans) + 1)))
         raise BadImage(
-            f"{count} bands, not {self.in_chans}: give --in_chans {count}, or choose with --bands, "
-            f"such as {choice}"
+            f"{count} bands, not {self.in_chans}: give --in_chans {count}, or choose with --bands "
+            f"'[{choice}]'"
         )
 
 

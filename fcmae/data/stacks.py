@@ -23,6 +23,7 @@ from fcmae.data.image import (
     Reading,
     check_dtype,
     check_pixels,
+    reading,
     within,
 )
 from fcmae.data.resize import Corners, Raster
@@ -120,7 +121,7 @@ def _opened(
         check_pixels(right - left, bottom - top, how.max_pixels)
         places: dict[str, Any] = {axis: slice(None) for axis in BANDS}
         places |= {"Y": slice(top, bottom), "X": slice(left, right), "Z": shape.get("Z", 0) // 2}
-        with open_again() as (array, axes):
+        with reading(how.max_pixels), open_again() as (array, axes):
             part = np.asarray(array[tuple(places.get(axis, 0) for axis in axes)])
         kept = [axis for axis in axes if axis in PLANE]
         order = [kept.index(axis) for axis in PLANE if axis in kept]
