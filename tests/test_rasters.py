@@ -39,11 +39,11 @@ def write_map(path: Path, pixels: np.ndarray, mask: Any = None, **options: Any) 
         "width": pixels.shape[2], "dtype": pixels.dtype, "crs": "EPSG:32633", "tiled": True,
         "blockxsize": 64, "blockysize": 64, "transform": Affine(10, 0, 5e5, 0, -10, 5e6),
     }  # fmt: skip
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
-        with rasterio.open(path, "w", **(profile | options)) as data:
-            data.write(pixels)
-            if mask is not None:
-                data.write_mask(mask)
+    inside = rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True)
+    with inside, rasterio.open(path, "w", **(profile | options)) as data:
+        data.write(pixels)
+        if mask is not None:
+            data.write_mask(mask)
     return path
 
 

@@ -8,10 +8,12 @@ level. Only the tiles that a crop touches are read.
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -59,8 +61,36 @@ def _open_tiff(path_or_content: str | bytes) -> Iterator[Stack]:
     file = path_or_content if isinstance(path_or_content, str) else io.BytesIO(path_or_content)
     with tifffile.TiffFile(file) as tiff:
         first = tiff.series[0]
+        _check_complete(first, tiff.filehandle.size)
         with first.aszarr(level=0) as store:
             yield zarr.open(store, mode="r"), first.axes
+
+
+def _check_complete(series: Any, size: int) -> None:
+    """Make sure that the tiles of the planes that are read lie in a file of so many bytes, since
+    tifffile takes others for empty.
+
+    Raises:
+        BadImage: they do not.
+    """
+    if series.dataoffset is not None:
+        ends = [series.dataoffset + series.nbytes]
+    else:
+        stack = [axis for axis in series.axes if axis not in "YXS"]
+        shape = [series.shape[series.axes.index(axis)] for axis in stack]
+        places = [
+            range(n) if axis in BANDS else [n // 2 if axis == "Z" else 0]
+            for axis, n in zip(stack, shape, strict=True)
+        ]
+        numbers = [int(np.ravel_multi_index(at, shape)) if at else 0 for at in product(*places)]
+        pages = [series.pages[number] for number in numbers if number < len(series.pages)]
+        if len(pages) < len(numbers) or not all(len(page.dataoffsets) for page in pages):
+            raise BadImage("TIFF stack is cut off")
+        ends = [
+            max(np.add(page.dataoffsets, page.databytecounts, dtype=np.int64)) for page in pages
+        ]
+    if max(ends) > size:
+        raise BadImage(f"TIFF stack is cut off: {size} bytes of {max(ends)}")
 
 
 @contextmanager
@@ -101,6 +131,7 @@ def _packages() -> tuple[Any, Any]:
         raise MissingReader(
             f"a TIFF stack or zarr needs {error.name}: pip install 'fcmae[bio]'"
         ) from error
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it raises is reported
     return tifffile, zarr
 
 
