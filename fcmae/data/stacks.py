@@ -59,11 +59,35 @@ def read_zarr(path: str, how: Reading) -> OpenedImage:
 def _open_tiff(path_or_content: str | bytes) -> Iterator[Stack]:
     tifffile, zarr = _packages()
     file = path_or_content if isinstance(path_or_content, str) else io.BytesIO(path_or_content)
-    with tifffile.TiffFile(file) as tiff:
+    with _Complaints() as complaints, tifffile.TiffFile(file) as tiff:
         first = tiff.series[0]
+        complaints.raise_first()
         _check_complete(first, tiff.filehandle.size)
         with first.aszarr(level=0) as store:
             yield zarr.open(store, mode="r"), first.axes
+
+
+class _Complaints(logging.Handler):
+    """What tifffile logs about a damaged file, of which it goes on to read the rest."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.logger, self.first = logging.getLogger("tifffile"), ""
+
+    def __enter__(self) -> "_Complaints":
+        self.logger.addHandler(self)
+        self.logger.propagate = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.first = self.first or record.getMessage()
+
+    def raise_first(self) -> None:
+        if self.first:
+            raise BadImage(f"damaged TIFF stack: {self.first}")
 
 
 def _check_complete(series: Any, size: int) -> None:
@@ -131,7 +155,6 @@ def _packages() -> tuple[Any, Any]:
         raise MissingReader(
             f"a TIFF stack or zarr needs {error.name}: pip install 'fcmae[bio]'"
         ) from error
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it raises is reported
     return tifffile, zarr
 
 
