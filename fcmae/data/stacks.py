@@ -74,7 +74,7 @@ class _Complaints(logging.Handler):
         super().__init__(logging.ERROR)
         self.logger, self.first = logging.getLogger("tifffile"), ""
 
-    def __enter__(self) -> "_Complaints":
+    def __enter__(self) -> _Complaints:
         self.logger.addHandler(self)
         self.logger.propagate = False
         return self
