@@ -62,11 +62,11 @@ def test_the_loss_is_the_mean_over_what_counts_by_hand():
     for n in range(4):
         errors = []
         for y, x in masks[n].nonzero().tolist():
-            window = slice(32 * y, 32 * y + 32), slice(32 * x, 32 * x + 32)
-            counts = valid[n][window].flatten()
+            rows, columns = slice(32 * y, 32 * y + 32), slice(32 * x, 32 * x + 32)
+            counts = valid[n, rows, columns].flatten()
             if not counts.any():
                 continue
-            patch = images[n][:, *window].permute(1, 2, 0).reshape(1024, 3)[counts]
+            patch = images[n, :, rows, columns].permute(1, 2, 0).reshape(1024, 3)[counts]
             target = (patch - patch.mean()) / (patch.var(unbiased=True) + 1e-6).sqrt()
             guess = pred[n, :, y, x].reshape(1024, 3)[counts]
             errors.append((guess - target).square().mean())
