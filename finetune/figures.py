@@ -4,6 +4,7 @@ import heapq
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,15 @@ from torch import Tensor
 from fcmae.atomic import atomic_write, out_file
 from fcmae.data.file_list import FileList
 from fcmae.data.masks import IMAGES, LAYOUTS, stem
+from fcmae.data.rasters import placement_of, write_map
 from fcmae.data.sample import Batch, each_target, map_tensors
 from fcmae.data.sources import Source
 from fcmae.data.statistics import Preprocessing
 from fcmae.train.run_folder import RunFolder
 from sparse.errors import InputError
+
+MOST_IN_MEMORY = 2**27
+"""Bytes of a mask that is kept in memory."""
 
 if TYPE_CHECKING:  # kinds of label draw with this module
     from finetune.tasks.base import LabelKind
@@ -187,12 +192,37 @@ def check_png_folder(folder: Path, source: Source) -> None:
         raise InputError(f"image {shown!r} would be written outside of {folder}: list full paths")
     if (folder.parent / IMAGES).is_dir() and folder.name in {layout.folder for layout in LAYOUTS}:
         raise InputError(f"{folder} is a folder of labels: give another one")
-    paths = [png_path(folder, key) for key in keys]
+    paths = [png_path(folder, key).with_suffix(end) for key in keys for end in (".png", ".tif")]
     existing = {os.path.realpath(path) for path in paths if path.exists()}
     if isinstance(source, FileList) and existing:
         images = {os.path.realpath(source.path(index)) for index in range(len(source))}
         if replaced := {os.fsencode(path) for path in existing} & images:
             raise InputError(f"{os.fsdecode(replaced.pop())!r} is an image: give another folder")
+
+
+def scratch(size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Return room for a mask of (height, width): in memory, or of a large one in a file that is
+    deleted with it."""
+    if math.prod(size) <= MOST_IN_MEMORY:
+        return np.empty(size, np.uint8)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.uint8, "w+", shape=size)
+
+
+def save_labels(
+    labels: npt.NDArray[Any], folder: Path, source: Source, index: int, nodata: int | None = None
+) -> None:
+    """Write labels (H, W) of an image: a PNG, or a GeoTIFF with the coordinates of a map.
+
+    Raises:
+        RunError: it could not be written.
+    """
+    key = source.key(index)
+    if (where := placement_of(source.open(index))) is None:
+        save_png(Image.fromarray(labels), folder, key)
+    else:
+        with out_file(png_path(folder, key).with_suffix(".tif")) as temporary:
+            write_map(temporary, labels, where, nodata)
 
 
 def save_png(image: Image.Image, folder: Path, key: bytes) -> None:

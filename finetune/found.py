@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from fcmae.data.objects import encode_part
+from fcmae.data.rasters import Placement
 from finetune.detector import MOST_FOUND
 
 AGREE = 0.5
@@ -274,3 +275,42 @@ def average_precision(
 
 def _say_nothing(*_words: Any) -> None:
     pass
+
+
+def features(found: Found, names: Sequence[str], where: Placement) -> dict[str, Any]:
+    """Return objects as GeoJSON in the coordinates of a map: the outlines of their masks, or boxes.
+
+    Args:
+        found: in the pixels of the map.
+        names: of the classes.
+        where: the map is.
+    """
+    a, b, c, d, e, f = where.transform[:6]
+    outlines = []
+    if "masks" in found:
+        from rasterio import Affine
+        from rasterio.features import shapes
+
+        for left, top, mask in found["masks"]:
+            placed = Affine(a, b, a * left + b * top + c, d, e, d * left + e * top + f)
+            parts = shapes(mask.astype(np.uint8), mask=mask, transform=placed)
+            outlines.append([shape["coordinates"] for shape, _ in parts])
+    else:
+        for x1, y1, x2, y2 in found["boxes"].tolist():
+            corners = (x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)
+            outlines.append([[[(a * x + b * y + c, d * x + e * y + f) for x, y in corners]]])
+    crs = {"type": "name", "properties": {"name": where.crs.to_string() if where.crs else None}}
+    return {
+        "type": "FeatureCollection",
+        "crs": crs,  # of GeoJSON 2008: GDAL and QGIS read it, RFC 7946 knows degrees alone
+        "features": [
+            {
+                "type": "Feature",
+                "properties": {"class": names[label - 1], "score": score},
+                "geometry": {"type": "MultiPolygon", "coordinates": outline},
+            }
+            for label, score, outline in zip(
+                found["labels"].tolist(), found["scores"].tolist(), outlines, strict=True
+            )
+        ],
+    }

@@ -2,7 +2,9 @@
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +13,16 @@ from PIL import Image
 from fcmae.atomic import check_out_file, check_out_folder
 from fcmae.commands.predict import PredictConfig
 from fcmae.config.values import MAX_PIXELS
+from fcmae.data.evaluation import EvalDataset, WholeDataset
 from fcmae.data.file_list import FileList, refuse_to_replace
+from fcmae.data.image import BadImage
+from fcmae.data.labelled import Split
+from fcmae.data.sample import Batch
 from fcmae.data.sources import Source
 from fcmae.data.statistics import Preprocessing
-from fcmae.inspect.prologue import set_up, write_skipped
+from fcmae.inspect.prologue import Setting, set_up, write_skipped
 from finetune.figures import check_png_folder, save_png
-from finetune.tuned import load_tuned
+from finetune.tuned import Tuned, load_tuned
 from sparse.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -48,13 +54,12 @@ def predict(config: PredictConfig) -> Path:
     else:
         check_out_folder(config.out)
     setting = set_up(config, config.source, load_tuned)
-    model, kind, written = setting.model.model, setting.model.kind, 0
+    kind, written = setting.model.kind, 0
     out, split = kind.check_out(config.out), setting.find_images()
     refuse_to_replace(out, split.source)
     if config.tile is not None and not kind.tiles:
         what = f"tile {config.tile} is for masks and objects"
         raise InputError(f"{what}, and the task is {kind.task}: omit it")
-    kind.tile = config.tile
     overlays = None if config.overlay is None else check_out_folder(config.overlay)
     if overlays is not None:
         check_png_folder(overlays, split.source)
@@ -62,9 +67,8 @@ def predict(config: PredictConfig) -> Path:
             raise InputError(f"overlay and out are both {config.out!r}: give two folders")
     dataset = kind.eval_dataset(split, setting.images, MAX_PIXELS)
     with torch.no_grad(), kind.writing(out, split.source, config.top) as write:
-        for batch, images in setting.batches(split, dataset=dataset):
+        for batch, found in _each(setting, split, dataset, config.tile):
             paths = [_path(split.source, i, config.images) for i in batch.indices.tolist()]
-            found = kind.predictions(model, batch, images, setting.images)
             write(paths, batch, found)
             if overlays is not None:
                 for index, prediction in zip(batch.indices.tolist(), found, strict=True):
@@ -75,6 +79,27 @@ def predict(config: PredictConfig) -> Path:
     _log.info("%s: %d images", out, written)
     write_skipped(setting.skipped, out)
     return out
+
+
+def _each(
+    setting: Setting[Tuned], split: Split, dataset: EvalDataset, tile: int | None
+) -> Iterator[tuple[Batch, Any]]:
+    """Yield batches and their predictions; with `tile`, of one image each, computed in windows."""
+    model, kind = setting.model.model, setting.model.kind
+    if tile is None or not isinstance(dataset, WholeDataset):
+        for batch, images in setting.batches(split, dataset=dataset):
+            yield batch, kind.predictions(model, batch, images, setting.images)
+        return
+    for index in range(len(dataset)):
+        try:
+            view = dataset.view(index)
+            found = kind.tiled(model, view, tile)
+        except BadImage as error:
+            setting.skipped.append((split.name(index), str(error)))
+        else:
+            indices = torch.tensor([index])
+            yield Batch(torch.empty(1, 0), indices, geometry=[view.geometry]), [found]
+    setting.report(split)
 
 
 def rgb_image(source: Source, index: int, how: Preprocessing) -> Image.Image:

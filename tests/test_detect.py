@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 import timm
 import torch
 from faster_coco_eval.core import mask as coco
@@ -53,6 +54,7 @@ from finetune.tuned import load_tuned
 from sparse.errors import InputError
 from tests.test_finetune_run import assert_same_run, metrics
 from tests.test_objects import SIZE, coco_file, found, write_coco, write_label_images, write_voc
+from tests.test_rasters import write_map
 
 CPU = torch.device("cpu")
 SMALL = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
@@ -687,6 +689,24 @@ def test_windows_find_what_the_whole_image_has(run: Path, tmp_path: Path) -> Non
         assert left + width <= 150
         assert top + height <= 90
         assert entry.get("segmentation", {"size": [90, 150]})["size"] == [90, 150]
+
+
+def test_objects_of_a_map_are_written_with_its_coordinates(run: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    noise = np.asarray(Image.effect_noise((150, 90), 60).convert("RGB"))
+    write_map(images / "a.tif", noise.transpose(2, 0, 1))
+    for tile in (None, 64):
+        out = tmp_path / f"{tile}.json"
+        predict(PredictConfig(str(run), images=str(images), out=str(out), tile=tile))
+        lines = out.with_suffix(".counts.csv").read_text().splitlines()
+        (count,) = [*csv.DictReader(lines)]
+        found = json.loads((out.with_suffix(".geojson") / "a.geojson").read_text())
+        assert len(found["features"]) == sum(int(count[name]) for name in count if name != "path")
+        if kind_of(run) == "instances":
+            with rasterio.open(out.with_suffix(".instances") / "a.tif") as labels:
+                assert labels.crs.to_epsg() == 32633
+                assert labels.shape == (90, 150)
 
 
 @pytest.mark.slow

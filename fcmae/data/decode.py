@@ -31,7 +31,7 @@ from fcmae.data.image import (
     opened,
     reading,
 )
-from fcmae.data.rasters import driver_of, read_raster
+from fcmae.data.rasters import BIG_TIFF, HEAD, driver_of, read_raster, tiff_tags
 from fcmae.data.resize import Corners, Raster, Valid
 from fcmae.data.sources import PathOrFile
 from fcmae.data.stacks import is_zarr, read_stack, read_zarr
@@ -42,12 +42,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF
 _GREY = ("1", "L", "LA", "La")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _KNOWN = (*_GREY, *_COLOUR, "F", "I;16", "I;16L", "I;16B", "I;16N")
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_BIG_TIFF = _TIFF[2:]
-
-HEAD = 4096
-"""Bytes at the start of a file that tell its format."""
-
 MASK = ".msk"
 """The file beside an image that says which of its pixels count is named like it, with this end."""
 
@@ -75,8 +69,7 @@ def read_image(path_or_file: PathOrFile, how: Reading) -> OpenedImage:
             file.seek(0)
             if head.startswith(b"\x93NUMPY"):
                 return _read_array(file, how, _masks_beside(path))
-            tags = _tiff_tags(file, head) if head[:4] in _TIFF else {}
-            file.seek(0)
+            tags = tiff_tags(file, head)
             if (driver := driver_of(head, tags)) is not None:
                 return read_raster(file.read() if path is None else path, driver, how)
             if tags and _is_stack(file, head, tags):
@@ -84,23 +77,11 @@ def read_image(path_or_file: PathOrFile, how: Reading) -> OpenedImage:
             return _read_with_pillow(file, how, _masks_beside(path))
 
 
-def _tiff_tags(file: BinaryIO, head: bytes) -> dict[int, Any]:
-    """The tags of the first page of a TIFF file; none if they can't be read."""
-    tags = dict[int, Any]()
-    with suppress(Exception):  # the reader says what is wrong
-        size = 16 if head[:4] in _BIG_TIFF else 8  # of the header
-        directory = TiffImagePlugin.ImageFileDirectory_v2(head[:size])
-        file.seek(directory.next)
-        directory.load(file)
-        tags = dict(directory)
-    return tags
-
-
 def _is_stack(file: BinaryIO, head: bytes, tags: dict[int, Any]) -> bool:
     """Whether a TIFF file is a microscope's, is made to be large, or has values that Pillow does
     not read."""
     description, tiled = str(tags.get(TiffImagePlugin.IMAGEDESCRIPTION, "")), 322 in tags
-    if tiled or head[:4] in _BIG_TIFF or "<OME" in description or description[:7] == "ImageJ=":
+    if tiled or head[:4] in BIG_TIFF or "<OME" in description or description[:7] == "ImageJ=":
         return True
     try:
         return Image.open(file, formats=("TIFF",)).mode not in _KNOWN

@@ -2,9 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from fcmae.data.augment import Geometry, covering, scale_to
 from fcmae.data.image import BadImage, Crop
 from fcmae.data.labelled import Split
 from fcmae.data.loader import make_loader
-from fcmae.data.resize import as_float
+from fcmae.data.resize import Valid
 from fcmae.data.sample import Batch, Sample, normalise
 from fcmae.data.sources import Source, key_hash
 from fcmae.data.statistics import Preprocessing, center_crop
@@ -40,13 +39,11 @@ class EvalDataset(Dataset[Sample]):
         split: the images, with labels or without.
         images: size and interpolation of the crops, and the part of an image that they cover.
         max_pixels: images with more pixels count as unreadable.
-        raw: leave the images as they are read: `each_batch` does not normalise them.
     """
 
     split: Split
     images: Preprocessing
     max_pixels: int = MAX_PIXELS
-    raw: bool = field(default=False, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.split.source)
@@ -70,15 +67,33 @@ class EvalDataset(Dataset[Sample]):
         """
         crop, geometry = center_crop(self.split.source, index, self.images, self.max_pixels)
         target = self.split.target(index, geometry, self.images.img_size)
-        return self.sample(crop, index, target, geometry)
+        return Sample(crop.pixels, index, valid=crop.valid, target=target, geometry=geometry)
 
-    def sample(self, crop: Crop, index: int, target: Any, geometry: Geometry) -> Sample:
-        """Return a sample; without normalisation to come, pixels that do not count are the mean."""
-        pixels, valid = crop
-        if self.raw and valid is not None:
-            mean = np.array(self.images.mean, np.float32).reshape(-1, 1, 1)
-            pixels, valid = np.where(valid, as_float(pixels), mean), None
-        return Sample(pixels, index, valid=valid, target=target, geometry=geometry)
+
+@dataclass(frozen=True)
+class View:
+    """A whole image, perhaps resized, that is read a window at a time where its format allows it.
+
+    Attributes:
+        size: (height, width) in pixels.
+        geometry: of the whole image.
+        read: maps top, left, height and width to that window.
+        how: images are prepared.
+    """
+
+    size: tuple[int, int]
+    geometry: Geometry
+    read: Callable[[int, int, int, int], Crop]
+    how: Preprocessing
+
+    def prepared(
+        self, top: int, left: int, height: int, width: int, device: torch.device
+    ) -> tuple[Tensor, Valid | None]:
+        """Return a window (1, C, H, W), normalised on the device, and which of its pixels count."""
+        pixels, valid = self.read(top, left, height, width)
+        counts = None if valid is None else torch.from_numpy(valid)[None]
+        image = torch.from_numpy(np.ascontiguousarray(pixels))[None]
+        return prepared(image, self.how, device, counts), valid
 
 
 @dataclass
@@ -87,7 +102,7 @@ class WholeDataset(EvalDataset):
     one.
 
     Args:
-        split, images, max_pixels, raw: see `EvalDataset`.
+        split, images, max_pixels: see `EvalDataset`.
         short_side: resize images to this shorter side, in pixels; None leaves them.
         covers: whether images smaller than `images.img_size` are enlarged to cover it.
     """
@@ -99,16 +114,38 @@ class WholeDataset(EvalDataset):
         return 1
 
     def read(self, index: int) -> Sample:
-        split, images = self.split, self.images
-        opened = images.read(split.source, index, self.max_pixels)
+        view = self.view(index)
+        pixels, valid = view.read(0, 0, *view.size)
+        target = self.split.target(index, view.geometry)
+        return Sample(pixels, index, valid=valid, target=target, geometry=view.geometry)
+
+    def view(self, index: int) -> View:
+        """Return an image to be read in windows.
+
+        Raises:
+            BadImage: it can't be read.
+        """
+        images = self.images
+        opened = images.read(self.split.source, index, self.max_pixels)
         width, height = opened.size
         scale = scale_to(self.short_side, opened.size)
         if self.covers:
             scale = covering(opened.size, images.img_size, scale)
         geometry = Geometry(opened.size, (0, 0, width, height))
         size = max(1, round(height * scale)), max(1, round(width * scale))
-        crop = opened.resized(geometry.box, size, interpolation=images.interpolation)
-        return self.sample(crop, index, split.target(index, geometry), geometry)
+        if opened.tiled and size == (height, width):
+
+            def read(top: int, left: int, h: int, w: int) -> Crop:
+                return opened.resized((left, top, w, h), (h, w))
+        else:
+            whole, valid = opened.resized(geometry.box, size, interpolation=images.interpolation)
+
+            def read(top: int, left: int, h: int, w: int) -> Crop:
+                inside = slice(top, top + h), slice(left, left + w)
+                counts = None if valid is None else valid[inside]
+                return Crop(whole[:, inside[0], inside[1]], counts)
+
+        return View(size, geometry, read, images)
 
 
 def report_skipped(bad: Sequence[tuple[str, str]], most: int = SHOWN) -> None:
@@ -143,8 +180,7 @@ def each_batch(
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Yield batches with their images (B, C, H, W) normalised on the device, channels last.
 
-    Those of a raw `WholeDataset` stay as they are. Images that can't be read are skipped, and named
-    in the batches' `bad`; a batch may be empty.
+    Images that can't be read are skipped, and named in the batches' `bad`; a batch may be empty.
 
     Args:
         dataset: the images to read; this process reads its share.
@@ -157,13 +193,8 @@ def each_batch(
     batches = batches_of(len(dataset), batch_size, world.rank, world.size)
     loaded = make_loader(dataset, batches, workers, device.type == "cuda")
     for batch in tracked(loaded, len(batches), shown):
-        as_read = dataset.raw or not len(batch)
-        yield (
-            batch,
-            batch.images
-            if as_read
-            else prepared(batch.images, dataset.images, device, batch.valid),
-        )
+        images = batch.images
+        yield batch, prepared(images, dataset.images, device, batch.valid) if len(batch) else images
 
 
 def prepared(

@@ -179,6 +179,7 @@ class OpenedImage:
             or at most the factor, at least those within the corners.
         kind: its format, bands and bit depth, in words.
         turn: what the EXIF orientation asks for.
+        tiled: whether only what a crop touches is decoded.
         part: where this is in the image, if it is a part of it.
     """
 
@@ -187,6 +188,7 @@ class OpenedImage:
     decode: Callable[[int, Corners], Raster]
     kind: str
     turn: Turn = (False, False, False)
+    tiled: bool = False
     part: Box | None = None
 
     @property

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy.typing as npt
+from PIL import TiffImagePlugin
 
 from fcmae.data.image import (
     MissingReader,
@@ -12,16 +17,27 @@ from fcmae.data.image import (
     Reading,
     check_dtype,
     check_pixels,
+    opened,
     reading,
     within,
 )
 from fcmae.data.resize import Corners, Raster
+from fcmae.data.sources import PathOrFile
 
 if TYPE_CHECKING:
     from rasterio.io import DatasetReader
 
+HEAD = 4096
+"""Bytes at the start of a file that tell its format."""
+
+TILE = 256
+"""Side in pixels of the tiles that are written."""
+
 CACHE_MB = 32
 """Decoded tiles that GDAL keeps, in each process."""
+
+TIFF = (b"II*\0", b"MM\0*")
+BIG_TIFF = (b"II+\0", b"MM\0+")
 
 _GEO_TAGS = {33550, 33922, 34264, 34735, 42112, 42113}
 """Scale, tie points, transform and keys of GeoTIFF; GDAL's metadata and its nodata."""
@@ -29,6 +45,22 @@ _GEO_TAGS = {33550, 33922, 34264, 34735, 42112, 42113}
 _JPEG_2000 = b"\0\0\0\x0cjP  "
 _GEO_JP2 = bytes.fromhex("b14bf8bd083d4b43a5ae8cd7d5a6ce03"), b"gml.data"
 _ERDAS = b"EHFA_HEADER_TAG"
+
+
+def tiff_tags(file: BinaryIO, head: bytes) -> dict[int, Any]:
+    """Return the tags of the first page of a TIFF file; none of any other, or if they can't be
+    read."""
+    if head[:4] not in (*TIFF, *BIG_TIFF):
+        return {}
+    tags = dict[int, Any]()
+    with suppress(Exception):  # the reader says what is wrong
+        size = 16 if head[:4] in BIG_TIFF else 8  # of the header
+        directory = TiffImagePlugin.ImageFileDirectory_v2(head[:size])
+        file.seek(directory.next)
+        directory.load(file)
+        tags = dict(directory)
+    file.seek(0)
+    return tags
 
 
 def driver_of(head: bytes, tags: Mapping[int, Any]) -> str | None:
@@ -92,4 +124,46 @@ def read_raster(path_or_content: str | bytes, driver: str, how: Reading) -> Open
             masks = [data.read_masks(bands[0], window=window) > 0] if masked else []
         return within(corners, size, part_HWC, how, nodata, masks)
 
-    return OpenedImage(size, how, decode, kind)
+    return OpenedImage(size, how, decode, kind, tiled=True)
+
+
+class Placement(NamedTuple):
+    """Where a map is: its coordinate system, and the affine transform of pixels to coordinates."""
+
+    crs: Any
+    transform: Any
+
+
+def placement_of(path_or_file: PathOrFile) -> Placement | None:
+    """Return where an image is on the map; None if it does not say."""
+    if isinstance(path_or_file, str | bytes) and not os.path.isfile(path_or_file):
+        return None
+    with opened(path_or_file) as file:
+        head = file.read(HEAD)
+        driver = driver_of(head, tiff_tags(file, head))
+        if driver is None:
+            return None
+        file.seek(0)
+        place = os.fsdecode(path_or_file) if isinstance(path_or_file, str | bytes) else file.read()
+        with open_map(place, driver) as data:
+            if data.crs is None and data.transform.is_identity:
+                return None
+            return Placement(data.crs, data.transform)
+
+
+def write_map(
+    path: Path, values_HW: npt.NDArray[Any], where: Placement, nodata: int | None = None
+) -> None:
+    """Write values as a tiled GeoTIFF, some rows at a time."""
+    import rasterio
+
+    height, width = values_HW.shape
+    profile = {
+        "driver": "GTiff", "count": 1, "height": height, "width": width, "dtype": values_HW.dtype,
+        "crs": where.crs, "transform": where.transform, "nodata": nodata, "compress": "deflate",
+        "tiled": True, "blockxsize": TILE, "blockysize": TILE, "bigtiff": "if_safer",
+    }  # fmt: skip
+    with rasterio.Env(GDAL_CACHEMAX=CACHE_MB), rasterio.open(path, "w", **profile) as data:
+        for top in range(0, height, TILE):
+            bottom = min(top + TILE, height)
+            data.write(values_HW[top:bottom], 1, window=((top, bottom), (0, width)))

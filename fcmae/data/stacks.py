@@ -182,4 +182,4 @@ def _opened(
         part_HWC = part.transpose(order).reshape(bottom - top, right - left, count)
         return within(corners, size, part_HWC[..., picks], how)
 
-    return OpenedImage(size, how, decode, kind)
+    return OpenedImage(size, how, decode, kind, tiled=True)

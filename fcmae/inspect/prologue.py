@@ -88,6 +88,15 @@ class Setting(Generic[Model]):
                 bad += batch.bad
                 if len(batch):
                     yield batch, images
+        self.report(split)
+
+    def report(self, split: Split) -> None:
+        """Report the images that could not be read.
+
+        Raises:
+            RunError: these are all.
+        """
+        bad = self.skipped
         report_skipped(bad)
         if len(bad) == len(split.source):
             raise RunError(f"none of the {len(bad)} images can be read ({': '.join(bad[0])})")

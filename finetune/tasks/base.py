@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from fcmae.atomic import check_out_file, out_file
-from fcmae.data.evaluation import EvalDataset
+from fcmae.data.evaluation import EvalDataset, View
 from fcmae.data.labelled import LabelledData, Labels, Split
 from fcmae.data.sample import Batch
 from fcmae.data.sources import Indices, Source
@@ -106,8 +106,6 @@ class LabelKind(ABC):
         score: the name of the score that decides which weights are best; None takes the loss.
         output: the name of what `exported` computes.
         any_size: whether it takes images of any size.
-        tile: side in pixels of the windows that predictions are computed in; None sets none. Only
-            where `tiles` is true.
     """
 
     task: ClassVar[str]
@@ -118,7 +116,6 @@ class LabelKind(ABC):
     tiles: ClassVar[bool] = False
     output: ClassVar[str] = "logits"
     any_size: ClassVar[bool] = True
-    tile: int | None = None
 
     def __init__(self, names: Sequence[str], state: Mapping[str, Any] | None = None) -> None:
         self.names, self.state = tuple(names), dict(state or {})
@@ -286,6 +283,11 @@ class LabelKind(ABC):
             batch: of `eval_dataset`.
         """
         return self.infer(model, images_BCHW, how)
+
+    def tiled(self, model: nn.Module, view: View, tile: int) -> Any:
+        """Return what `predictions` does for one image, computed in windows of a side in pixels.
+        Only where `tiles` is true."""
+        raise NotImplementedError
 
     def overlay(self, image: Image.Image, prediction: Any) -> Image.Image:
         """Return an RGB image with its prediction drawn on it, here as a line of text."""

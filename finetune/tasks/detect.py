@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from fcmae.atomic import check_out_file, out_file
 from fcmae.data.augment import Geometry, jittered_geometry, scale_to
 from fcmae.data.decode import read_image
-from fcmae.data.evaluation import EvalDataset, WholeDataset, prepared
+from fcmae.data.evaluation import EvalDataset, View, WholeDataset
 from fcmae.data.file_list import FileList
 from fcmae.data.image import BadImage
 from fcmae.data.labelled import TRAIN, LabelledData, Split
-from fcmae.data.masks import voc_colours
+from fcmae.data.masks import stem, voc_colours
 from fcmae.data.object_files import (
     COCO,
     LABELS,
@@ -34,6 +35,7 @@ from fcmae.data.object_files import (
     split_of,
 )
 from fcmae.data.objects import ObjectLabels, coco_masks, decode
+from fcmae.data.rasters import placement_of
 from fcmae.data.sample import Batch, each_target, map_tensors
 from fcmae.data.sources import Source
 from fcmae.data.statistics import Preprocessing, asked_reading
@@ -42,7 +44,7 @@ from fcmae.train.processes import World
 from finetune.augment import TrainDataset
 from finetune.config import FinetuneConfig
 from finetune.detector import Detector, start_detector
-from finetune.figures import check_png_folder, save_png
+from finetune.figures import check_png_folder, save_labels
 from finetune.found import (
     Found,
     Part,
@@ -50,6 +52,7 @@ from finetune.found import (
     certain,
     entries,
     errors,
+    features,
     fitted,
     label_image,
     merged,
@@ -252,8 +255,8 @@ class Detect(OnFeatures):
         return ObjectDataset(split, images, config)
 
     def eval_dataset(self, split: Split, images: Preprocessing, max_pixels: int) -> EvalDataset:
-        short_side, raw = self.state.get("short_side"), self.tile is not None
-        return WholeDataset(split, images, max_pixels, short_side, covers=False, raw=raw)
+        short_side = self.state.get("short_side")
+        return WholeDataset(split, images, max_pixels, short_side, covers=False)
 
     def loss(self, forward: nn.Module, images_BCHW: Tensor, targets: Any) -> Tensor:
         """Losses of the proposals and of the heads. torchvision draws a sample of both from torch's
@@ -328,26 +331,28 @@ class Detect(OnFeatures):
         images_BCHW: Tensor,
         how: Preprocessing,
     ) -> list[Found]:
-        """What is found, in the pixels of the images as they are. With `tile`, in windows: see
-        `finetune.found.merged`."""
+        """What is found, in the pixels of the images as they are."""
         (geometry,) = batch.geometry
         assert geometry is not None
-        size = geometry.size[::-1]
-        if self.tile is None:
-            (output,) = self.infer(model, images_BCHW, how)
-            return [fitted(output, size)]
-        device = next(model.parameters()).device  # type: ignore[attr-defined]
-        shape = tuple(images_BCHW.shape[2:])
-        tops, lefts = (starts(length, min(length, self.tile), OVERLAP) for length in shape)
+        (output,) = self.infer(model, images_BCHW, how)
+        return [fitted(output, geometry.size[::-1])]
+
+    def tiled(self, model: nn.Module, view: View, tile: int) -> Found:
+        """As `predictions`, in windows: see `finetune.found.merged`."""
+        device = next(model.parameters()).device
+        height, width = sides = [min(length, tile) for length in view.size]
+        tops, lefts = (
+            starts(length, side, OVERLAP) for length, side in zip(view.size, sides, strict=True)
+        )
         parts = []
         for top in tops:
             for left in lefts:
-                window = images_BCHW[:, :, top : top + self.tile, left : left + self.tile]
-                (output,) = self.infer(model, prepared(window, how, device), how)
+                window, _ = view.prepared(top, left, height, width, device)
+                (output,) = self.infer(model, window, view.how)
                 shift = torch.tensor([left, top] * 2, dtype=torch.float32)
-                output |= {"boxes": output["boxes"].float().cpu() + shift, "shape": shape}
-                parts.append(fitted(output, size))
-        return [merged(parts)]
+                output |= {"boxes": output["boxes"].float().cpu() + shift, "shape": view.size}
+                parts.append(fitted(output, view.geometry.size[::-1]))
+        return merged(parts)
 
     def check_out(self, out: str) -> Path:
         coco_masks()
@@ -356,8 +361,9 @@ class Detect(OnFeatures):
     @contextmanager
     def writing(self, out: Path, source: Source, top: int) -> Iterator[Writer]:
         """Write COCO's results, as one JSON file; `X.counts.csv` beside it, the number of certain
-        objects of each class; and if there are masks `X.instances`, a folder of label images."""
-        folder = out.with_suffix(".instances")
+        objects of each class; if there are masks `X.instances`, a folder of label images; and of
+        maps `X.geojson`, a folder of their certain objects in their coordinates."""
+        folder, geojson = out.with_suffix(".instances"), out.with_suffix(".geojson")
         if self.masks:
             check_png_folder(folder, source)
         ids = image_ids(source.roots[0]) if isinstance(source, FileList) else {}
@@ -388,7 +394,13 @@ class Detect(OnFeatures):
                     numbers = np.bincount(sure["labels"], minlength=len(self.names) + 1)[1:]
                     table.writerow([path, *numbers.tolist()])
                     if self.masks:
-                        save_png(Image.fromarray(label_image(sure, size)), folder, key)
+                        save_labels(label_image(sure, size), folder, source, index)
+                    if (where := placement_of(source.open(index))) is not None:
+                        objects = features(sure, self.names, where)
+                        with out_file(
+                            geojson / f"{os.fsdecode(stem(key)).lstrip('/')}.geojson"
+                        ) as file:
+                            file.write_text(json.dumps(objects), encoding="utf-8")
 
             yield write
             results.write("]\n" if before != "[" else "[]\n")

@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from fcmae.atomic import check_out_folder
 from fcmae.data.augment import Geometry, jittered_geometry, scale_to
-from fcmae.data.evaluation import EvalDataset, WholeDataset, prepared
+from fcmae.data.evaluation import EvalDataset, View, WholeDataset
 from fcmae.data.file_list import FileList
 from fcmae.data.labelled import TRAIN, VAL, LabelledData, Split
 from fcmae.data.masks import (
@@ -30,6 +30,7 @@ from fcmae.data.masks import (
     find_pairs,
     voc_colours,
 )
+from fcmae.data.resize import Valid
 from fcmae.data.sample import Batch
 from fcmae.data.sources import Source
 from fcmae.data.statistics import Preprocessing
@@ -37,7 +38,7 @@ from fcmae.data.table import Table
 from fcmae.train.processes import World
 from finetune.augment import TrainDataset
 from finetune.config import FinetuneConfig
-from finetune.figures import check_png_folder, save_png
+from finetune.figures import check_png_folder, save_labels, scratch
 from finetune.model import Start
 from finetune.segmenter import Segmenter, start_segmenter
 from finetune.tasks.base import (
@@ -238,7 +239,7 @@ class Segment(OnFeatures):
 
     def eval_dataset(self, split: Split, images: Preprocessing, max_pixels: int) -> EvalDataset:
         short_side = self.state.get("short_side")
-        return WholeDataset(split, images, max_pixels, short_side, raw=self.tile is not None)
+        return WholeDataset(split, images, max_pixels, short_side)
 
     def loss(self, forward: nn.Module, images_BCHW: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of both heads and Dice loss.
@@ -334,27 +335,51 @@ class Segment(OnFeatures):
         images_BCHW: Tensor,
         how: Preprocessing,
     ) -> list[Mask]:
-        """Masks of the images' original size.
-
-        With `tile`, the image stays as it was read and a window is normalised as it is computed, so
-        memory beyond the image and its mask is that of a few rows of windows.
-        """
+        """Masks of the images' original size, `IGNORE` where pixels do not count."""
         (geometry,) = batch.geometry
         assert geometry is not None
-        size, tile = geometry.size, self.tile
-        if tile is not None:
-            device = next(model.parameters()).device  # type: ignore[attr-defined]
-            if max(images_BCHW.shape[2:]) > tile:
-                strips = self._strips(
-                    lambda part: model(prepared(part, how, device)), images_BCHW, (tile, tile)
-                )
-                mask = torch.cat([strip.argmax(0).byte().cpu() for strip in strips]).numpy()
-                if mask.shape[::-1] == size:
-                    return [mask]
-                return [np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))]
-            images_BCHW = prepared(images_BCHW, how, device)
-        scores = resized(self.infer(model, images_BCHW, how).float(), size[::-1])
-        return [scores[0].argmax(0).byte().cpu().numpy()]
+        valid = None if batch.valid is None else batch.valid[0].numpy()
+        return [self._mask(model, images_BCHW, valid, geometry, how)]
+
+    def _mask(
+        self,
+        model: Callable[[Tensor], Tensor],
+        image_1CHW: Tensor,
+        valid: Valid | None,
+        geometry: Geometry,
+        how: Preprocessing,
+    ) -> Mask:
+        scores = resized(self.infer(model, image_1CHW, how).float(), geometry.size[::-1])
+        mask: Mask = scores[0].argmax(0).byte().cpu().numpy()
+        if valid is not None:
+            mask[~_enlarged(valid, geometry.size)] = IGNORE
+        return mask
+
+    def tiled(self, model: nn.Module, view: View, tile: int) -> Mask:
+        """As `predictions`. Memory beyond the image, if it is not stored in tiles, and its mask,
+        which is a file if it is large, is that of a few rows of windows."""
+        device = next(model.parameters()).device
+        if max(view.size) <= tile:
+            image, valid = view.prepared(0, 0, *view.size, device)
+            return self._mask(model, image, valid, view.geometry, view.how)
+        mask, row = scratch(view.size), 0
+        holes = list[tuple[tuple[slice, slice], Valid]]()
+
+        def scores(top: int, left: int, h: int, w: int) -> Tensor:
+            image, valid = view.prepared(top, left, h, w, device)
+            if valid is not None:
+                holes.append(((slice(top, top + h), slice(left, left + w)), valid))
+            return model(image)[0].float().softmax(0)
+
+        for strip in blended(scores, view.size, (tile, tile), OVERLAP):
+            mask[row : row + strip.shape[1]] = strip.argmax(0).byte().cpu().numpy()
+            row += strip.shape[1]
+            while holes and holes[0][0][0].stop <= row:
+                place, valid = holes.pop(0)
+                mask[place][~valid] = IGNORE
+        return (
+            mask if mask.shape[::-1] == view.geometry.size else _enlarged(mask, view.geometry.size)
+        )
 
     def check_out(self, out: str) -> Path:
         if out.lower().endswith(".csv"):
@@ -363,11 +388,16 @@ class Segment(OnFeatures):
 
     @contextmanager
     def writing(self, out: Path, source: Source, top: int) -> Iterator[Writer]:
-        """Write a PNG of class indices for each image."""
+        """Write a PNG of class indices for each image, or of a map a GeoTIFF."""
         check_png_folder(out, source)
 
         def write(paths: Sequence[str], batch: Batch, masks: Sequence[Mask]) -> None:
             for index, mask in zip(batch.indices.tolist(), masks, strict=True):
-                save_png(Image.fromarray(mask), out, source.key(index))
+                save_labels(mask, out, source, index, IGNORE)
 
         yield write
+
+
+def _enlarged(values_HW: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
+    """Values of the nearest pixels, as an array of (width, height)."""
+    return np.array(Image.fromarray(values_HW).resize(size, Image.Resampling.NEAREST))
