@@ -60,6 +60,10 @@ class FileList(Named):
         blob = np.frombuffer(b"".join(kept), np.uint8)
         return cls((root,), blob, lengths, np.zeros(len(kept), np.uint16))
 
+    @property
+    def folder(self) -> str:
+        return self.roots[0]
+
     def path(self, index: int) -> bytes:
         """Return a file's path, root included."""
         return os.path.join(os.fsencode(self.roots[self.root_ids[index]]), self.key(index))
