@@ -17,6 +17,7 @@ from PIL import Image as PillowImage
 datasets = pytest.importorskip("datasets")
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value  # noqa: E402
 
+from fcmae.commands.shard import ShardConfig  # noqa: E402
 from fcmae.config.pretraining import PretrainConfig  # noqa: E402
 from fcmae.data.dataset_list import DatasetList, open_splits  # noqa: E402
 from fcmae.data.decode import BadImage  # noqa: E402
@@ -25,6 +26,7 @@ from fcmae.data.find import find_source, load_source  # noqa: E402
 from fcmae.data.labelled import Split, find_labelled, labels_of  # noqa: E402
 from fcmae.data.loader import PretrainDataset, make_loader  # noqa: E402
 from fcmae.data.order import StepSampler  # noqa: E402
+from fcmae.data.sharding import shard  # noqa: E402
 from fcmae.data.sources import NO_LABEL, split_holdout  # noqa: E402
 from fcmae.data.statistics import Preprocessing  # noqa: E402
 from finetune.labels import prefix_of  # noqa: E402
@@ -418,22 +420,18 @@ def test_every_command_takes_a_dataset(classes, tmp_path):
     DatasetDict(parts).save_to_disk(tmp_path / "set")
     data, tuned = f"hf:{tmp_path}/set", tmp_path / "tuned"
     common = ["--model", "atto", "--img_size", 32, "--epochs", 2, "--batch_size", 8, "--workers", 0]
+    common += ["--log_steps", 1, "--checkpoint_steps", 2]
     run("finetune", classes, "--out", tmp_path / "loose", *common)
+    process = start("finetune", data, "--out", tuned, *common)
+    wait_for_steps(tuned, 3, process)
+    kill_all(process)
     run("finetune", data, "--out", tuned, *common)
     assert weights(tuned) == weights(tmp_path / "loose") != b""
     assert metrics(tuned, "val_top1") == metrics(tmp_path / "loose", "val_top1")
-    run("finetune", data, "--out", tuned, *common)  # finished already
-    scores = [
-        json.loads(run("evaluate", tuned, "--data", given, "--json").stdout)
-        for given in (data, classes)
-    ]
-    assert scores[0]["per_class"] == scores[1]["per_class"]
-    assert scores[0]["split"] == "val"
-    probed = [
-        json.loads(run("probe", tuned, "--data", given, "--json").stdout)
-        for given in (data, classes)
-    ]
-    assert probed[0]["linear"] == probed[1]["linear"]
+    scores = json.loads(run("evaluate", tuned, "--data", data, "--json").stdout)
+    assert (scores["split"], scores["n"], len(scores["per_class"])) == ("val", 12, 3)
+    probed = json.loads(run("probe", tuned, "--data", data, "--json").stdout)
+    assert (probed["train"], probed["val"]) == (24, 12)
     run("predict", tuned, "--images", f"{data}:val", "--out", tmp_path / "labels.csv")
     assert (tmp_path / "labels.csv").read_text().splitlines()[1].startswith("0,class")
     run("embed", tuned, "--images", data, "--out", tmp_path / "features.npz")
@@ -445,3 +443,18 @@ def test_every_command_takes_a_dataset(classes, tmp_path):
     assert metrics(pretrained, "probe_linear")
     pictures = ["--images", data, "--out", tmp_path / "x.png"]
     run("reconstruct", pretrained, *pictures)
+
+
+def test_a_dataset_is_packed_into_shards(saved, parquet, tmp_path):
+    whole = find_source(f"hf:{saved}")
+    assert shard(ShardConfig(f"hf:{saved}", str(tmp_path / "positions"), per_shard=5)) == 13
+    packed = find_source(str(tmp_path / "positions"))
+    assert names(packed) == [f"{n}.png" for n in range(13)]
+    assert contents(packed) == contents(whole)
+    assert shard(ShardConfig(f"hf:{parquet}", str(tmp_path / "names"), classes=True)) == 13
+    packed = find_source(str(tmp_path / "names"))
+    assert names(packed) == names(find_source(f"hf:{parquet}"))
+    assert packed.classes == ("a", "ü b")
+    given = write(tmp_path / "text", {"image": one(b"text")}, {"image": Image()})
+    with pytest.raises(InputError, match="image '0' can't be read: not an image of a known format"):
+        shard(ShardConfig(given, str(tmp_path / "no")))

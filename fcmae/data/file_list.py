@@ -23,7 +23,7 @@ EXTENSIONS = (
 )
 """The images in a folder end in one of these. The content decides how a file is read."""
 
-_SUFFIXES = tuple(f".{extension}".encode() for extension in EXTENSIONS)
+SUFFIXES = tuple(f".{extension}".encode() for extension in EXTENSIONS)
 LONGEST = 65_535
 """Largest number of bytes of a name."""
 
@@ -210,7 +210,7 @@ def _kept(entry: os.DirEntry[bytes]) -> bytes | None:
             return None
         if entry.is_dir():
             return name + b"/"
-        return name if name.lower().endswith(_SUFFIXES) and entry.is_file() else None
+        return name if name.lower().endswith(SUFFIXES) and entry.is_file() else None
     except OSError:  # a link to itself, or into a folder that we can't read
         return None
 
@@ -218,7 +218,7 @@ def _kept(entry: os.DirEntry[bytes]) -> bytes | None:
 def _listed(path: bytes, shown: str) -> Iterable[bytes]:
     """Return an image's own name, or the distinct paths of a text file, in byte order."""
     name = os.path.basename(path)
-    if name.lower().endswith(_SUFFIXES):
+    if name.lower().endswith(SUFFIXES):
         os.stat(path)
         return [name]
     content = Path(os.fsdecode(path)).read_bytes().removeprefix(b"\xef\xbb\xbf")
