@@ -67,7 +67,8 @@ def resolve_task(task: str, labels: Table | Path) -> type[LabelKind]:
         )
         many = "several kinds" if fits else "no kind"
         raise InputError(f"{str(shown)!r} has the layout of {many} of label: choose {choices}")
-    _log.info("task %s, as %s has the layout of %s", fits[0].task, shown, fits[0].layout)
+    what = "is a dataset" if is_dataset(labels) else f"has the layout of {fits[0].layout}"
+    _log.info("task %s, as %s %s", fits[0].task, shown, what)
     return fits[0]
 
 
@@ -80,6 +81,8 @@ def find_labels(
         InputError: there are none, or their labels can't be learned.
     """
     if isinstance(labels, Path):
+        if is_dataset(labels) and not kind.recognises(labels):
+            raise kind.not_labels(labels)
         return kind.find_folder(config)
     return find_in_table(labels, config.val_fraction, kind.read, config.max_bad)
 

@@ -10,30 +10,31 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PillowImage
 
-datasets = pytest.importorskip("datasets")
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value  # noqa: E402
-
-from fcmae.commands.shard import ShardConfig  # noqa: E402
-from fcmae.config.pretraining import PretrainConfig  # noqa: E402
-from fcmae.data.dataset_list import DatasetList, open_splits  # noqa: E402
-from fcmae.data.decode import BadImage  # noqa: E402
-from fcmae.data.file_list import find_images  # noqa: E402
-from fcmae.data.find import find_source, load_source  # noqa: E402
-from fcmae.data.labelled import Split, find_labelled, labels_of  # noqa: E402
-from fcmae.data.loader import PretrainDataset, make_loader  # noqa: E402
-from fcmae.data.order import StepSampler  # noqa: E402
-from fcmae.data.sharding import shard  # noqa: E402
-from fcmae.data.sources import NO_LABEL, split_holdout  # noqa: E402
-from fcmae.data.statistics import Preprocessing  # noqa: E402
-from finetune.labels import prefix_of  # noqa: E402
-from finetune.tasks.classify import Classify  # noqa: E402
-from sparse.errors import InputError  # noqa: E402
-from tests.cli import TINY, kill_all, metrics, run, start, wait_for_steps, weights  # noqa: E402
-from tests.conftest import write_pictures  # noqa: E402
+from fcmae.commands.shard import ShardConfig
+from fcmae.config.pretraining import PretrainConfig
+from fcmae.data.dataset_list import DatasetList, open_splits
+from fcmae.data.decode import BadImage
+from fcmae.data.file_list import find_images
+from fcmae.data.find import find_source, load_source
+from fcmae.data.labelled import Split, find_labelled, labels_of
+from fcmae.data.loader import PretrainDataset, make_loader
+from fcmae.data.order import StepSampler
+from fcmae.data.sharding import shard
+from fcmae.data.sources import NO_LABEL, split_holdout
+from fcmae.data.statistics import Preprocessing
+from finetune.config import FinetuneConfig
+from finetune.labels import find_labels, prefix_of, resolve_task
+from finetune.tasks import TASKS
+from finetune.tasks.classify import Classify
+from sparse.errors import InputError
+from tests.cli import TINY, kill_all, metrics, run, start, wait_for_steps, weights
+from tests.conftest import write_pictures
 
 TYPES = Features({"image": Image(), "label": ClassLabel(names=["a", "ü b"])})
 
@@ -312,6 +313,14 @@ def test_labels_are_those_of_the_files(folder, parquet, saved):
         Classify.find_split(Path(f"hf:{saved}"), "test", ("ü b", "a"))
     with pytest.raises(InputError, match="has classes that the model does not have: 'a'"):
         Classify.find_split(Path(f"hf:{saved}"), "val", ("ü b", "c"))
+
+
+@pytest.mark.parametrize("task", ["multilabel", "segment", "detect"])
+def test_a_dataset_has_classes_only(saved, task, tmp_path):
+    config = FinetuneConfig(data=f"hf:{saved}", out=str(tmp_path))
+    with pytest.raises(InputError, match=f"photo:s' has no labels for {task}: expected"):
+        find_labels(TASKS[task], config, Path(config.data))
+    assert resolve_task("auto", Path(config.data)) is Classify
 
 
 def test_columns_of_labels(tmp_path, caplog):
