@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := samples,segment,detect,geo,bio,export,wandb,mlflow,docs,dev
+EXTRAS := samples,segment,detect,datasets,geo,bio,export,wandb,mlflow,docs,dev
 DEMO_DIR ?= demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

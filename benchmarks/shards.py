@@ -1,10 +1,11 @@
-"""Tar shards: how fast they are indexed and read, against loose files.
+"""Tar shards and datasets: how fast they are indexed and read, against loose files.
 
     .venv/bin/python -m benchmarks.shards FOLDER [--members 1000000] [--rounds 5]
 
 The index is of MEMBERS members of one byte in 1,000 shards, written to a temporary folder (1 GB).
 The loaders read, crop and collate the images of FOLDER, packed or not, in the same order, with two
-workers; medians of rounds in turns, page cache warm.
+workers; medians of rounds in turns, page cache warm. An image is opened and its bytes are read in
+one process.
 """
 
 import argparse
@@ -14,13 +15,16 @@ import statistics
 import tarfile
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Image
 
 from fcmae.commands.shard import ShardConfig
 from fcmae.config.pretraining import PretrainConfig
 from fcmae.data.file_list import find_images
 from fcmae.data.find import find_source
+from fcmae.data.image import opened
 from fcmae.data.labelled import Split
 from fcmae.data.loader import PretrainDataset, make_loader
 from fcmae.data.order import StepSampler
@@ -66,6 +70,16 @@ def speed(source: Source, workers: int, batches: int) -> float:
     return batches * BATCH / (time.perf_counter() - began)
 
 
+def opening(source: Source) -> float:
+    """Microseconds to open an image and read its bytes, of all in the loader's order."""
+    order = np.random.default_rng(0).permutation(len(source)).tolist()
+    began = time.perf_counter()
+    for index in order:
+        with opened(source.open(index)) as file:
+            file.read()
+    return (time.perf_counter() - began) / len(source) * 1e6
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path)
@@ -78,20 +92,25 @@ def main() -> int:
         index(Path(name), options.members)
     with tempfile.TemporaryDirectory() as name:
         shard(ShardConfig(str(options.folder), os.path.join(name, "shards")))
-        rounds = {
-            what: partial(speed, source, options.workers, options.batches)
-            for what, source in (
-                ("loose files", find_images(str(options.folder))),
-                ("shards", find_source(os.path.join(name, "shards"))),
-            )
+        loose = find_images(str(options.folder))
+        paths = [os.fsdecode(loose.path(index)) for index in range(len(loose))]
+        images = Dataset.from_dict({"image": paths}).cast_column("image", Image())
+        images.save_to_disk(os.path.join(name, "dataset"))
+        sources = {
+            "loose files": loose,
+            "shards": find_source(os.path.join(name, "shards")),
+            "dataset": find_source(f"hf:{name}/dataset"),
         }
-        found: dict[str, list[float]] = {what: [] for what in rounds}
+        rates: dict[str, list[float]] = {what: [] for what in sources}
+        times: dict[str, list[float]] = {what: [] for what in sources}
         for _ in range(options.rounds):
-            for what, once in rounds.items():
-                found[what].append(once())
-    medians = {what: statistics.median(rates) for what, rates in found.items()}
+            for what, source in sources.items():
+                rates[what].append(speed(source, options.workers, options.batches))
+                times[what].append(opening(source))
+    medians = {what: statistics.median(found) for what, found in rates.items()}
     for what, rate in medians.items():
-        print(f"{what}: {rate:.0f} images/s, {rate / medians['loose files']:.2f}")
+        ratio, each = rate / medians["loose files"], statistics.median(times[what])
+        print(f"{what}: {rate:.0f} images/s, {ratio:.2f}; {each:.0f} µs to open and read an image")
     return 0
 
 

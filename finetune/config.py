@@ -97,7 +97,8 @@ class FinetuneConfig(LabelsConfig, TrainingConfig):
 
     data: str = setting(path="a folder of labelled images or a CSV file of labels")
     """Labelled images: a folder with train/CLASS and val/CLASS, one folder of classes together with
-    val_fraction, a folder of images and masks, or a CSV file; see labels."""
+    val_fraction, a folder of images and masks, a dataset as hf:PATH_OR_NAME, or a CSV file; see
+    labels."""
 
     task: str = setting("auto", group=DATA)
     """Kind of label: classify (a class per image), multilabel (several), regress (numbers), segment

@@ -12,13 +12,14 @@ import numpy as np
 
 from fcmae.atomic import atomic_write
 from fcmae.config.files import read_yaml
+from fcmae.data.dataset_list import is_dataset
 from fcmae.data.file_list import FileList, find_images
 from fcmae.data.find import load_source
 from fcmae.data.labelled import TRAIN, VAL, LabelledData, Labels, Split
 from fcmae.data.masks import IMAGES, MaskLabels
+from fcmae.data.names import Named
 from fcmae.data.object_files import VOC_IMAGES
 from fcmae.data.objects import ObjectLabels
-from fcmae.data.shards import ShardList
 from fcmae.data.sources import Source
 from fcmae.data.table import Table, find_in_table, labels_file, read_table
 from fcmae.train.checkpoint import STATE, SavedCheckpoint, list_checkpoints
@@ -66,7 +67,8 @@ def resolve_task(task: str, labels: Table | Path) -> type[LabelKind]:
         )
         many = "several kinds" if fits else "no kind"
         raise InputError(f"{str(shown)!r} has the layout of {many} of label: choose {choices}")
-    _log.info("task %s, as %s has the layout of %s", fits[0].task, shown, fits[0].layout)
+    what = "is a dataset" if is_dataset(labels) else f"has the layout of {fits[0].layout}"
+    _log.info("task %s, as %s %s", fits[0].task, shown, what)
     return fits[0]
 
 
@@ -79,6 +81,8 @@ def find_labels(
         InputError: there are none, or their labels can't be learned.
     """
     if isinstance(labels, Path):
+        if is_dataset(labels) and not kind.recognises(labels):
+            raise kind.not_labels(labels)
         return kind.find_folder(config)
     return find_in_table(labels, config.val_fraction, kind.read, config.max_bad)
 
@@ -117,7 +121,7 @@ def stored_labels(
     """
     names = tuple(start.state["settings"]["label_names"])
     train, val = (stored_source(start, part) for part in (TRAIN, VAL))
-    if labels_file(config) is None and not Path(config.data).expanduser().is_dir():
+    if labels_file(config) is None and not _is_there(config.data):
         raise InputError(f"data {config.data!r} is not a folder any more: put a link there")
     paths = RunPaths(start.path.parent.parent)
     first, second = (
@@ -142,13 +146,13 @@ def report_added(stored: Sequence[Source], exclude: str) -> None:
 
 def prefix_of(files: Source, config: Any) -> str:
     """Return what precedes the names of images in messages: their folder in `config.data`."""
-    if isinstance(files, FileList):
-        folder = files.roots[0]
-    else:
-        assert isinstance(files, ShardList)
-        folder = os.path.dirname(files.shards[0].path)
-    inside = os.path.relpath(folder, os.path.expanduser(config.data))
-    return "" if labels_file(config) or inside == "." else f"{inside}/"
+    assert isinstance(files, Named)
+    return "" if labels_file(config) else files.prefix(config.data)
+
+
+def _is_there(data: str) -> bool:
+    """Whether it is a dataset, which says itself what is wrong with it, or a folder that exists."""
+    return is_dataset(data) or Path(data).expanduser().is_dir()
 
 
 class Measured(NamedTuple):
@@ -177,7 +181,7 @@ def find_split(config: Any, tuned: Tuned) -> Measured:
         file = asked.labels
         _log.info("labels are those of %s, as in training", file)
     place, name = Path(file or folder).expanduser(), "."
-    if file is None and not folder.is_dir():
+    if file is None and not _is_there(config.data):
         raise InputError(f"data {config.data!r} is not a folder: use one with {config.split}/CLASS")
     divided = asked.val_fraction and config.split == VAL and (file or not (folder / VAL).is_dir())
     held_out = bool(divided) and _same(place, labels_file(asked) or asked.data)

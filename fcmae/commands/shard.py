@@ -10,7 +10,8 @@ class ShardConfig(Config):
     """Pack images into tar files in WebDataset's layout, with an index; resumes if interrupted."""
 
     data: str | list[str] = setting(path=IMAGES, positional=True)
-    """Images: a folder, flat or nested, or a text file of paths; several as A B or '[A,B]'."""
+    """Images: a folder, flat or nested, a text file of paths, or a dataset as hf:PATH_OR_NAME;
+    several as A B or '[A,B]'."""
 
     out: str = setting()
     """Folder to write: shard-000000.tar, … and their index."""

@@ -253,7 +253,8 @@ class ImagesConfig(SourceConfig):
     """A command on trained weights and images."""
 
     images: str = setting(path=IMAGES)
-    """Folder of images, flat or nested, or a text file of paths; labels are not needed."""
+    """Folder of images, flat or nested, a text file of paths, tar shards, or a dataset as
+    hf:PATH_OR_NAME; labels are not needed."""
 
 
 @dataclass(kw_only=True)

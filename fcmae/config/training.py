@@ -84,7 +84,8 @@ class TrainingConfig(DeviceConfig):
     """
 
     data: str | list[str] = setting(path=IMAGES, positional=True, group=DATA)
-    """Images: a folder, flat or nested, or a text file of paths; several as A B or '[A,B]'."""
+    """Images: a folder, flat or nested, a text file of paths, tar shards, or a dataset as
+    hf:PATH_OR_NAME; several as A B or '[A,B]'."""
 
     out: str = setting(runtime=True, group=DATA)
     """Run folder for checkpoints, logs and the model for timm. An unfinished run in it resumes."""

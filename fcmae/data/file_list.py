@@ -24,7 +24,7 @@ EXTENSIONS = (
 """The images in a folder end in one of these. The content decides how a file is read; a folder that
 ends in .zarr is an image."""
 
-_SUFFIXES = tuple(f".{extension}".encode() for extension in EXTENSIONS)
+SUFFIXES = tuple(f".{extension}".encode() for extension in EXTENSIONS)
 _ZARR = b".zarr"
 LONGEST = 65_535
 """Largest number of bytes of a name."""
@@ -61,6 +61,10 @@ class FileList(Named):
         lengths = np.array([len(name) for name in kept], np.uint16)
         blob = np.frombuffer(b"".join(kept), np.uint8)
         return cls((root,), blob, lengths, np.zeros(len(kept), np.uint16))
+
+    @property
+    def folder(self) -> str:
+        return self.roots[0]
 
     def path(self, index: int) -> bytes:
         """Return a file's path, root included."""
@@ -208,7 +212,7 @@ def _kept(entry: os.DirEntry[bytes]) -> bytes | None:
             return None
         if entry.is_dir():
             return name if name.endswith(_ZARR) else name + b"/"
-        return name if name.lower().endswith(_SUFFIXES) and entry.is_file() else None
+        return name if name.lower().endswith(SUFFIXES) and entry.is_file() else None
     except OSError:  # a link to itself, or into a folder that we can't read
         return None
 
@@ -216,7 +220,7 @@ def _kept(entry: os.DirEntry[bytes]) -> bytes | None:
 def _listed(path: bytes, shown: str) -> Iterable[bytes]:
     """Return an image's own name, or the distinct paths of a text file, in byte order."""
     name = os.path.basename(path)
-    if name.lower().endswith(_SUFFIXES):
+    if name.lower().endswith(SUFFIXES):
         os.stat(path)
         return [name]
     content = Path(os.fsdecode(path)).read_bytes().removeprefix(b"\xef\xbb\xbf")

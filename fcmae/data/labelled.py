@@ -1,7 +1,8 @@
-"""Labelled images: what they are to training, folders of classes, and tar shards with labels.
+"""Labelled images: what they are to training, folders of classes, tar shards and datasets.
 
 In a folder, a class is the first folder below a split; deeper folders do not matter. In shards it
-is what `KEY.cls` says. Classes are sorted by name, which is the order of the classifier's outputs.
+is what `KEY.cls` says. Classes are sorted by name, which is the order of the classifier's outputs;
+those of a dataset keep its order.
 """
 
 import logging
@@ -16,12 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fcmae.data.augment import Geometry
+from fcmae.data.dataset_list import Splits, is_dataset, open_splits
 from fcmae.data.file_list import find_images
-from fcmae.data.shards import NO_LABEL, ShardList, find_shards, open_shards
-from fcmae.data.sources import Source, key_hashes
+from fcmae.data.shards import find_shards, open_shards
+from fcmae.data.sources import NO_LABEL, LabelledSource, Source, key_hashes
 from sparse.errors import InputError, brief, did_you_mean
 
 TRAIN, VAL = "train", "val"
+DATASET_VAL = ("validation", VAL, "test")
+"""Splits of a dataset that are taken for `VAL`, the first that there is."""
+
 _LAYOUT = "train/CLASS/… and val/CLASS/…"
 
 Labels = npt.NDArray[Any]
@@ -59,18 +64,53 @@ class LabelledData(NamedTuple):
     names: tuple[str, ...]
 
 
+class Part(NamedTuple):
+    """Labelled images of one split: where they are, what precedes their names in messages, the
+    images, and the names of their classes in order."""
+
+    place: str | Path
+    prefix: str
+    source: Source
+    names: tuple[str, ...]
+
+
 def find_labelled(data: str, val_fraction: float, exclude: str | None = None) -> LabelledData:
     """Find the images to train and to validate on.
 
     Args:
         data: a folder with train/CLASS and val/CLASS; with `val_fraction`, a folder of classes, or
-            one with train/CLASS alone.
+            one with train/CLASS alone; or a dataset.
         val_fraction: share of the images to validate on, chosen by a hash of their paths; 0 takes
             the folder `val`.
         exclude: a folder that is not searched, such as the run's own.
 
     Raises:
         InputError: a split or its images are missing, or its classes can't be learned.
+    """
+    if is_dataset(data):
+        learnt, measured = _dataset_parts(data, val_fraction)
+    else:
+        learnt, measured = _folder_parts(data, val_fraction, exclude)
+    place, prefix, source, names = learnt
+    if len(names) < 2:
+        raise InputError(f"{place} has one class, {names[0]!r}: give at least two")
+    labels = labels_of(source, names)
+    if measured is None:
+        chosen, held = split_by_hash(source, labels, val_fraction)
+        train, val = (Split(source.select(p), prefix, labels[p]) for p in (chosen, held))
+    else:
+        check_known(measured.place, measured.names, names, "train")
+        train = Split(source, prefix, labels)
+        val = Split(measured.source, measured.prefix, labels_of(measured.source, names))
+    report_unmeasured(names, val)
+    return LabelledData(train, val, names)
+
+
+def _folder_parts(data: str, val_fraction: float, exclude: str | None) -> tuple[Part, Part | None]:
+    """The images to train on and those to validate on, unless these are a fraction of the former.
+
+    Raises:
+        InputError: see `find_labelled`.
     """
     root = Path(data).expanduser()
     train, val = root / TRAIN, root / VAL
@@ -81,20 +121,30 @@ def find_labelled(data: str, val_fraction: float, exclude: str | None = None) ->
     prefix, folder = (f"{TRAIN}/", train) if train.is_dir() else ("", root)
     if val_fraction and val.is_dir():
         raise InputError(f"{data!r} has its own val: leave val_fraction at 0, not {val_fraction}")
-    files, names = find_classes(folder, exclude)
-    if len(names) < 2:
-        raise InputError(f"{folder} has one class, {names[0]!r}: give at least two")
-    labels = labels_of(files, names)
-    if val_fraction:
-        parts = split_by_hash(files, labels, val_fraction)
-        learnt, measured = (Split(files.select(part), prefix, labels[part]) for part in parts)
-    else:
-        val_files, val_names = find_classes(val, exclude)
-        check_known(val, val_names, names, "train")
-        learnt = Split(files, prefix, labels)
-        measured = Split(val_files, f"{VAL}/", labels_of(val_files, names))
-    report_unmeasured(names, measured)
-    return LabelledData(learnt, measured, names)
+    learnt = Part(folder, prefix, *find_classes(folder, exclude))
+    return learnt, None if val_fraction else Part(val, f"{VAL}/", *find_classes(val, exclude))
+
+
+def _dataset_parts(data: str, val_fraction: float) -> tuple[Part, Part | None]:
+    """As `_folder_parts`, of a dataset."""
+    splits = open_splits(data)
+    if not val_fraction and (splits.split or not set(DATASET_VAL) & set(splits.tables)):
+        what = "names one split" if splits.split else f"has no split {' or '.join(DATASET_VAL)}"
+        raise InputError(f"data {data!r} {what}, and two are needed: give --val_fraction 0.2")
+    learnt = dataset_part(splits, splits.pick())
+    return learnt, None if val_fraction else dataset_part(splits, splits.pick(*DATASET_VAL))
+
+
+def dataset_part(splits: Splits, split: str) -> Part:
+    """Return the images of one split of a dataset that have a label.
+
+    Raises:
+        InputError: there are none.
+    """
+    place = f"{splits.shown}, split {split!r},"
+    images = splits.images(split, labelled=True)
+    source, names = _with_labels(images, place, "has no image with a label: give another split")
+    return Part(place, f"{split}/", source, names)
 
 
 def report_unmeasured(names: Sequence[str], val: Split) -> None:
@@ -112,7 +162,8 @@ def find_classes(folder: Path, exclude: str | None = None) -> tuple[Source, tupl
         InputError: no class folder, one without images, no label, or names that look the same.
     """
     if shards := find_shards(str(folder)):
-        return _labelled_shards(shards, folder)
+        reason = "has shards without labels: members like KEY.cls count"
+        return _with_labels(open_shards(shards), folder, reason)
     names = _class_names(folder, exclude)
     if not names:
         raise InputError(f"{folder} has no folders: expected one per class, as in {_LAYOUT}")
@@ -128,32 +179,38 @@ def find_classes(folder: Path, exclude: str | None = None) -> tuple[Source, tupl
     return files, names
 
 
-def _labelled_shards(paths: Sequence[str], folder: Path) -> tuple[Source, tuple[str, ...]]:
-    source = open_shards(paths)
+def _with_labels(
+    source: LabelledSource, place: str | Path, reason: str
+) -> tuple[Source, tuple[str, ...]]:
+    """The images that have a label, and the classes that have images.
+
+    Raises:
+        InputError: no image has one, for which `reason` is the message, or see `check_names`.
+    """
     labelled = np.flatnonzero(source.labels != NO_LABEL)
     if not len(labelled):
-        raise InputError(f"{folder} has shards without labels: members like KEY.cls count")
+        raise InputError(f"{place} {reason}")
     if stray := len(source) - len(labelled):
-        _log.warning("%d images in %s have no label and are skipped", stray, folder)
+        _log.warning("%d images in %s have no label and are skipped", stray, place)
     used = np.unique(source.labels[labelled]).tolist()
-    names = check_names([source.classes[label] for label in used], folder)
+    names = check_names([source.classes[label] for label in used], place)
     return source.select(labelled), names
 
 
 def labels_of(source: Source, names: Sequence[str]) -> Labels:
-    """Return each image's class (N,) as its position in `names`: the first folder of its key, or in
-    shards its label.
+    """Return each image's class (N,) as its position in `names`: the label, or the first
+    folder of its key.
 
     Raises:
         InputError: an image is of no class in `names`.
     """
     positions = {os.fsencode(name): position for position, name in enumerate(names)}
-    folders = (source.key(index).split(b"/", 1)[0] for index in range(len(source)))
+    found = (source.key(index).split(b"/", 1)[0] for index in range(len(source)))
+    if isinstance(source, LabelledSource):
+        classes = [*map(os.fsencode, source.classes)]
+        found = (classes[label] for label in source.labels.tolist())
     try:
-        if isinstance(source, ShardList):
-            classes = [os.fsencode(source.classes[label]) for label in source.labels.tolist()]
-            return np.fromiter((positions[name] for name in classes), np.int64, len(source))
-        return np.fromiter((positions[folder] for folder in folders), np.int64, len(source))
+        return np.fromiter((positions[name] for name in found), np.int64, len(source))
     except KeyError as error:
         raise InputError(f"{os.fsdecode(error.args[0])!r} is not among the classes") from None
 
@@ -195,7 +252,7 @@ def split_by_hash(source: Source, labels: Labels, fraction: float) -> tuple[Labe
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def check_known(folder: Path, found: Sequence[str], known: Sequence[str], where: str) -> None:
+def check_known(folder: str | Path, found: Sequence[str], known: Sequence[str], where: str) -> None:
     """Raise InputError for classes in `folder` that `where` does not have."""
     if unknown := sorted(set(found) - set(known)):
         shown, hint = brief(map(repr, unknown)), did_you_mean(unknown[0], known)
@@ -209,7 +266,7 @@ def _class_names(folder: Path, exclude: str | None) -> tuple[str, ...]:
     return check_names(names, folder)
 
 
-def check_names(names: Sequence[str], where: Path) -> tuple[str, ...]:
+def check_names(names: Sequence[str], where: str | Path) -> tuple[str, ...]:
     """Return the names of classes, of which each is printable and no two look the same.
 
     Raises:

@@ -1,6 +1,7 @@
 """Names of images end to end in one block: no Python object for each, so forks share memory."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -36,9 +37,19 @@ class Named:
 
     def key(self, index: int) -> bytes:
         """Return a name: a file's path relative to its root (or absolute, as given in a text file),
-        or that of a member of a shard."""
+        that of a member of a shard, or a path or a position in a dataset."""
         start = int(self._starts[index])
         return self.names[start : start + int(self.lengths[index])].tobytes()
+
+    @property
+    def folder(self) -> str:
+        """The folder, or the first of several, that the images lie in."""
+        raise NotImplementedError
+
+    def prefix(self, data: str) -> str:
+        """Return what precedes the names in messages: where the images are in a folder `data`."""
+        inside = os.path.relpath(self.folder, os.path.expanduser(data))
+        return "" if inside == "." else f"{inside}/"
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the keys in their order, wherever the images lie."""

@@ -1,8 +1,9 @@
 """`fcmae shard`: pack images into tar files, which large collections are copied and read faster in.
 
-Images are packed as they are, in the order of their paths, under these paths. Shards depend on the
-images and the settings alone, which a file beside them records: those that are there already are
-kept, if they hold what they should, and a folder with anything else is left alone.
+Images are packed as they are, in the order of their source, under their names; one that does not
+end like that of an image, such as a position in a dataset, gets the ending of its format. Shards
+depend on the images and the settings alone, which a file beside them records: those that are there
+already are kept, if they hold what they should, and a folder with anything else is left alone.
 """
 
 import io
@@ -14,11 +15,16 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from PIL import Image
+
 from fcmae.atomic import atomic_write, check_out_folder
 from fcmae.commands.shard import ShardConfig
+from fcmae.config.values import MAX_PIXELS
 from fcmae.console import show_logs, tracked
-from fcmae.data.file_list import find_images
-from fcmae.data.image import BadImage, opened
+from fcmae.data.decode import FORMATS
+from fcmae.data.file_list import SUFFIXES
+from fcmae.data.find import find_source
+from fcmae.data.image import BadImage, opened, reading
 from fcmae.data.shards import HIDDEN, open_shards, read_shard, sample_of
 from fcmae.data.sources import Source
 from sparse.errors import InputError, RunError, brief
@@ -41,7 +47,7 @@ def shard(config: ShardConfig) -> int:
         RunError: a shard could not be written, or does not hold what was written.
     """
     show_logs()
-    source, out = find_images(config.data, exclude=config.out), check_out_folder(config.out)
+    source, out = find_source(config.data, exclude=config.out), check_out_folder(config.out)
     _check_names(source, config.classes)
     _check_folder(out, source, config)
     firsts = range(0, len(source), config.per_shard)
@@ -144,13 +150,30 @@ def _members(source: Source, chosen: range, classes: bool) -> Iterator[Content]:
         name = source.key(index)
         try:
             with opened(source.open(index)) as file:
-                yield name, file.read()
+                content = file.read()
+            name += _ending(name, content)
+            yield name, content
         except (OSError, BadImage) as error:
             why = getattr(error, "strerror", None) or error
             raise InputError(f"image {source.name(index)!r} can't be read: {why}") from error
         if classes and (sample := sample_of(name)) not in labelled:
             labelled.add(sample)
             yield sample + b".cls", name.split(b"/", 1)[0]
+
+
+def _ending(name: bytes, content: bytes) -> bytes:
+    """Return what a name lacks to be that of an image, without which a member does not count.
+
+    Raises:
+        BadImage: the format is unknown.
+    """
+    if name.lower().endswith(SUFFIXES):
+        return b""
+    if content.startswith(b"\x93NUMPY"):
+        return b".npy"
+    with reading(MAX_PIXELS):
+        form = str(Image.open(io.BytesIO(content), formats=FORMATS).format).lower()
+    return {"jpeg2000": b".jp2", "mpo": b".jpg"}.get(form, f".{form}".encode())
 
 
 def _sum(member: Content) -> tuple[bytes, int, int]:

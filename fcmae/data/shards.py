@@ -36,7 +36,7 @@ from fcmae.atomic import atomic_write
 from fcmae.data.file_list import EXTENSIONS, LONGEST
 from fcmae.data.image import BadImage
 from fcmae.data.names import Named
-from fcmae.data.sources import Indices
+from fcmae.data.sources import NO_LABEL, Indices
 from sparse.errors import InputError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -51,7 +51,6 @@ LARGEST = 0x7FFFF000 - BLOCK
 
 HIDDEN = re.compile(rb"(^|/)(\.|__MACOSX(/|$))")
 
-NO_LABEL = -1
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 _IMAGE = re.compile(rf"\.({'|'.join(EXTENSIONS)})$", re.IGNORECASE)
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
@@ -108,6 +107,10 @@ class ShardList(Named):
     def __getstate__(self) -> dict[str, Any]:
         """Without the open files, which mean nothing to another process."""
         return self.__dict__ | {"_files": OrderedDict()}
+
+    @property
+    def folder(self) -> str:
+        return os.path.dirname(self.shards[0].path)
 
     def name(self, index: int) -> str:
         """Return the name of an image inside its shard, as text."""

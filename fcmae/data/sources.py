@@ -2,13 +2,15 @@
 
 import hashlib
 import os
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 FEWEST_TO_HOLD_OUT = 500
 """With fewer images, pretraining holds none out."""
+
+NO_LABEL = -1
 
 Indices = npt.NDArray[np.int64]
 PathOrFile = str | bytes | BinaryIO
@@ -46,6 +48,19 @@ class Source(Protocol):
 
     def save(self, path: str | os.PathLike[str], /) -> None:
         """Write the list of images as an .npz file, which `fcmae.data.find.load_source` reads."""
+
+
+@runtime_checkable
+class LabelledSource(Source, Protocol):
+    """Images that bring their labels along.
+
+    Attributes:
+        classes: names of the labels.
+        labels: the position of each image's label in `classes` (N,), int32; `NO_LABEL` for none.
+    """
+
+    classes: tuple[str, ...]
+    labels: npt.NDArray[np.int32]
 
 
 def key_hash(source: Source, index: int) -> int:

@@ -153,7 +153,7 @@ class LabelKind(ABC):
         """Find images to measure on.
 
         Args:
-            folder: with one folder for each split, or of one split.
+            folder: with one folder for each split, or of one split; or `hf:` and a dataset.
             split: the name of the split.
             names: those that the model knows.
 

@@ -15,13 +15,17 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
+from fcmae.data.dataset_list import is_dataset, open_splits
 from fcmae.data.labelled import (
+    DATASET_VAL,
     TRAIN,
+    VAL,
     LabelledData,
     Labels,
     Split,
     at_chance,
     check_known,
+    dataset_part,
     find_classes,
     find_labelled,
     labels_of,
@@ -149,6 +153,11 @@ class Classify(LabelKind):
 
     @classmethod
     def find_split(cls, folder: Path, split: str, names: Sequence[str]) -> Split:
+        if is_dataset(folder):
+            splits = open_splits(str(folder))
+            part = dataset_part(splits, splits.pick(*(DATASET_VAL if split == VAL else [split])))
+            check_known(part.place, part.names, names, "the model")
+            return Split(part.source, part.prefix, labels_of(part.source, names))
         inside, prefix = folder / split, f"{split}/"
         if not inside.is_dir():
             if (folder / TRAIN).is_dir():
