@@ -24,7 +24,8 @@ from fcmae.data.loader import PretrainDataset, lost_workers, make_loader
 from fcmae.data.order import StepSampler, check_parts, epoch_order, steps_per_epoch
 from fcmae.data.sample import Batch, Sample, collate, normalise
 from fcmae.data.sources import key_hash
-from fcmae.data.statistics import Preprocessing, measure_mean_std, warn_if_far_off
+from fcmae.data.statistics import Preprocessing, measure_mean_std
+from fcmae.data.survey import survey
 from fcmae.model.mask import random_mask
 from sparse.errors import InputError, RunError
 
@@ -340,7 +341,12 @@ def test_a_mean_and_std_of_other_images_are_reported(tmp_path, caplog, scale, st
         np.save(tmp_path / f"{number}.npy", pixels)
     files = find_images(str(tmp_path))
     config = PretrainConfig("", "", in_chans=5, max_pixels=10_000)
-    warn_if_far_off(config, Preprocessing((32, 32), (0.45,) * 5, (std,) * 5), files)
+    images = Preprocessing((32, 32), (0.45,) * 5, (std,) * 5)
+    found = survey(files, images, config.seed, config.max_pixels)
+    found.warn_if_far_off(images)
+    assert found.lines()[0] == (
+        "a sample of images: 4 NumPy, 5 bands of float32; 40×40 pixels, 32.1 kB each"
+    )
     assert ("--augment.mean data --augment.std data" in caplog.text) == reported
 
 

@@ -10,15 +10,18 @@ from fcmae.data.file_list import FileList, find_images
 from fcmae.data.image import OpenedImage
 from fcmae.data.labelled import Split
 from fcmae.data.loader import PretrainDataset
-from fcmae.data.statistics import Preprocessing, center_crop
+from fcmae.data.statistics import Preprocessing, center_crop, measure_mean_std
+from fcmae.data.survey import survey
 from fcmae.data.windows import (
     WHOLE,
     hold_out_windows,
     overlap,
+    random_windows,
     split_windows,
     taken_places,
     window_box,
 )
+from sparse.errors import InputError
 from tests.cli import TINY, kill_all, metrics, reaped, run, start, wait_for_steps, weights
 from tests.test_rasters import write_map
 
@@ -119,6 +122,17 @@ def test_only_the_tiles_of_a_window_are_read(maps, monkeypatch):
         assert dataset[0, index].image.shape == (3, 64, 64)
     assert len(areas) == 3
     assert max(areas) <= 64 * 64
+
+
+def test_statistics_are_measured_in_windows(maps, monkeypatch):
+    """Whole, a large map would be too large to be read at once."""
+    windows = random_windows(maps, 0, 64)
+    config = config_of(maps, max_pixels=64 * 64)
+    mean, _ = measure_mean_std(config, IMAGES, windows)
+    assert abs(mean[2] - 9 / 255) < 1e-6
+    with pytest.raises(InputError, match="max_pixels"):
+        measure_mean_std(config, IMAGES, maps.select([0]))
+    assert survey(windows, IMAGES, 0, 64 * 64).sizes == [(64, 64)] * 4
 
 
 def test_an_epoch_has_so_many_crops_of_each_image_and_resumes(maps, tmp_path):

@@ -26,12 +26,6 @@ MEASURED = 1024
 VALUES_EACH = 4096
 """Pixels of each image that percentiles are measured on, about."""
 
-LOOKED_AT = 32
-"""Number of images to compare with a given mean and std."""
-
-FAR_OFF = 5.0
-"""Warn if the ratio of standard deviations, or the distance of means in std, exceeds this."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -179,6 +173,13 @@ def measure_clip(config: Any, images: Preprocessing, source: Source) -> MeanStd:
     return low.tolist(), high.tolist()
 
 
+def sample_of(seed: int, n: int, most: int) -> list[int]:
+    """Return at most so many of n images, ascending; the seed chooses."""
+    order = np.argsort(rng.bits(seed, rng.SAMPLE, 0, np.arange(n)), kind="stable")
+    chosen: list[int] = np.sort(order[:most]).tolist()
+    return chosen
+
+
 def _sampled(
     config: Any, images: Preprocessing, source: Source, sample: int
 ) -> Iterator[npt.NDArray[np.float32]]:
@@ -188,9 +189,8 @@ def _sampled(
         InputError: there are none.
     """
     whole = replace(images, crop_pct=1.0)
-    order = np.argsort(rng.bits(config.seed, rng.SAMPLE, 0, np.arange(len(source))), kind="stable")
     reason, found = "no images", False
-    for index in np.sort(order[:sample]).tolist():
+    for index in sample_of(config.seed, len(source), sample):
         try:
             crop, _ = center_crop(source, index, whole, config.max_pixels)
         except BadImage as error:
@@ -217,19 +217,3 @@ def center_crop(
     box = center_box(*opened.size, images.img_size, images.crop_pct)
     crop = opened.resized(box, images.img_size, interpolation=images.interpolation)
     return crop, Geometry(opened.size, box)
-
-
-def warn_if_far_off(config: Any, images: Preprocessing, source: Source) -> None:
-    """Warn if mean and std are far from those of the images: little is learned from values that are
-    nearly equal or far from zero."""
-    try:
-        found = np.array(measure_mean_std(config, images, source, LOOKED_AT))
-    except InputError:  # none can be read: the run will report it
-        return
-    given = np.array([images.mean, images.std])
-    shifts, spreads = np.abs(found[0] - given[0]) / given[1], found[1] / given[1]
-    if spreads.min() < 1 / FAR_OFF or max(*spreads, *shifts) > FAR_OFF:
-        _log.warning(
-            "images have mean %s, std %s, not %s, %s: use --augment.mean data --augment.std data",
-            *np.round([*found, *given], 4).tolist(),
-        )

@@ -140,6 +140,12 @@ def split_windows(source: Source, held: Sequence[Held], side: int) -> tuple[Indi
     return train, Windows(source.select([index for index, *_ in held]), places, side)
 
 
+def random_windows(source: Source, seed: int, side: int) -> Windows:
+    """Return a random window of each image."""
+    images = np.arange(len(source))[:, None]
+    return Windows(source, rng.uniform(seed, rng.SAMPLE, 1, images, np.arange(2)), side)
+
+
 def taken_places(held: Windows) -> dict[bytes, list[Place]]:
     """Return the places held out of each image, by its key."""
     taken = dict[bytes, list[Place]]()

@@ -3,9 +3,17 @@
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SAVING_SHARE = 0.05
 """Largest share of the time that saving may take if saves are due by time."""
+
+FIRST_WAITS, WAITS = 5, 55
+"""Waits for images until those that count, while workers start, and the last that counts."""
+
+WAITING_SHARE = 0.1
+"""Largest share of the time that waiting for images may take without a word."""
 
 _log = logging.getLogger(__name__)
 
@@ -17,11 +25,31 @@ class Clock:
         self._last_save = time.perf_counter()
         self._save_seconds = 0.0
         self._warned = False
+        self._waited, self._waits, self._began = 0.0, 0, 0.0
         self.skip()
 
     def count(self) -> None:
         """Count a step."""
         self._steps += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time a wait for images; after `WAITS` of them, report their share of the time once."""
+        start = time.perf_counter()
+        yield
+        now = time.perf_counter()
+        self._waits += 1
+        if self._waits == FIRST_WAITS:
+            self._waited, self._began = 0.0, now
+        elif FIRST_WAITS < self._waits <= WAITS:
+            self._waited += now - start
+        if self._waits == WAITS:
+            share = self._waited / (now - self._began)
+            if share > WAITING_SHARE:
+                _log.info(
+                    f"reading images takes {share:.0%} of the time: more --workers, tar shards, or "
+                    "for large photographs --augment.fast_decode may help"
+                )
 
     def seconds_a_step(self) -> float:
         """Return the mean time of the steps since the last call, or since the last `skip`."""

@@ -136,7 +136,8 @@ class Loop:
         bad: list[tuple[str, str]] = []
         read: list[Tensor] = []
         for part in range(config.accumulate):
-            batch = next(batches)
+            with clock.waiting():
+                batch = next(batches)
             if batch.missing:
                 self._give_up(batch.missing, bad + batch.bad)
             # Processes exchange gradients only with the last part of a batch.

@@ -23,6 +23,7 @@ from fcmae.data.windows import (
     Held,
     Windows,
     hold_out_windows,
+    random_windows,
     split_windows,
     taken_places,
 )
@@ -115,7 +116,9 @@ class Pretraining(Task):
         if probe.data is not None:
             self._labelled = find_labelled(probe.data, probe.val_fraction, exclude=config.out)
             probed = [self._labelled.train.source, self._labelled.val.source]
-        return Images(files.select(train_places), {ALL_IMAGES: files}, probed)
+        train, side = files.select(train_places), config.window
+        windows = None if side is None else random_windows(train, config.seed, side)
+        return Images(train, {ALL_IMAGES: files}, probed, windows)
 
     def build_model(self) -> FCMAE:
         # A resumed run no longer needs its initial weights.

@@ -19,8 +19,8 @@ from fcmae.data.statistics import (
     Preprocessing,
     resolve_preprocessing,
     stored_reading,
-    warn_if_far_off,
 )
+from fcmae.data.survey import survey
 from fcmae.train import machine
 from fcmae.train.checkpoint import SavedCheckpoint
 from fcmae.train.loop import Loop
@@ -55,7 +55,7 @@ def train(task: Task) -> int:
     with join_world(device) as world, stop_signals as signals:
         check_parts(config.batch_size, world.size, config.accumulate)
         start = agree_on_start(config, task.command, world)
-        room = world.prepare(lambda: _prepare(task, img_size, start, world))
+        found = world.prepare(lambda: _prepare(task, img_size, start, world))
         images, resolved = task.images, task.resolved
         plan, step = resolved.plan, start.state["step"] if start else 0
         # No process writes, or waits for the others, before all have checked.
@@ -77,7 +77,7 @@ def train(task: Task) -> int:
             if start is not None:
                 loop.restore(start)
             if world.is_main:
-                _announce(task, room, loop.step)
+                _announce(task, found, loop.step)
             batches = make_loader(
                 task.dataset(), sampler, resolved.workers, device.type == "cuda", task.lay_out()
             )
@@ -90,16 +90,22 @@ def train(task: Task) -> int:
 
 def _prepare(
     task: Task, img_size: tuple[int, int], start: SavedCheckpoint | None, world: World
-) -> str:
-    """Find the images and build the model; return a line on the disk space of checkpoints."""
+) -> list[str]:
+    """Find the images and build the model; return lines on the images and on the disk space of
+    checkpoints."""
     task.images = task.find_images(start)
     task.resolved = _resolve(task, img_size, start, world)
+    found, config = list[str](), task.config
+    if start is None and world.is_main:
+        images = task.resolved.images
+        sample = survey(task.images.looked_at, images, config.seed, config.max_pixels)
+        sample.warn_if_far_off(images)
+        found += sample.lines()
     task.model = task.build_model()
-    room, config = "", task.config
     if start is None or start.state["step"] < task.resolved.plan.total_steps:
-        room = machine.check_disk(config, task.model, task.weight_copies)
+        found.append(machine.check_disk(config, task.model, task.weight_copies))
     task.optimizer = make_optimizer(task.model, config.optim, task.layer_depths())
-    return room
+    return found
 
 
 def _resolve(
@@ -107,13 +113,12 @@ def _resolve(
 ) -> Resolved:
     config, train_images = task.config, task.images.train
     if start is None:
-        images = resolve_preprocessing(config, img_size, train_images, task.named_mean_std())
+        looked_at, named = task.images.looked_at, task.named_mean_std()
+        images = resolve_preprocessing(config, img_size, looked_at, named)
     else:
         known = start.state["settings"]
         mean, std = tuple(known["mean"]), tuple(known["std"])
         images = Preprocessing(img_size, mean, std, **stored_reading(known))
-    if start is None and world.is_main:
-        warn_if_far_off(config, images, train_images)
     epochs = task.auto_epochs.resolve(config.epochs, len(train_images))
     return Resolved(
         images=images,
@@ -126,12 +131,12 @@ def _resolve(
     )
 
 
-def _announce(task: Task, room: str, step: int) -> None:
+def _announce(task: Task, found: list[str], step: int) -> None:
     """Log what the run will do.
 
     Args:
         task: ready to be trained.
-        room: a line on the disk space of checkpoints.
+        found: lines on the images and on the disk space of checkpoints.
         step: completed steps.
     """
     config, resolved, count = task.config, task.resolved, len(task.images.train)
@@ -146,7 +151,7 @@ def _announce(task: Task, room: str, step: int) -> None:
         f"{resolved.workers} workers, {world.size} process{'es' if world.size > 1 else ''}",
         f"{plan.total_steps} steps of {config.batch_size} images of {h}×{w}: {plan.epochs} "
         f"epochs over {count}; learning rate {plan.peak:.3g} after {plan.warmup} steps of warm-up",
-        room,
+        *found,
         *others,
     ]
     if (precision, world.device.type) == ("fp32", "cpu") and machine.cpu_multiplies_bf16():

@@ -31,11 +31,18 @@ class Images:
         train: the training images.
         lists: the images of the run by part; lists of files are stored in its folder.
         others: further images that must be the same on all processes.
+        parts: the parts of training images that crops are cut from, if these are not the images.
     """
 
     train: Source
     lists: Mapping[str, Source]
     others: Sequence[Source] = ()
+    parts: Source | None = None
+
+    @property
+    def looked_at(self) -> Source:
+        """What mean and standard deviation are measured on."""
+        return self.train if self.parts is None else self.parts
 
 
 @dataclass(frozen=True)
