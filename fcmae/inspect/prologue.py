@@ -80,7 +80,7 @@ class Setting(Generic[Model]):
         Raises:
             RunError: no image could be read, or a process that reads them died.
         """
-        workers, bad = resolve_workers(self.config.workers, self.device), self.skipped
+        workers, bad = resolve_workers(self.config.workers, self.device), list[tuple[str, str]]()
         dataset = dataset or EvalDataset(split, self.images)
         size = dataset.batch_size(self.config.batch_size)
         with lost_workers():
@@ -88,6 +88,7 @@ class Setting(Generic[Model]):
                 bad += batch.bad
                 if len(batch):
                     yield batch, images
+        self.skipped.extend(bad)
         report_skipped(bad)
         if len(bad) == len(split.source):
             raise RunError(f"none of the {len(bad)} images can be read ({': '.join(bad[0])})")
