@@ -183,7 +183,7 @@ def choose(
             break
         pool = left[:size]
         unit = directions(features_NC[pool], mean_C)
-        picks = _spread(unit, _covers(nearest(unit, taken)), count - len(chosen), shown)
+        picks = _spread(unit, covers(nearest(unit, taken)), count - len(chosen), shown)
         chosen += pool[picks].tolist()
         new = unit[picks]
         taken = torch.cat([taken, new])
@@ -211,7 +211,7 @@ def nearest(unit_NC: Tensor, others_MC: Tensor) -> Tensor:
     return best
 
 
-def _covers(cosines: Tensor) -> Tensor:
+def covers(cosines: Tensor) -> Tensor:
     """How well an image covers another, from 0 to 1."""
     return ((cosines - 1) / WIDTH).exp_()
 
@@ -238,7 +238,7 @@ def _spread(unit_SC: Tensor, covered_S: Tensor, count: int, shown: bool) -> list
             break
         picks.append(best)
         cosines = unit_SC @ unit_SC[best]
-        better = torch.maximum(covered_S, _covers(cosines))
+        better = torch.maximum(covered_S, covers(cosines))
         rows = (better > covered_S).nonzero().flatten()
         gains -= _gains(unit_SC, rows, covered_S, better)
         gains[cosines >= COPY] = gains[best] = -torch.inf
@@ -252,6 +252,6 @@ def _gains(unit_SC: Tensor, rows: Tensor, low_S: Tensor, high_S: Tensor) -> Tens
     total = torch.zeros(len(unit_SC), dtype=torch.float64)
     for some in rows.split(_ROWS):
         low, high = low_S[some, None], high_S[some, None]
-        covered = _covers(unit_SC[some] @ unit_SC.T)
+        covered = covers(unit_SC[some] @ unit_SC.T)
         total += torch.clamp(covered, low, high, out=covered).sub_(low).sum(0)
     return total
