@@ -92,7 +92,8 @@ def select(config: SelectConfig) -> list[str]:
             raise InputError(f"all {given} are labelled already, or nearly equal to labelled ones")
         unlabelled = " that are not labelled" if len(labelled) else ""
         what = f"the {len(chosen)} distinct ones{unlabelled} among the {given}"
-        raise InputError(f"count {count} is more than {what}: use --count {len(chosen)}")
+        rule = f"near-duplicates count once: use --count {len(chosen)}"
+        raise InputError(f"count {count} is more than {what}; {rule}")
     names = [split.source.name(index) for index in chosen]
     with (
         out_file(Path(config.out)) as path,
@@ -213,7 +214,7 @@ def nearest(unit_NC: Tensor, others_MC: Tensor) -> Tensor:
 
 def covers(cosines: Tensor) -> Tensor:
     """How well an image covers another, from 0 to 1."""
-    return ((cosines - 1) / WIDTH).exp_()
+    return (cosines - 1).div_(WIDTH).exp_()
 
 
 def _spread(unit_SC: Tensor, covered_S: Tensor, count: int, shown: bool) -> list[int]:
