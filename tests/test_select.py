@@ -309,6 +309,14 @@ def test_the_projector_gets_features_names_labels_and_thumbnails(trained, folder
     assert np.abs(fifth.mean((0, 1)) - colour).max() < 4
 
 
+def test_the_projector_replaces_no_image(trained, folder, tmp_path):
+    shutil.copy(folder / "a" / "0000.png", tmp_path / "sprite.png")
+    out = tmp_path / "x.npz"
+    with pytest.raises(InputError, match=r"sprite.png' is one of the images"):
+        embed(EmbedConfig(str(trained), str(tmp_path), str(out), str(tmp_path), workers=0))
+    assert not out.exists()
+
+
 def test_of_too_many_images_a_sample_is_shown(trained, folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(projector, "MOST", 5)
     board, flat = tmp_path / "board", folder / "a"

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fcmae.atomic import check_out_folder, out_file
 from fcmae.commands.embed import EmbedConfig
+from fcmae.data.file_list import refuse_to_replace
 from fcmae.data.labelled import Labels
 from fcmae.data.sample import Batch
-from fcmae.inspect.projector import write_projector
+from fcmae.inspect.projector import SPRITE, write_projector
 from fcmae.inspect.prologue import set_up
 from fcmae.model.mask import grid_of
 from fcmae.train.processes import ALONE, World
@@ -83,9 +84,9 @@ def embed(config: EmbedConfig) -> Path:
         RunError: no image could be read, or `out` could not be written.
     """
     setting = set_up(config, config.source, load_backbone, ".npz")
-    if config.tensorboard is not None:
-        check_out_folder(config.tensorboard)
     split, backbone, out = setting.find_images(), setting.model, Path(config.out)
+    if config.tensorboard is not None:
+        refuse_to_replace(check_out_folder(config.tensorboard) / SPRITE, split.source)
     found = extract(backbone.encoder, setting.batches(split, "features"))
     paths = np.array([split.source.name(index) for index in found.indices])
     with out_file(out) as path, path.open("wb") as file:

@@ -14,6 +14,7 @@ from fcmae.data.sources import Indices, key_hashes
 from fcmae.inspect.prologue import Setting
 from fcmae.inspect.thumbnails import sheet, thumbnails
 
+SPRITE = "sprite.png"
 SIDE = 64
 """Side of a thumbnail in pixels."""
 
@@ -42,7 +43,7 @@ def write_projector(
         RunError: a file could not be written.
     """
     # Its package needs a second to import.
-    from tensorboard.plugins.projector import ProjectorConfig, visualize_embeddings
+    from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
     kept = np.argsort(key_hashes(split.source.select(indices_N)), kind="stable")[:MOST]
     kept.sort()
@@ -52,15 +53,16 @@ def write_projector(
         np.savetxt(path, features.numpy(), "%.6g", "\t")
     with out_file(folder / "metadata.tsv") as path:
         path.write_text(_metadata(names), encoding="utf-8", errors="backslashreplace")
-    with out_file(folder / "sprite.png") as path:
+    with out_file(folder / SPRITE) as path:
         _sprite(thumbnails(setting, split, indices, SIDE)).save(path, format="PNG")
     config = ProjectorConfig()
     entry = config.embeddings.add()
     entry.tensor_name, entry.tensor_path = "features", "features.tsv"
     entry.metadata_path = "metadata.tsv"
-    entry.sprite.image_path = "sprite.png"
+    entry.sprite.image_path = SPRITE
     entry.sprite.single_image_dim.extend([SIDE, SIDE])
-    visualize_embeddings(str(folder), config)
+    with out_file(folder / "projector_config.pbtxt") as path:
+        path.write_text(str(config))
     _log.info("%s: for `tensorboard --logdir %s`, tab Projector", folder, folder)
     if len(kept) < len(indices_N):
         _log.info("it shows a sample of %d of the %d images", len(kept), len(indices_N))
