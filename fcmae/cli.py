@@ -32,6 +32,7 @@ COMMANDS = {
     "reconstruct": "draw original, masked and reconstructed images side by side",
     "probe": "evaluate frozen features by nearest neighbours and a linear classifier",
     "embed": "write the features of images to a file",
+    "select": "choose the images to label next",
     "diversity": "measure whether the channels of a block have collapsed",
     "report": "write an HTML page about one or more runs: curves, figures, settings",
     "shard": "pack images into tar files, for large collections",

@@ -90,16 +90,17 @@ def _each(
         for batch, images in setting.batches(split, dataset=dataset):
             yield batch, kind.predictions(model, batch, images, setting.images)
         return
+    bad = list[tuple[str, str]]()
     for index in range(len(dataset)):
         try:
             view = dataset.view(index)
             found = kind.tiled(model, view, tile)
         except BadImage as error:
-            setting.skipped.append((split.name(index), str(error)))
+            bad.append((split.name(index), str(error)))
         else:
             indices = torch.tensor([index])
             yield Batch(torch.empty(1, 0), indices, geometry=[view.geometry]), [found]
-    setting.report(split)
+    setting.report(split, bad)
 
 
 def rgb_image(source: Source, index: int, how: Preprocessing) -> Image.Image:

@@ -17,12 +17,13 @@ COMMANDS = {
     "predict": ["x", "--images", "x"],
     "reconstruct": ["x", "--images", "x"],
     "embed": ["x", "--images", "x"],
+    "select": ["x", "--images", "x", "--count", "1"],
     "diversity": ["x", "--images", "x"],
     "report": ["{run}"],
 }
 ENDINGS = {
     "evaluate": ".csv", "predict": ".csv", "reconstruct": ".png", "embed": ".npz",
-    "diversity": ".png", "report": ".html",
+    "select": ".csv", "diversity": ".png", "report": ".html",
 }  # fmt: skip
 
 

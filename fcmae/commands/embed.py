@@ -12,6 +12,11 @@ class EmbedConfig(ImageSizeConfig, ImagesConfig):
     out: str = setting()
     """NumPy file to write, .npz: features (N, C), float32, and paths (N)."""
 
+    tensorboard: str | None = None
+    """Folder to write for TensorBoard's projector, a map of the images: features, names, the first
+    folder of each path as the label, and thumbnails; of more than 16,384 images, a sample. null
+    writes none."""
+
 
 CONFIG = EmbedConfig
 RUN = "fcmae.inspect.embedding:embed"

@@ -55,7 +55,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     models = {model: measure(model, config, device) for model in config.models}
     result = {
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "device": str(device),
             "threads": torch.get_num_threads(),
             **versions(),
@@ -104,7 +104,8 @@ def measure(model: str, config: BenchConfig, device: torch.device) -> dict[str, 
     return rows
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name and its number of cores."""
     described = Path("/proc/cpuinfo")
     text = described.read_text(encoding="utf-8") if described.exists() else ""
     names = re.findall(r"model name\s*:\s*(.+)", text)

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fcmae.atomic import out_file
+from fcmae.atomic import check_out_folder, out_file
 from fcmae.commands.embed import EmbedConfig
+from fcmae.data.file_list import refuse_to_replace
 from fcmae.data.labelled import Labels
 from fcmae.data.sample import Batch
+from fcmae.inspect.projector import SPRITE, write_projector
 from fcmae.inspect.prologue import set_up
 from fcmae.model.mask import grid_of
 from fcmae.train.processes import ALONE, World
@@ -74,17 +76,22 @@ def embed(config: EmbedConfig) -> Path:
     """Write features (N, C) float32 and their paths (N) to an .npz file, and return it.
 
     A feature is the mean of the last stage's map over a centre crop; a path is relative to
-    `config.images`. Images that can't be read are reported and skipped.
+    `config.images`. Images that can't be read are reported and skipped. With `config.tensorboard`,
+    also write a folder for TensorBoard's projector.
 
     Raises:
-        InputError: the weights, the images or `out` is wrong.
+        InputError: the weights, the images, `out` or `tensorboard` is wrong.
         RunError: no image could be read, or `out` could not be written.
     """
     setting = set_up(config, config.source, load_backbone, ".npz")
     split, backbone, out = setting.find_images(), setting.model, Path(config.out)
+    if config.tensorboard is not None:
+        refuse_to_replace(check_out_folder(config.tensorboard) / SPRITE, split.source)
     found = extract(backbone.encoder, setting.batches(split, "features"))
     paths = np.array([split.source.name(index) for index in found.indices])
     with out_file(out) as path, path.open("wb") as file:
         np.savez(file, features=found.values.numpy(), paths=paths)
     _log.info("%s: %d images, %d channels, from %s", out, *found.values.shape, backbone.origin)
+    if config.tensorboard is not None:
+        write_projector(Path(config.tensorboard), setting, split, found.values, found.indices)
     return out

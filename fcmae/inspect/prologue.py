@@ -80,7 +80,7 @@ class Setting(Generic[Model]):
         Raises:
             RunError: no image could be read, or a process that reads them died.
         """
-        workers, bad = resolve_workers(self.config.workers, self.device), self.skipped
+        workers, bad = resolve_workers(self.config.workers, self.device), list[tuple[str, str]]()
         dataset = dataset or EvalDataset(split, self.images)
         size = dataset.batch_size(self.config.batch_size)
         with lost_workers():
@@ -88,15 +88,15 @@ class Setting(Generic[Model]):
                 bad += batch.bad
                 if len(batch):
                     yield batch, images
-        self.report(split)
+        self.report(split, bad)
 
-    def report(self, split: Split) -> None:
-        """Report the images that could not be read.
+    def report(self, split: Split, bad: Sequence[tuple[str, str]]) -> None:
+        """Report and remember the (name, reason) of images that could not be read.
 
         Raises:
             RunError: these are all.
         """
-        bad = self.skipped
+        self.skipped.extend(bad)
         report_skipped(bad)
         if len(bad) == len(split.source):
             raise RunError(f"none of the {len(bad)} images can be read ({': '.join(bad[0])})")

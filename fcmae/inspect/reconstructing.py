@@ -87,7 +87,7 @@ def reconstruct_batch(
     colourless = colourless.all(dim=(1, 2, 3), keepdim=True)
     p = model.encoder.patch_size
     hidden = mask_BHW.repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None]
-    low, high = _shown_range(original)
+    low, high = shown_range(original)
     columns = {"original": original, "masked": original}
     for name, pred in predictions.items():
         pixels = to_pixels(pred, images_BCHW, model.norm_pix_loss, valid_BHW).cpu() * scale + shift
@@ -101,7 +101,7 @@ def reconstruct_batch(
     return columns, float(out.loss)
 
 
-def _shown_range(original: Tensor) -> tuple[float, float]:
+def shown_range(original: Tensor) -> tuple[float, float]:
     """0 and 1, or for dim or wide images the percentiles 1 and 99 of their values."""
     values = original.flatten()
     sampled = values[:: max(1, len(values) // MOST_VALUES)]
