@@ -30,6 +30,7 @@ from sparse import available_engines
 from sparse.errors import InputError
 from sparse.sizes import resolve_size
 from tests.conftest import write_pictures
+from tests.test_rasters import write_map
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -171,6 +172,18 @@ def test_doctor_finds_that_the_engines_agree_and_what_fits(capsys):
     needs = forecast("atto", 96, torch.device("cpu"), "fp32")
     found = re.findall(r"in all, batch (8|32|128)\D+(\d+)", shown)
     assert found == [(f"{b}", f"{needs.total(b) / 1e6:.0f}") for b in (8, 32, 128)]
+
+
+def test_doctor_looks_at_images(tmp_path, capsys):
+    write_pictures(tmp_path / "a", 5, size=70)
+    write_map(tmp_path / "a" / "map.tif", np.full((3, 70, 70), 9, np.uint8))
+    config = DoctorConfig(models=["atto"], img_size=96, data=str(tmp_path / "a"))
+    assert doctor(config) == 0
+    *_, count, sample, reads, trains = capsys.readouterr().out.splitlines()
+    assert count == "6 images"
+    assert "5 PNG, 3 bands of 8 bits; 1 GTiff, 3 bands of uint8; 70×70 pixels" in sample
+    assert reads.startswith("one worker reads about ")
+    assert trains.startswith("atto trains on about ")
 
 
 @pytest.mark.parametrize(

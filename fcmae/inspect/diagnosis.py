@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,14 +11,19 @@ from rich.console import Console
 from fcmae.commands.bench import BenchConfig
 from fcmae.commands.doctor import DoctorConfig
 from fcmae.config.values import height_width
+from fcmae.data.find import find_source
+from fcmae.data.statistics import Preprocessing, imagenet_mean_std
+from fcmae.data.survey import survey
+from fcmae.data.windows import random_windows
 from fcmae.inspect.memory import SAFE, forecast, memory_of
 from fcmae.inspect.parity import parity, tolerance
 from fcmae.inspect.prologue import print_table
-from fcmae.inspect.steps import example, make_step, time_in_turns
+from fcmae.inspect.steps import WHOLE, example, make_step, time_in_turns
 from fcmae.model.mask import check_mask_ratio, grid_of
 from fcmae.train.machine import resolve_precision
 from fcmae.train.processes import exact_float32, resolve_device
 from sparse.engines import ENGINES, available_engines, get_engine
+from sparse.errors import InputError
 from sparse.sizes import resolve_size
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "jsonargparse",
@@ -54,7 +60,34 @@ def doctor(config: DoctorConfig) -> int:
     auto = [get_engine("auto", kind).name for kind in ("cpu", "cuda")]
     console.print(f"engine auto is {auto[0]} on the CPU here, {auto[1]} on a GPU")
     _forecast_memory(config, device)
+    if config.data is not None:
+        for line in _look_at(config, device):
+            console.print(line)
     return int(not agree)
+
+
+def _look_at(config: DoctorConfig, device: torch.device) -> list[str]:
+    """Describe the images of `config.data`, and how fast the first model trains on such.
+
+    Raises:
+        InputError: there are none, or none can be read.
+    """
+    assert config.data is not None
+    source, size = find_source(config.data), height_width(config.img_size)
+    if config.window is not None:
+        source = random_windows(source, 0, config.window)
+    mean, std = imagenet_mean_std(config.in_chans)
+    bands = tuple(config.bands or ())
+    images = Preprocessing(size, mean, std, bands=bands, nodata=config.nodata)
+    found = survey(source, images, 0, config.max_pixels)
+    if not found.sizes:
+        raise InputError(f"data {config.data!r}: no image can be read ({': '.join(found.bad[0])})")
+    name, batch = config.models[0], EXAMPLE.batch_size
+    step = make_step("patch" + WHOLE, name, device)
+    taken = partial(step, *example(replace(EXAMPLE, img_size=[*size]), device))
+    seconds = time_in_turns({name: taken}, 2, device)[name]
+    speed = f"{name} trains on about {batch / seconds:.3g} images/s"
+    return [f"{len(source)} images", *found.lines(), speed]
 
 
 def _check_engines(device: torch.device) -> bool:
