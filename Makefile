@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := samples,segment,detect,export,wandb,mlflow,docs,dev
+EXTRAS := samples,segment,detect,datasets,export,wandb,mlflow,docs,dev
 DEMO_DIR ?= demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -119,6 +119,13 @@ class TrainingConfig(DeviceConfig):
     workers: Literal["auto"] | int = runtime("auto", at_least=0)
     """Data workers per training process; 0 reads images in the training process."""
 
+    cache: str | None = runtime(None)
+    """Folder for copies of what is read from URLs, which processes and runs may share. null keeps
+    none: every epoch reads everything again."""
+
+    cache_gb: float = runtime(100.0, above=0, below=inf)
+    """Gigabytes that the cache may take, about; what was unused for longest is deleted."""
+
     resume: str = runtime("auto", path="auto, never or a checkpoint", words=("auto", "never"))
     """auto resumes from the newest intact checkpoint in out; never requires an empty out; a path
     resumes from that checkpoint."""

@@ -14,17 +14,18 @@ from sparse.errors import InputError
 def find_source(
     data: str | Sequence[str], exclude: str | None = None, setting: str = "data"
 ) -> Source:
-    """Return the images of folders, text files of paths, or tar shards.
+    """Return the images of folders, text files of paths, or tar shards, also under URLs.
 
     Args:
         data: folders, text files, single images; or tar files, patterns of them such as
-            `shards/{0000..0127}.tar`, folders that hold them.
+            `shards/{0000..0127}.tar`, folders that hold them. Each may be a URL.
         exclude: a folder that is not searched, such as the run's own.
         setting: the name of `data` in error messages.
 
     Raises:
         InputError: a source is missing, empty, unreadable, or given twice; or files and shards are
             mixed.
+        RemoteError: a source under a URL can't be read now.
     """
     given = [data] if isinstance(data, str) else list(data)
     shards = [find_shards(each) for each in given]

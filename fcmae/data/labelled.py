@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from fcmae.data.augment import Geometry
 from fcmae.data.file_list import find_images
+from fcmae.data.remote import is_url
 from fcmae.data.shards import NO_LABEL, ShardList, find_shards, open_shards
 from fcmae.data.sources import Source, key_hashes
 from sparse.errors import InputError, brief, did_you_mean
@@ -72,6 +73,8 @@ def find_labelled(data: str, val_fraction: float, exclude: str | None = None) ->
     Raises:
         InputError: a split or its images are missing, or its classes can't be learned.
     """
+    if is_url(data):
+        raise InputError(f"data {data!r} is not on this machine, as labelled folders have to be")
     root = Path(data).expanduser()
     train, val = root / TRAIN, root / VAL
     needed = [root] if val_fraction else [root, train, val]
