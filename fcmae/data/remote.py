@@ -235,8 +235,10 @@ def _judged(error: BaseException) -> tuple[bool, str]:
         return refused, f"answer {status} {getattr(error, 'message', '')}".strip()
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
         return False, f"no answer within {TIMEOUT:g} s"
-    final = isinstance(error, FileNotFoundError | PermissionError)
-    return final, " ".join(f"{type(error).__name__}: {error}".split())
+    if isinstance(error, FileNotFoundError):
+        return True, "no such file"
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return isinstance(error, PermissionError), what
 
 
 def _locate(url: str) -> tuple[Any, str]:
