@@ -1,6 +1,6 @@
 """Pretraining over HTTP from a server that fails and stalls, against the same run on local files.
 
-    .venv/bin/python -m benchmarks.remote [--images 1000] [--epochs 4] [--faults 0.05] [--slow 0.05]
+    .venv/bin/python -m benchmarks.remote [--images 1000] [--epochs 2] [--faults 0.05] [--slow 0.05]
 
 Three runs of a tiny model with two workers: on a folder, on a list of paths under a URL, and on tar
 shards under a URL, without a cache and then twice with one. Of the server's answers, FAULTS fail
@@ -161,7 +161,7 @@ def pretrain(data: str, out: Path, *options: str) -> tuple[float, bytes]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--faults", type=float, default=0.05)
     parser.add_argument("--slow", type=float, default=0.05)
     options = parser.parse_args()
@@ -188,7 +188,7 @@ def main() -> int:
             ("shards, cache full", pattern, cache),
         ):
             with Server(root, flaky(options.faults, options.slow)) as server:
-                out = root / what.replace(" ", "-")
+                out = root / f"run {what}"
                 seconds, found = pretrain(f"{server.url}/{path}", out, *epochs, *more)
                 counts = dict(server.counts)
             same &= found == expected

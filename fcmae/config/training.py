@@ -78,7 +78,8 @@ class TrainingConfig(DeviceConfig):
     """
 
     data: str | list[str] = setting(path=IMAGES, positional=True, group=DATA)
-    """Images: a folder, flat or nested, or a text file of paths; several as A B or '[A,B]'."""
+    """Images: a folder, flat or nested, or a text file of paths; several as A B or '[A,B]'. Tar
+    shards and URLs: docs/data.md."""
 
     out: str = setting(runtime=True, group=DATA)
     """Run folder for checkpoints, logs and the model for timm. An unfinished run in it resumes."""

@@ -246,6 +246,9 @@ def _lines(content: bytes, shown: str) -> list[bytes]:
     names = [line for line in lines if line.strip() and not line.lstrip().startswith(b"#")]
     if b"\0" in content or any(len(name) > LONGEST for name in names):
         raise InputError(f"{shown} is not a folder, an image or a text file with one path per line")
+    urls = {name.partition(b"://")[0]: name for name in names if remote.is_url(name)}
+    for url in urls.values():
+        remote.locate(os.fsdecode(url))  # or a missing package is noticed in mid-run
     return sorted(names)
 
 

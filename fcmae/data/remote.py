@@ -212,7 +212,7 @@ def _tried(url: str, use: Callable[[Any, str], Result]) -> Result:
     for number in range(TRIES):
         if number:
             time.sleep(WAIT * 2 ** (number - 1))
-        system, path = _locate(url)
+        system, path = locate(url)
         try:
             return use(system, path)
         except RemoteError:
@@ -241,8 +241,12 @@ def _judged(error: BaseException) -> tuple[bool, str]:
     return isinstance(error, PermissionError), what
 
 
-def _locate(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL in this process, and the path there."""
+def locate(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL in this process, and the path there.
+
+    Raises:
+        InputError: the URL's protocol is unknown, or needs a package.
+    """
     try:
         from fsspec.core import url_to_fs  # imports much
 
