@@ -181,23 +181,25 @@ def main() -> int:
         print(f"local files: {seconds:.1f} s")
         cache = ["--cache", str(root / "cache")]
         same = True
-        for what, path, more in (
-            ("list", "photos/list.txt", []),
-            ("shards", pattern, []),
-            ("shards, cache empty", pattern, cache),
-            ("shards, cache full", pattern, cache),
-        ):
-            with Server(root, flaky(options.faults, options.slow)) as server:
+        with Server(root, flaky(options.faults, options.slow)) as server:
+            for what, path, more in (
+                ("list", "photos/list.txt", []),
+                ("shards", pattern, []),
+                ("shards, cache empty", pattern, cache),
+                ("shards, cache full", pattern, cache),
+            ):
+                server.counts.clear()
                 out = root / f"run {what}"
                 seconds, found = pretrain(f"{server.url}/{path}", out, *epochs, *more)
                 counts = dict(server.counts)
-            same &= found == expected
-            retries = sum(counts.get(fault, 0) for fault in PASSING)
-            print(
-                f"{what}: {seconds:.1f} s, {sum(counts.values())} requests, {retries} retries "
-                f"({', '.join(f'{counts.get(fault, 0)} {fault}' for fault in (*PASSING, 'slow'))}),"
-                f" weights {'equal' if found == expected else 'DIFFER'}"
-            )
+                same &= found == expected
+                retries = sum(counts.get(fault, 0) for fault in PASSING)
+                kinds = ", ".join(f"{counts.get(fault, 0)} {fault}" for fault in (*PASSING, "slow"))
+                equal = "equal" if found == expected else "DIFFER"
+                print(
+                    f"{what}: {seconds:.1f} s, {sum(counts.values())} requests, {retries} failed "
+                    f"({kinds}), weights {equal}"
+                )
     return 0 if same else 1
 
 

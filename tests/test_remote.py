@@ -332,10 +332,10 @@ def test_a_missing_package_is_one_line(tmp_path):
     assert done.stderr.endswith(": pip install 'fcmae[datasets]'\n")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
-    with pytest.raises(
-        InputError, match="'nothing://x' can't be read, Protocol not known: nothing"
-    ):
-        find_source("nothing://x")
+    (tmp_path / "list.txt").write_text("a.png\nnothing://x/a.png\n")
+    for source in ("nothing://x", str(tmp_path / "list.txt")):
+        with pytest.raises(InputError, match=r"'nothing://x.*' can't be read, Protocol not known"):
+            find_source(source)
 
 
 @pytest.mark.parametrize("path", ["photos/list.txt", PATTERN])
@@ -364,6 +364,7 @@ def test_missing_images_are_replaced_as_those_of_a_folder(site, pictures, tmp_pa
     assert all("0007.png" in (out / "bad_images.jsonl").read_text() for out in outs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_server_that_stays_down_ends_the_run_which_resumes(site, local, tmp_path, workers):
     """One line and exit 1; no image takes the place of another. Then with other workers, a kill,
