@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from fcmae.data.sharding import shard
 from fcmae.data.shards import INDEX, ShardList, find_shards
 from fcmae.data.table import find_in_table, labels_file, read_classes, read_table
 from sparse.errors import InputError, RunError
-from tests.cli import TINY, kill_all, metrics, run, start, wait_for_steps, weights
+from tests.cli import TINY, begin, kill_all, metrics, run, start, wait_for_steps, weights
 from tests.conftest import write_pictures
 
 NAMES = ["0000.png", "a b/50% #1?.png", "a b/ü.png", "a-b.png"]
@@ -336,6 +337,33 @@ def test_a_missing_package_is_one_line(tmp_path):
     for source in ("nothing://x", str(tmp_path / "list.txt")):
         with pytest.raises(InputError, match=r"'nothing://x.*' can't be read, Protocol not known"):
             find_source(source)
+
+
+FORKS = """
+import gc, os, sys
+from fcmae.data.find import find_source
+source = find_source(sys.argv[1])
+first, children = source.open(0).read(), []
+for _ in range(2):
+    if not (child := os.fork()):
+        for index in range(48):
+            source.open(index % 24)
+        gc.collect()
+        os._exit(0)
+    children.append(child)
+for index in range(48):
+    source.open(index % 24)
+assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+assert source.open(0).read() == first
+"""
+
+
+@pytest.mark.parametrize("path", ["photos/list.txt", PATTERN])
+def test_a_process_and_those_it_forked_read_at_the_same_time(site, path):
+    with Server(site) as server:
+        process = begin([sys.executable, "-W", "ignore", "-c", FORKS, f"{server.url}/{path}"])
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
 
 
 @pytest.mark.parametrize("path", ["photos/list.txt", PATTERN])
