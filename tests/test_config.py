@@ -179,7 +179,7 @@ def test_settings_that_may_change_on_resume() -> None:
     shared = {
         "out", "device", "precision", "compile", "workers", "resume", "checkpoint_steps",
         "checkpoint_minutes", "keep_checkpoints", "log_steps", "max_pixels", "max_bad", "nonfinite",
-        "max_nonfinite", "trackers",
+        "max_nonfinite", "trackers", "cache", "cache_gb",
     }  # fmt: skip
     own = {"engine", "recompute", "cuda_graph", "picture_epochs", "probe"}
     assert runtime_keys(PretrainConfig) == shared | own

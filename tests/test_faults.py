@@ -7,7 +7,7 @@ from tests.faults.rows import ROWS
 
 SLOW = {
     *("broken", "cut", "disk", "kill", "lock", "node", "nodes", "nonfinite", "place", "rank"),
-    *("signal", "worker"),
+    *("server", "signal", "worker"),
 }
 """Rows whose trials train complete runs or decode thousands of images."""
 

@@ -179,11 +179,9 @@ def test_doctor_looks_at_images(tmp_path, capsys):
     write_map(tmp_path / "a" / "map.tif", np.full((3, 70, 70), 9, np.uint8))
     config = DoctorConfig(models=["atto"], img_size=96, data=str(tmp_path / "a"))
     assert doctor(config) == 0
-    *_, count, sample, reads, trains = capsys.readouterr().out.splitlines()
-    assert count == "6 images"
-    assert "5 PNG, 3 bands of 8 bits; 1 GTiff, 3 bands of uint8; 70×70 pixels" in sample
-    assert reads.startswith("one worker reads about ")
-    assert trains.startswith("atto trains on about ")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "6 images a sample of images: 5 PNG, 3 bands of 8 bits; 1 GTiff, 3 bands of" in said
+    assert re.search(r"70×70 pixels, .* each one worker reads about .* atto trains on about ", said)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from sparse.sizes import PATCH
 
 @dataclass
 class DoctorConfig(DeviceConfig):
-    """Show versions, check that the engines agree, time each, and forecast memory; look at images."""
+    """Show versions, check the engines, time each, forecast memory, and look at images."""
 
     models: list[str] = setting(["atto", "tiny", "base"])
     """Sizes whose memory to forecast, such as atto huge or '[atto,huge]'."""

@@ -85,7 +85,7 @@ class TrainingConfig(DeviceConfig):
 
     data: str | list[str] = setting(path=IMAGES, positional=True, group=DATA)
     """Images: a folder, flat or nested, a text file of paths, tar shards, or a dataset as
-    hf:PATH_OR_NAME; several as A B or '[A,B]'."""
+    hf:PATH_OR_NAME, also under URLs; several as A B or '[A,B]'."""
 
     out: str = setting(runtime=True, group=DATA)
     """Run folder for checkpoints, logs and the model for timm. An unfinished run in it resumes."""
@@ -133,6 +133,13 @@ class TrainingConfig(DeviceConfig):
 
     workers: Literal["auto"] | int = runtime("auto", at_least=0)
     """Data workers per training process; 0 reads images in the training process."""
+
+    cache: str | None = runtime(None)
+    """Folder for copies of what is read from URLs, which processes and runs may share. null keeps
+    none: every epoch reads everything again."""
+
+    cache_gb: float = runtime(100.0, above=0, below=inf)
+    """Gigabytes that the cache may take, about; what was unused for longest is deleted."""
 
     resume: str = runtime("auto", path="auto, never or a checkpoint", words=("auto", "never"))
     """auto resumes from the newest intact checkpoint in out; never requires an empty out; a path

@@ -4,6 +4,7 @@ A million files take about 50 MB, which forked workers share. Paths are bytes, s
 be any bytes; they become text only in messages.
 """
 
+import io
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from fcmae.data import remote
+from fcmae.data.image import BadImage
 from fcmae.data.names import Named
-from fcmae.data.sources import Indices, Source
+from fcmae.data.sources import Indices, PathOrFile, Source
 from sparse.errors import InputError
 
 EXTENSIONS = (
@@ -29,6 +32,11 @@ _ZARR = b".zarr"
 LONGEST = 65_535
 """Largest number of bytes of a name."""
 
+_ON_WEB = (
+    "give the URL of a folder, but web servers list none: there, of a text file of paths, or of "
+    "shards such as …/{0000..0127}.tar"
+)
+
 _Key = tuple[int, int]
 """Device and inode: the same for every path to a folder."""
 
@@ -41,7 +49,7 @@ class FileList(Named):
     so forked workers share the memory. A selection shares the names with the list it comes from.
 
     Args:
-        roots: the folders that names are relative to.
+        roots: the folders that names are relative to, or their URLs.
         names: names end to end, uint8.
         lengths: the length of each name (N,), uint16.
         root_ids: the root of each file (N,), uint16.
@@ -67,12 +75,18 @@ class FileList(Named):
         return self.roots[0]
 
     def path(self, index: int) -> bytes:
-        """Return a file's path, root included."""
-        return os.path.join(os.fsencode(self.roots[self.root_ids[index]]), self.key(index))
+        """Return a file's path or URL, root included."""
+        return remote.joined(self.roots[self.root_ids[index]], self.key(index))
 
-    def open(self, index: int) -> bytes:
-        """Return the path; the reader opens it."""
-        return self.path(index)
+    def open(self, index: int) -> PathOrFile:
+        """Return the path, which the reader opens, or the content of a URL.
+
+        Raises:
+            BadImage: there is nothing at that URL.
+            RemoteError: it can't be read now.
+        """
+        path = self.path(index)
+        return io.BytesIO(remote.cached(os.fsdecode(path))) if remote.is_url(path) else path
 
     def name(self, index: int) -> str:
         """Return a path for messages: relative if there is one root, else absolute."""
@@ -128,7 +142,8 @@ def find_images(
     A folder that is reached twice is searched once.
 
     A text file holds one path per line, relative to its own folder or absolute; empty lines and
-    lines that begin with # are skipped.
+    lines that begin with # are skipped. A line can be a URL, and so can each source; of a text file
+    there, paths are relative to its URL.
 
     Args:
         data: folders, text files of paths, or single images.
@@ -137,21 +152,26 @@ def find_images(
 
     Raises:
         InputError: a source is missing, empty, unreadable, or given twice.
+        RemoteError: a source under a URL can't be read now.
     """
     sources = [data] if isinstance(data, str) else list(data)
     if not sources:
         raise InputError(f"{setting} [] names no source: give a folder of images")
     roots: list[str] = []
     names, lengths, root_ids = bytearray(), array("H"), array("H")
-    searched: set[_Key] = set()
+    searched: set[_Key | str] = set()
     excluded = _key(exclude) if exclude and os.path.isdir(exclude) else None
     for source in sources:
         shown = f"{setting} {source!r}"
-        path = os.fsencode(os.path.abspath(os.path.expanduser(source)))
         before = len(lengths)
         try:
-            is_folder = os.path.isdir(path) and not path.endswith(_ZARR)
-            listed = _search(path, searched, excluded) if is_folder else _listed(path, shown)
+            if remote.is_url(source):
+                root, listed = _search_url(source, searched, shown)
+            else:
+                path = os.fsencode(os.path.abspath(os.path.expanduser(source)))
+                is_folder = os.path.isdir(path) and not path.endswith(_ZARR)
+                root = os.fsdecode(path if is_folder else os.path.dirname(path))
+                listed = _search(path, searched, excluded) if is_folder else _listed(path, shown)
             for name in listed:
                 names += name
                 lengths.append(len(name))
@@ -166,7 +186,7 @@ def find_images(
             raise InputError(
                 f"{shown} holds no images{already}: files ending in {', '.join(EXTENSIONS)} count"
             )
-        roots.append(os.fsdecode(path if is_folder else os.path.dirname(path)))
+        roots.append(root)
     blob = np.frombuffer(names, np.uint8)
     return FileList(tuple(roots), blob, np.array(lengths), np.array(root_ids))
 
@@ -179,7 +199,7 @@ def refuse_to_replace(out: Path | None, source: Source) -> None:
             raise InputError(f"out {str(out)!r} is one of the images: give another file")
 
 
-def _search(root: bytes, searched: set[_Key], excluded: _Key | None) -> Iterator[bytes]:
+def _search(root: bytes, searched: set[_Key | str], excluded: _Key | None) -> Iterator[bytes]:
     """Yield the images below a folder, relative to it; folders in `searched` are skipped."""
     stack = [b""]
     while stack:
@@ -223,9 +243,50 @@ def _listed(path: bytes, shown: str) -> Iterable[bytes]:
     if name.lower().endswith(SUFFIXES):
         os.stat(path)
         return [name]
-    content = Path(os.fsdecode(path)).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    lines = {line.rstrip(b"\r") for line in content.split(b"\n")}
+    return _lines(Path(os.fsdecode(path)).read_bytes(), shown)
+
+
+def _lines(content: bytes, shown: str) -> list[bytes]:
+    """Return the distinct paths of a text file, in byte order."""
+    lines = {line.rstrip(b"\r") for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n")}
     names = [line for line in lines if line.strip() and not line.lstrip().startswith(b"#")]
     if b"\0" in content or any(len(name) > LONGEST for name in names):
         raise InputError(f"{shown} is not a folder, an image or a text file with one path per line")
+    urls = {name.partition(b"://")[0]: name for name in names if remote.is_url(name)}
+    for url in urls.values():
+        remote.locate(os.fsdecode(url))  # or a missing package is noticed in mid-run
     return sorted(names)
+
+
+def _search_url(url: str, searched: set[_Key | str], shown: str) -> tuple[str, Iterable[bytes]]:
+    """Return the URL of a folder, and the images of a source under a URL, as for one on this
+    machine.
+
+    Raises:
+        InputError: it is missing or not readable, a folder of a web server, or no list of paths.
+        RemoteError: it can't be read now.
+    """
+    address = remote.without_query(url)
+    root = address.rpartition("/")[0]
+    if url in searched:
+        return root, []
+    searched.add(url)
+    try:
+        if os.fsencode(address).lower().endswith(SUFFIXES):
+            remote.info(url)
+            return root, [os.fsencode(url)]
+        if not remote.on_web(url) and remote.is_folder(url):
+            root = url.rstrip("/")
+            found = sorted(map(os.fsencode, remote.walk(root)))
+            return root, [name for name in found if name.lower().endswith(SUFFIXES)]
+        content = remote.read(url)
+    except BadImage as error:
+        raise InputError(f"{shown} can't be read ({error}): {_ON_WEB}") from error
+    if remote.on_web(url) and content.lstrip().startswith(b"<"):
+        raise InputError(f"{shown} is a web page, not a list of images: {_ON_WEB}")
+    names = _lines(content, shown)
+    if absolute := next((name for name in names if name.startswith(b"/")), None):
+        raise InputError(
+            f"{shown} has {os.fsdecode(absolute)!r}: paths must be relative to its URL, or URLs"
+        )
+    return root, names

@@ -23,13 +23,15 @@ def find_source(
 
     Args:
         data: folders, text files, single images; or tar files, patterns of them such as
-            `shards/{0000..0127}.tar`, folders that hold them; or `hf:PATH_OR_NAME`.
+            `shards/{0000..0127}.tar`, folders that hold them; or `hf:PATH_OR_NAME`. All but the
+            last may be URLs.
         exclude: a folder that is not searched, such as the run's own.
         setting: the name of `data` in error messages.
 
     Raises:
         InputError: a source is missing, empty, unreadable, or given twice; or kinds of sources are
             mixed.
+        RemoteError: a source under a URL can't be read now.
     """
     given = [data] if isinstance(data, str) else list(data)
     if datasets := [each for each in given if is_dataset(each)]:

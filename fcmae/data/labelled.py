@@ -19,6 +19,7 @@ import numpy.typing as npt
 from fcmae.data.augment import Geometry
 from fcmae.data.dataset_list import Splits, is_dataset, open_splits
 from fcmae.data.file_list import find_images
+from fcmae.data.remote import is_url
 from fcmae.data.shards import find_shards, open_shards
 from fcmae.data.sources import NO_LABEL, LabelledSource, Source, key_hashes
 from sparse.errors import InputError, brief, did_you_mean
@@ -87,6 +88,8 @@ def find_labelled(data: str, val_fraction: float, exclude: str | None = None) ->
     Raises:
         InputError: a split or its images are missing, or its classes can't be learned.
     """
+    if is_url(data):
+        raise InputError(f"data {data!r} is not on this machine, as labelled folders have to be")
     if is_dataset(data):
         learnt, measured = _dataset_parts(data, val_fraction)
     else:

@@ -28,6 +28,7 @@ from fcmae.data.augment import Geometry, random_geometry
 from fcmae.data.image import BadImage, OpenedImage
 from fcmae.data.labelled import Split
 from fcmae.data.order import Key
+from fcmae.data.remote import RemoteError
 from fcmae.data.resize import Pixels
 from fcmae.data.sample import Sample, collate
 from fcmae.data.statistics import Preprocessing
@@ -203,13 +204,17 @@ def make_loader(
 
 @contextmanager
 def lost_workers(then: str = "") -> Iterator[None]:
-    """Turn any error of torch about a worker that died or ran out of memory into RunError.
+    """Turn any error of torch about a worker that died, ran out of memory or could not read a
+    remote file into RunError.
 
     torch notices a death; a worker that dies while sending raises inside multiprocessing instead.
     `then` ends the message.
     """
     try:
         yield
+    except RemoteError as error:  # torch puts a worker's traceback in front of its message
+        what = str(error).strip().rpartition(f"{RemoteError.__name__}: ")[2]
+        raise RunError(f"{what}{then}") from error
     except RunError:
         raise
     except (RuntimeError, ConnectionError, EOFError) as error:

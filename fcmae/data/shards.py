@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fcmae.atomic import atomic_write
+from fcmae.data import remote
 from fcmae.data.file_list import EXTENSIONS, LONGEST
 from fcmae.data.image import BadImage
 from fcmae.data.names import Named
@@ -62,8 +63,8 @@ _ARRAYS = {
 
 
 class Shard(NamedTuple):
-    """What identifies a shard: its path, size, modification time in ns, and the SHA-256 of its
-    headers, names and labels."""
+    """What identifies a shard: its path or URL, size, modification time in ns (of a URL, a number
+    for the version), and the SHA-256 of its headers, names and labels."""
 
     path: str
     size: int
@@ -121,11 +122,15 @@ class ShardList(Named):
 
         Raises:
             BadImage: its shard is missing, shorter, or has something else in this place.
+            RemoteError: its shard is under a URL that can't be read now.
         """
         shard = self.shards[int(self.shard_ids[index])]
         start, size = int(self.offsets[index]) - BLOCK, int(self.sizes[index]) + BLOCK
         try:
-            content = os.pread(self._file(int(self.shard_ids[index])), size, start)
+            if remote.is_url(shard.path):
+                content = remote.cached(shard.path, start, size, shard.digest)
+            else:
+                content = os.pread(self._file(int(self.shard_ids[index])), size, start)
         except OSError as error:
             raise BadImage(f"{shard.path}: {error.strerror}") from error
         if len(content) < size or zlib.crc32(content[:BLOCK]) != self.headers[index]:
@@ -187,13 +192,16 @@ class ShardList(Named):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ShardList":
-        """Read what `save` wrote.
+        """Read what `save` wrote, from a path or a URL.
 
         Raises:
             InputError: the file can't be read, or is not what `save` wrote.
+            RemoteError: it is under a URL that can't be read now.
         """
         try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            at_url = remote.is_url(os.fspath(path))
+            content = remote.read(str(path)) if at_url else Path(path).read_bytes()
+            with io.BytesIO(content) as file, np.load(file, allow_pickle=False) as stored:
                 rows, classes = stored["shards"].tolist(), stored["classes"].tolist()
                 parts: list[Any] = [stored[part] for part in _ARRAYS]
             shards = tuple(Shard(where, int(s), int(c), digest) for where, s, c, digest in rows)
@@ -206,6 +214,8 @@ class ShardList(Named):
                 or ((labels < NO_LABEL) | (labels >= len(classes))).any()
             ):
                 raise ValueError("its parts do not fit together")
+        except remote.RemoteError:
+            raise
         except Exception as error:  # a damaged archive raises nearly anything
             raise InputError(
                 f"index {str(path)!r} is missing or damaged ({error}): delete it to make it anew"
@@ -214,10 +224,15 @@ class ShardList(Named):
 
 
 def find_shards(given: str) -> list[str]:
-    """Return the tar files that a path or a pattern means; none if it means something else.
+    """Return the tar files that a path, a URL or a pattern means; none if it means something else.
 
     A folder means shards if it directly holds tar files, and neither images nor folders.
+
+    Raises:
+        RemoteError: a folder under a URL can't be read now.
     """
+    if remote.is_url(given):
+        return _remote_shards(given)
     path = os.path.expanduser(given)
     if not os.path.isdir(path):
         found = expand(path) if path.endswith(".tar") else []
@@ -234,6 +249,18 @@ def find_shards(given: str) -> list[str]:
     return [os.path.join(os.path.abspath(path), name) for name in tars]
 
 
+def _remote_shards(url: str) -> list[str]:
+    if remote.without_query(url).endswith(".tar"):
+        return expand(url)
+    with suppress(BadImage):
+        if not remote.on_web(url) and remote.is_folder(url):
+            listed = remote.entries(url)
+            if not any(folder or _IMAGE.search(name) for name, folder in listed):
+                names = sorted(name for name, _ in listed if name.endswith(".tar"))
+                return [f"{url.rstrip('/')}/{name}" for name in names]
+    return []
+
+
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
@@ -243,16 +270,16 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 def open_shards(paths: Sequence[str], setting: str = "data") -> ShardList:
     """Return the images of tar files, from the index beside them if it knows them. Otherwise they
-    are indexed, and if they are all of a folder, the index is kept there.
+    are indexed, and if they are all of a folder on this machine, the index is kept there.
 
     Raises:
         InputError: see `index_shards`.
     """
     folders = {os.path.dirname(path) for path in paths}
     folder = folders.pop() if len(folders) == 1 else ""
-    place = Path(folder) / INDEX
+    place, at_url = os.path.join(folder, INDEX), remote.is_url(folder)
     known = found = None
-    if folder and place.is_file():
+    if folder and (remote.exists(place) if at_url else os.path.isfile(place)):
         try:
             known = ShardList.load(place)
             found = known.of_shards(paths)
@@ -261,8 +288,8 @@ def open_shards(paths: Sequence[str], setting: str = "data") -> ShardList:
     if found is None:
         found = index_shards(paths, setting)
     changed = known is None or found.shards != known.shards
-    if folder and changed and list(paths) == find_shards(folder):
-        with suppress(OSError), atomic_write(place) as path:
+    if folder and not at_url and changed and list(paths) == find_shards(folder):
+        with suppress(OSError), atomic_write(Path(place)) as path:
             found.save(path)
     return found
 
@@ -321,13 +348,21 @@ def _checked(shard: Shard, path: str) -> Shard:
 
     Raises:
         InputError: it is not, or it is missing.
+        RemoteError: it is under a URL that can't be read now.
     """
     try:
-        status = os.stat(path)
-    except OSError as error:
-        raise InputError(f"shard {path!r} is missing ({error.strerror}): restore it") from error
-    found = shard._replace(path=path, size=status.st_size, changed=status.st_mtime_ns)
-    if found.size == shard.size and found.changed != shard.changed:
+        if remote.is_url(path):
+            size, changed = remote.info(path)
+        else:
+            status = os.stat(path)
+            size, changed = status.st_size, status.st_mtime_ns
+    except (OSError, BadImage) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"shard {path!r} is missing ({why}): restore it") from error
+    found = shard._replace(path=path, size=size, changed=changed)
+    # An index that came with uploaded shards has the times of their originals.
+    comparable = remote.is_url(path) == remote.is_url(shard.path)
+    if comparable and found.size == shard.size and found.changed != shard.changed:
         found = _read_headers(path, "shard")[0]
     if (found.size, found.digest) != (shard.size, shard.digest):
         raise InputError(f"shard {path!r} has changed since it was indexed: restore it")
@@ -360,30 +395,31 @@ def _read_headers(path: str, setting: str) -> tuple[Shard, list[Member], dict[by
     members, classes, names = list[Member](), dict[bytes, str](), set[bytes]()
     skipped, digest = 0, hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            handle, status = file.fileno(), os.fstat(file.fileno())
+        file, size, changed = _opened(path)
+        with file:
             for mark, kind in _COMPRESSED.items():
-                if os.pread(handle, 6, 0).startswith(mark):
+                if _part(file, 0, 6).startswith(mark):
                     raise InputError(
                         f"{setting} {path!r} is compressed ({kind}), so images can't be read one "
                         "by one: unpack it, or make shards with `fcmae shard`"
                     )
+            file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (info := tar.next()) is not None:
                     vars(tar)["members"].clear()  # or it keeps all of them
-                    header = os.pread(handle, BLOCK, info.offset_data - BLOCK)
+                    header = _part(file, info.offset_data - BLOCK, BLOCK)
                     name = os.fsencode(info.name)
                     while name.startswith(b"./"):
                         name = name[2:]
                     digest.update(header + name)
                     plain = info.isreg() and not info.issparse()
-                    if plain and info.offset_data + info.size > status.st_size:
+                    if plain and info.offset_data + info.size > size:
                         raise tarfile.ReadError(f"it ends inside of {info.name!r}")
                     if HIDDEN.search(name):
                         continue
                     if not _IMAGE.search(info.name):
                         if plain and name.endswith(b".cls"):
-                            label = os.pread(handle, info.size, info.offset_data)
+                            label = _part(file, info.offset_data, info.size)
                             digest.update(label)
                             if label.strip():
                                 text = label.decode("utf-8", "replace").strip()
@@ -394,25 +430,39 @@ def _read_headers(path: str, setting: str) -> tuple[Shard, list[Member], dict[by
                         names.add(name)
                     else:
                         skipped += not info.isdir()
-                _check_end(handle, tar.offset)
-    except (OSError, tarfile.TarError) as error:
+                _check_end(file, tar.offset)
+    except (OSError, tarfile.TarError, BadImage) as error:
         what = getattr(error, "strerror", None) or error
         raise InputError(
             f"{setting} {path!r} can't be read as a tar file ({what}): replace it or leave it out"
         ) from error
-    shard = Shard(path, status.st_size, status.st_mtime_ns, digest.hexdigest())
-    return shard, members, classes, skipped
+    return Shard(path, size, changed, digest.hexdigest()), members, classes, skipped
 
 
-def _check_end(handle: int, offset: int) -> None:
+def _opened(path: str) -> tuple[BinaryIO, int, int]:
+    """Return a shard's file, its size, and what changes with it."""
+    if remote.is_url(path):
+        there, (size, changed) = remote.open_remote(path)
+        return there, size, changed
+    file = open(path, "rb")  # noqa: SIM115  # the caller closes it
+    status = os.fstat(file.fileno())
+    return file, status.st_size, status.st_mtime_ns
+
+
+def _part(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+def _check_end(file: BinaryIO, offset: int) -> None:
     """Make sure that a tar file ends where its reader stopped, which also stops at damage.
 
     Raises:
         ReadError: it does not.
     """
-    if len(end := os.pread(handle, BLOCK, offset)) < BLOCK or any(end):
+    if len(end := _part(file, offset, BLOCK)) < BLOCK or any(end):
         raise tarfile.ReadError(f"it is damaged or cut off at byte {offset}")
-    while block := os.pread(handle, 1 << 20, offset):
+    while block := _part(file, offset, 1 << 20):
         if any(block):
             raise tarfile.ReadError("it has more after its end, as if it were two in one")
         offset += len(block)

@@ -38,6 +38,7 @@ class Source(Protocol):
 
         Raises:
             BadImage: the content can't be opened.
+            RunError: it can't be opened now, but perhaps later; see `fcmae.data.remote`.
         """
 
     def select(self, indices: npt.ArrayLike, /) -> "Source":

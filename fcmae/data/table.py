@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fcmae.data import remote
 from fcmae.data.file_list import LONGEST, FileList
 from fcmae.data.labelled import (
     TRAIN,
@@ -79,12 +80,13 @@ class Table:
         return f"{self.file}, line {self.lines[row]}"
 
     def check_images(self, rows: Indices, most: float = 1.0) -> None:
-        """Report images that are missing.
+        """Report images that are missing on this machine.
 
         Raises:
             InputError: all are missing, or more than the share `most`.
         """
-        missing = [row for row in rows.tolist() if not os.path.exists(self.source.path(row))]
+        paths = ((row, self.source.path(row)) for row in rows.tolist())
+        missing = [row for row, p in paths if not (remote.is_url(p) or os.path.exists(p))]
         if not missing:
             return
         names = brief(repr(self.source.name(row)) for row in missing)
@@ -101,7 +103,16 @@ the given ones; for None, those that the rows have. Raises InputError if a cell 
 
 
 def labels_file(config: Any) -> str | None:
-    """Return the CSV file that a config names as its labels or its data, if any."""
+    """Return the CSV file that a config names as its labels or its data, if any.
+
+    Raises:
+        InputError: the labels are not on this machine.
+    """
+    if remote.is_url(where := str(config.labels or config.data)):
+        raise InputError(
+            f"labels are not read from {where!r}: give a CSV file on this machine, with the URLs "
+            "of the images in its column 'path'"
+        )
     is_table = str(config.data).lower().endswith(".csv")
     return config.labels or (config.data if is_table else None)
 
@@ -146,6 +157,7 @@ def read_table(file: str | Path) -> Table:
     names: dict[str, int] = {}
     for line, cell in zip(lines, columns.pop(PATH), strict=True):
         name = os.path.normpath(os.path.join(root, cell)).removeprefix(f"{root}/")
+        name = cell if remote.is_url(cell) else name
         if not cell or "\0" in cell or len(os.fsencode(name)) > LONGEST:
             raise InputError(f"{path}, line {line} has {cell[:50]!r} as path: give an image's path")
         if (first := names.setdefault(name, line)) != line:

@@ -91,8 +91,8 @@ class Loop:
             0 when done, 130 after Ctrl-C, 143 after SIGTERM or SIGUSR1; the state is saved then.
 
         Raises:
-            RunError: the loss is not finite, too many images are unreadable, a worker died, or
-                saving failed three times.
+            RunError: the loss is not finite, too many images are unreadable, a remote one can't be
+                read now, a worker died, or saving failed three times.
         """
         plan, config = self.plan, self.config
         # Only here: before there is anything to save, Ctrl-C may end the process.

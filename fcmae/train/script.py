@@ -15,6 +15,7 @@ from fcmae.config.files import save_yaml
 from fcmae.console import show_logs, step_progress
 from fcmae.data.loader import make_loader
 from fcmae.data.order import StepSampler, check_parts
+from fcmae.data.remote import use_cache
 from fcmae.data.statistics import (
     Preprocessing,
     resolve_preprocessing,
@@ -51,6 +52,7 @@ def train(task: Task) -> int:
     device = resolve_device(config.device)
     img_size = task.check(device)
     check_trackers(config.trackers)
+    use_cache(config.cache, config.cache_gb)
     stop_signals = Signals().catch(signal.SIGTERM, signal.SIGUSR1)
     with join_world(device) as world, stop_signals as signals:
         check_parts(config.batch_size, world.size, config.accumulate)
