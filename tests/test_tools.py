@@ -181,7 +181,9 @@ def test_doctor_looks_at_images(tmp_path, capsys):
     assert doctor(config) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "6 images a sample of images: 5 PNG, 3 bands of 8 bits; 1 GTiff, 3 bands of" in said
-    assert re.search(r"70×70 pixels, .* each one worker reads about .* atto trains on about ", said)
+    assert re.search(
+        r"70×70 to 70×86 pixels, .* each one worker reads about .* atto trains on about ", said
+    )
 
 
 @pytest.mark.parametrize(
