@@ -257,6 +257,13 @@ def test_pixels_without_a_value_change_nothing(tmp_path, form):
         assert np.array_equal(one.valid, other.valid)
 
 
+def test_a_mask_of_another_size_is_bad(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "x.png")
+    Image.new("L", (30, 40)).save(tmp_path / "x.png.msk", format="PNG")
+    with pytest.raises(BadImage, match="its mask .msk has 30×40, the image 40×30 pixels"):
+        read_image(str(tmp_path / "x.png"), Reading(3))
+
+
 def test_a_constant_image_stays_constant_up_to_its_edge(tmp_path):
     """Of a filter that takes pixels without a value as zeros, the rim would be dark."""
     pixels = np.full((3, H, W), 173, np.uint8)

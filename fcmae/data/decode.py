@@ -68,13 +68,13 @@ def read_image(path_or_file: PathOrFile, how: Reading) -> OpenedImage:
             head = file.read(HEAD)
             file.seek(0)
             if head.startswith(b"\x93NUMPY"):
-                return _read_array(file, how, _masks_beside(path))
+                return _read_array(file, how, path)
             tags = tiff_tags(file, head)
             if (driver := driver_of(head, tags)) is not None:
                 return read_raster(file.read() if path is None else path, driver, how)
             if tags and _is_stack(file, head, tags):
                 return read_stack(file.read() if path is None else path, how)
-            return _read_with_pillow(file, how, _masks_beside(path))
+            return _read_with_pillow(file, how, path)
 
 
 def _is_stack(file: BinaryIO, head: bytes, tags: dict[int, Any]) -> bool:
@@ -91,11 +91,19 @@ def _is_stack(file: BinaryIO, head: bytes, tags: dict[int, Any]) -> bool:
         file.seek(0)
 
 
-def _masks_beside(path: str | None) -> list[Look]:
-    """The mask of an image in the file `IMAGE.msk`, as GDAL names it: 0 where no pixel counts."""
+def _masks_beside(path: str | None, size: tuple[int, int]) -> list[Look]:
+    """The mask of an image of (width, height) in the file `IMAGE.msk`, as GDAL names it: 0 where no
+    pixel counts.
+
+    Raises:
+        BadImage: it is of another size.
+    """
     if path is None or not os.path.isfile(path + MASK):
         return []
     with Image.open(path + MASK, formats=FORMATS) as image:
+        if image.size != size:
+            both = "{}×{}, the image {}×{}".format(*image.size, *size)
+            raise BadImage(f"its mask {MASK} has {both} pixels")
         valid_HW = np.asarray(image.convert("L")) > 0
 
     def look(left: int, top: int, right: int, bottom: int) -> Valid:
@@ -104,7 +112,7 @@ def _masks_beside(path: str | None) -> list[Look]:
     return [look]
 
 
-def _read_with_pillow(file: BinaryIO, how: Reading, masks: list[Look]) -> OpenedImage:
+def _read_with_pillow(file: BinaryIO, how: Reading, path: str | None) -> OpenedImage:
     image = Image.open(file, formats=FORMATS)
     form = "progressive JPEG" if "progressive" in image.info else str(image.format)
     check_pixels(*image.size, how.max_pixels, form)
@@ -117,6 +125,7 @@ def _read_with_pillow(file: BinaryIO, how: Reading, masks: list[Look]) -> Opened
     kind = f"{form}, {len(image.getbands())} bands of " + (
         "float32" if image.mode == "F" else f"{depth} bits"
     )
+    masks = _masks_beside(path, image.size)
     if image.format in ("JPEG", "MPO"):
         turn = _turn(image)
         file.seek(0)
@@ -185,7 +194,7 @@ def _modes(image: Image.Image, how: Reading) -> tuple[tuple[str, ...], list[int]
     return modes, slice(None)
 
 
-def _read_array(file: BinaryIO, how: Reading, masks: list[Look]) -> OpenedImage:
+def _read_array(file: BinaryIO, how: Reading, path: str | None) -> OpenedImage:
     version = npy.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise BadImage(f".npy format {version} is not 1.0 or 2.0")
@@ -207,7 +216,7 @@ def _read_array(file: BinaryIO, how: Reading, masks: list[Look]) -> OpenedImage:
         return part if picks == [*range(count)] else part[..., picks]
 
     size = width, height
-    raster = make_raster(size, dtype, values, how, masks=masks)
+    raster = make_raster(size, dtype, values, how, masks=_masks_beside(path, size))
     return OpenedImage(size, how, lambda *_: raster, f"NumPy, {count} bands of {dtype}")
 
 

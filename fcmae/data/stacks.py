@@ -42,7 +42,8 @@ Stack = tuple[Any, str]
 
 def is_zarr(path: str) -> bool:
     """Whether a path is a folder of zarr."""
-    return any(os.path.isfile(os.path.join(path, name)) for name in _MARKS)
+    marks = (os.path.join(path, name) for name in _MARKS)
+    return os.path.isdir(path) and any(map(os.path.isfile, marks))
 
 
 def read_stack(path_or_content: str | bytes, how: Reading) -> OpenedImage:
