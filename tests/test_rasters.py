@@ -260,7 +260,7 @@ def test_pixels_without_a_value_change_nothing(tmp_path, form):
 def test_a_mask_of_another_size_is_bad(tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "x.png")
     Image.new("L", (30, 40)).save(tmp_path / "x.png.msk", format="PNG")
-    with pytest.raises(BadImage, match="its mask .msk has 30×40, the image 40×30 pixels"):
+    with pytest.raises(BadImage, match=r"its mask \.msk has 30×40, the image 40×30 pixels"):
         read_image(str(tmp_path / "x.png"), Reading(3))
 
 
