@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fcmae.config.pretraining import PretrainConfig
 from fcmae.data.file_list import FileList, find_images
@@ -146,6 +147,10 @@ def test_an_epoch_has_so_many_crops_of_each_image_and_resumes(maps, tmp_path):
         kill_all(process)
     run(*command, tmp_path / "two", *options, "--workers", 2)
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
+    out = tmp_path / "picture.png"
+    run("reconstruct", tmp_path / "one", "--images", maps.roots[0], "--out", out)
+    with Image.open(out) as picture:
+        assert picture.height > 4 * 64
 
 
 def test_a_run_keeps_its_held_out_windows(maps, tmp_path):

@@ -18,6 +18,7 @@ from fcmae.commands.reconstruct import ReconstructConfig
 from fcmae.data.evaluation import EvalDataset, each_batch, held_out_masks, report_skipped
 from fcmae.data.labelled import Split
 from fcmae.data.statistics import Preprocessing
+from fcmae.data.windows import random_windows
 from fcmae.inspect.prologue import set_up
 from fcmae.model.fcmae import FCMAE
 from fcmae.model.loss import to_pixels
@@ -132,8 +133,9 @@ def grid(columns: Mapping[str, Tensor]) -> npt.NDArray[np.uint8]:
 def reconstruct(config: ReconstructConfig) -> float:
     """Write original · masked · patch means · reconstruction of the first images as one PNG.
 
-    Images are cropped at their centre to the size of pretraining. If the run predicts normalised
-    patches, each hidden one gets its own mean and deviation: see `reconstruct_batch`.
+    Images are cropped at their centre to the size of pretraining, or windows of them. If the run
+    predicts normalised patches, each hidden one gets its own mean and deviation: see
+    `reconstruct_batch`.
 
     Returns:
         The mean loss over the images drawn; 1.0 means that each patch's mean is predicted.
@@ -143,9 +145,11 @@ def reconstruct(config: ReconstructConfig) -> float:
         RunError: `out` could not be written.
     """
     setting = set_up(config, config.run, load_pretrained, ".png")
-    model, how, step, min_valid = setting.model
+    model, how, step, min_valid, window = setting.model
     found = setting.find_images().source
     files, whole = found.select(range(min(config.count, len(found)))), replace(how, crop_pct=1.0)
+    if window is not None:
+        files = random_windows(files, config.seed, window)
     dataset = EvalDataset(Split(files), whole)
     ((batch, images),) = each_batch(dataset, setting.device, len(files), workers=0)
     report_skipped(batch.bad)

@@ -245,13 +245,21 @@ def random_backbone(like: Backbone) -> Backbone:
 
 
 class Pretrained(NamedTuple):
-    """A pretrained model with its decoder, in evaluation mode, its preprocessing, the completed
-    steps, and the share of a patch's pixels that have to count."""
+    """A pretrained model with its decoder, in evaluation mode.
+
+    Attributes:
+        model: the model.
+        images: how images are prepared.
+        step: the completed steps.
+        min_valid: share of a patch's pixels that have to count.
+        window: side of the part of an image that crops were cut from; None for all of it.
+    """
 
     model: FCMAE
     images: Preprocessing
     step: int
     min_valid: float
+    window: int | None
 
 
 def load_pretrained(run: str, device: torch.device) -> Pretrained:
@@ -279,4 +287,5 @@ def load_pretrained(run: str, device: torch.device) -> Pretrained:
     mean, std = tuple(settings["mean"]), tuple(settings["std"])
     images = Preprocessing((height, width), mean, std, **stored_reading(settings))
     min_valid = settings.get("min_valid", MIN_VALID)
-    return Pretrained(model.to(device).eval(), images, saved.state["step"], min_valid)
+    window = settings.get("window")
+    return Pretrained(model.to(device).eval(), images, saved.state["step"], min_valid, window)
