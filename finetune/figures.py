@@ -177,15 +177,16 @@ def png_path(folder: Path, key: bytes) -> Path:
     return folder / f"{os.fsdecode(stem(key)).lstrip('/')}.png"
 
 
-def check_png_folder(folder: Path, source: Source) -> None:
-    """Check that a PNG for each image can be written to a folder.
+def check_png_folder(folder: Path, source: Source, names: bool = True) -> None:
+    """Check that a PNG for each image can be written to a folder; without `names` a file of the
+    image's whole name and more.
 
     Raises:
         InputError: two would have the same name, one would lie elsewhere, or replace an image or a
             label.
     """
     keys = [source.key(index) for index in range(len(source))]
-    if len({stem(key) for key in keys}) < len(keys):
+    if names and len({stem(key) for key in keys}) < len(keys):
         raise InputError("several images differ only in their ending: predict them separately")
     if outside := [key for key in keys if b".." in key.split(b"/")]:
         shown = os.fsdecode(outside[0])

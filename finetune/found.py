@@ -299,10 +299,12 @@ def features(found: Found, names: Sequence[str], where: Placement) -> dict[str, 
         for x1, y1, x2, y2 in found["boxes"].tolist():
             corners = (x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)
             outlines.append([[[(a * x + b * y + c, d * x + e * y + f) for x, y in corners]]])
-    crs = {"type": "name", "properties": {"name": where.crs.to_string() if where.crs else None}}
+    collection: dict[str, Any] = {"type": "FeatureCollection"}
+    if where.crs:  # of GeoJSON 2008: GDAL and QGIS read it, RFC 7946 knows degrees alone
+        named = {"name": where.crs.to_string()}
+        collection["crs"] = {"type": "name", "properties": named}
     return {
-        "type": "FeatureCollection",
-        "crs": crs,  # of GeoJSON 2008: GDAL and QGIS read it, RFC 7946 knows degrees alone
+        **collection,
         "features": [
             {
                 "type": "Feature",

@@ -21,6 +21,7 @@ from fcmae.data.sample import Batch
 from fcmae.data.sources import Source
 from fcmae.data.statistics import Preprocessing
 from fcmae.inspect.prologue import Setting, set_up, write_skipped
+from fcmae.inspect.reconstructing import shown_range
 from finetune.figures import check_png_folder, save_png
 from finetune.tuned import Tuned, load_tuned
 from sparse.errors import InputError
@@ -72,7 +73,11 @@ def predict(config: PredictConfig) -> Path:
             write(paths, batch, found)
             if overlays is not None:
                 for index, prediction in zip(batch.indices.tolist(), found, strict=True):
-                    image = rgb_image(split.source, index, setting.images)
+                    try:
+                        image = rgb_image(split.source, index, setting.images)
+                    except BadImage as error:
+                        _log.warning("%s is not drawn: %s", split.name(index), error)
+                        continue
                     drawn = kind.overlay(image, prediction)
                     save_png(drawn, overlays, split.source.key(index))
             written += len(batch)
@@ -109,7 +114,8 @@ def rgb_image(source: Source, index: int, how: Preprocessing) -> Image.Image:
     width, height = opened.size
     pixels, channels = opened.resized((0, 0, width, height), (height, width)).pixels, len(how.mean)
     if pixels.dtype != np.uint8:
-        pixels = (255 * pixels).round().clip(0, 255).astype(np.uint8)
+        low, high = shown_range(torch.from_numpy(pixels))
+        pixels = (255 * (pixels - low) / (high - low)).round().clip(0, 255).astype(np.uint8)
     shown = [0, 1, 2] if channels >= 3 else [0, 0, 0]
     return Image.fromarray(np.ascontiguousarray(pixels[shown].transpose(1, 2, 0)))
 

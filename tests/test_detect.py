@@ -701,7 +701,7 @@ def test_objects_of_a_map_are_written_with_its_coordinates(run: Path, tmp_path: 
         predict(PredictConfig(str(run), images=str(images), out=str(out), tile=tile))
         lines = out.with_suffix(".counts.csv").read_text().splitlines()
         (count,) = [*csv.DictReader(lines)]
-        found = json.loads((out.with_suffix(".geojson") / "a.geojson").read_text())
+        found = json.loads((out.with_suffix(".geojson") / "a.tif.geojson").read_text())
         assert len(found["features"]) == sum(int(count[name]) for name in count if name != "path")
         if kind_of(run) == "instances":
             with rasterio.open(out.with_suffix(".instances") / "a.tif") as labels:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fcmae import FCMAE
 from fcmae.cli import main
 from fcmae.commands.diversity import DiversityConfig
-from fcmae.data.evaluation import EvalDataset, each_batch, held_out_masks
+from fcmae.data.evaluation import EvalDataset, each_batch, held_out
 from fcmae.data.file_list import find_images
 from fcmae.data.labelled import Split
 from fcmae.data.sources import key_hash
@@ -164,7 +164,7 @@ def test_held_out_images_give_loss_and_diversity(pictures: Path) -> None:
     mean, std = [0.5] * 3, [0.25] * 3
     held, preparation = find_images(str(pictures)).select(range(5)), resolved((64, 64), mean, std)
     batches = [
-        (images, held_out_masks(held, batch.indices, (64, 64), 0.6, 0))
+        held_out(held, batch, images, 0.6, 0)
         for batch, images in each_batch(
             EvalDataset(Split(held), preparation.images), torch.device("cpu"), 3, workers=0
         )

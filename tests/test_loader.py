@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fcmae import rng
 from fcmae.config.pretraining import AugmentConfig, PretrainConfig
-from fcmae.data.evaluation import EvalDataset, each_batch, held_out_masks
+from fcmae.data.evaluation import EvalDataset, each_batch, held_out
 from fcmae.data.file_list import FileList, find_images
 from fcmae.data.labelled import Split
 from fcmae.data.loader import PretrainDataset, lost_workers, make_loader
@@ -214,7 +214,7 @@ def test_held_out_images_have_the_same_masks_whatever_the_other_images(files: Fi
             EvalDataset(Split(files), images), torch.device("cpu"), 8, 0
         ):
             assert pixels.shape == (len(batch), 3, 64, 96)
-            drawn, valid = held_out_masks(files, batch, 0.6, 0)
+            _, drawn, valid = held_out(files, batch, pixels, 0.6, 0)
             assert valid is None
             names = map(files.name, batch.indices.tolist())
             masks |= dict(zip(names, drawn, strict=True))
@@ -352,7 +352,11 @@ def test_a_mean_and_std_of_other_images_are_reported(tmp_path, caplog, scale, st
 
 def test_arrays_of_another_shape_name_a_fix(tmp_path):
     for name, shape, fix in (
-        ("last", (9, 8, 5), "5 bands, not 3: give --in_chans 5, or choose with --bands '[1,2,3]'"),
+        (
+            "last",
+            (9, 8, 5),
+            "5 bands, not 3: pretrain and finetune take --in_chans 5, or --bands '[1,2,3]'",
+        ),
         ("first", (5, 9, 8), "array of shape (5, 9, 8) is not (H, W, 3): channels come last"),
     ):
         (tmp_path / name).mkdir()

@@ -14,6 +14,7 @@ from PIL import Image
 from rasterio import Affine
 
 from fcmae.config.pretraining import AugmentConfig, PretrainConfig
+from fcmae.data import decode
 from fcmae.data.decode import read_image
 from fcmae.data.file_list import find_images
 from fcmae.data.image import BadImage, MissingReader, Reading
@@ -125,20 +126,51 @@ def test_stacks_give_one_plane(tmp_path, axes, form):
 
 
 @pytest.mark.parametrize(
-    ("options", "kind"),
+    ("options", "large", "kind"),
     [
-        ({}, "TIFF, 3 bands of 8 bits"),
-        ({"tile": (64, 64)}, "TIFF stack, 3 bands of uint8"),
-        ({"bigtiff": True}, "TIFF stack, 3 bands of uint8"),
+        ({}, 0, "TIFF, 3 bands of 8 bits"),
+        ({"tile": (64, 64)}, H * W, "TIFF, 3 bands of 8 bits"),
+        ({"tile": (64, 64)}, H * W - 1, "TIFF stack, 3 bands of uint8"),
+        ({"bigtiff": True}, 0, "TIFF, 3 bands of 8 bits"),
+        ({"bigtiff": True, "tile": (64, 64)}, 0, "TIFF stack, 3 bands of uint8"),
     ],
 )
-def test_the_content_of_a_tiff_chooses_the_reader(tmp_path, options, kind):
+def test_the_content_of_a_tiff_chooses_the_reader(tmp_path, monkeypatch, options, large, kind):
+    monkeypatch.setattr(decode, "LARGE", large)
     pixels = values(3).transpose(1, 2, 0)
     tifffile.imwrite(tmp_path / "x.png", pixels, photometric="rgb", metadata=None, **options)
     opened = read_image(str(tmp_path / "x.png"), Reading(3))
     assert opened.kind == kind
     got = opened.resized(BOX, (64, 100)).pixels
     assert np.array_equal(got, part(pixels.transpose(2, 0, 1)))
+
+
+def test_what_a_stack_means_by_its_values(tmp_path, monkeypatch):
+    """As for other TIFF files: turned, without alpha; what is not grey or colour is refused."""
+    monkeypatch.setattr(decode, "LARGE", 0)
+    pixels, path = values(4).transpose(1, 2, 0), tmp_path / "x.tif"
+    tifffile.imwrite(
+        path, pixels, tile=(64, 64), photometric="rgb", extrasamples=["unassalpha"], metadata=None,
+        extratags=[(274, "H", 1, 6, True)],
+    )  # fmt: skip
+    opened = read_image(str(path), Reading(3))
+    assert opened.size == (H, W)
+    whole = opened.resized((0, 0, H, W), (W, H)).pixels
+    assert np.array_equal(whole, np.rot90(pixels, -1)[..., :3].transpose(2, 0, 1))
+    tifffile.imwrite(
+        path, pixels[..., 0], tile=(64, 64), photometric="palette", metadata=None,
+        colormap=np.zeros((3, 256), np.uint16),
+    )  # fmt: skip
+    with pytest.raises(BadImage, match="TIFF stack of PALETTE values: convert it"):
+        read_image(str(path), Reading(3))
+
+
+def test_a_large_map_is_read_in_parts_or_not_at_all(tmp_path):
+    write_map(tmp_path / "x.tif", values(3))
+    source, images = find_images(str(tmp_path)), Preprocessing((64, 64), (0.5,) * 3, (0.5,) * 3)
+    assert images.read(source, 0, H * W - 1, parts=True).size == (W, H)
+    with pytest.raises(BadImage, match="200x150 pixels are over max_pixels 29999: read parts"):
+        images.read(source, 0, H * W - 1)
 
 
 def test_values_that_pillow_does_not_read(tmp_path):
@@ -162,8 +194,9 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package, extra):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        (Reading(3), r"5 bands, not 3: give --in_chans 5, or choose with --bands '\[1,2,3\]'"),
-        (Reading(2, bands=(1, 6)), "it has 5 bands, not 6"),
+        (Reading(3), r"5 bands, not 3: pretrain and .* take --in_chans 5, or --bands '\[1,2,3\]'$"),
+        (Reading(8), "5 bands, not 8: pretrain and finetune take --in_chans 5$"),
+        (Reading(2, bands=(1, 6)), r"bands \[1, 6\] must be at most 5"),
         (Reading(5, max_pixels=99), "100x64 pixels are over max_pixels 99"),
     ],
 )
@@ -175,6 +208,8 @@ def test_bands_and_sizes_that_do_not_suit(tmp_path, how, words):
 def test_one_band_is_repeated_and_a_fourth_alpha_is_dropped(tmp_path):
     grey = crop(write_map(tmp_path / "a.tif", values(1)), Reading(3))[0]
     assert np.array_equal(grey, np.repeat(part(values(1)), 3, 0))
+    with pytest.raises(BadImage, match="1 bands, not 4"):
+        crop(tmp_path / "a.tif", Reading(4))
     pixels = values(4)
     pixels[3] = 255
     path = write_map(tmp_path / "b.tif", pixels, photometric="rgb", alpha="yes")
@@ -191,7 +226,7 @@ def test_bands_of_other_images(tmp_path, form):
         Image.fromarray(pixels).save(path, quality=100)
     whole = crop(path, Reading(3))[0]
     assert np.array_equal(crop(path, Reading(2, bands=(3, 1)))[0], whole[[2, 0]])
-    with pytest.raises(BadImage, match="it has 3 bands, not 4"):
+    with pytest.raises(BadImage, match=r"bands \[4\] must be at most 3"):
         crop(path, Reading(1, bands=(4,)))
 
 

@@ -161,6 +161,13 @@ def test_names_that_do_not_work_in_shards_are_refused_before_any_work(folder, tm
     assert not out.exists()
 
 
+def test_a_mask_beside_an_image_is_not_lost(tmp_path):
+    write_pictures(tmp_path / "a", 2, size=64)
+    (tmp_path / "a" / "0001.png.msk").write_bytes(b"")
+    with pytest.raises(InputError, match=r"0001.png' has a mask beside it \(.msk\)"):
+        shard(ShardConfig(str(tmp_path / "a"), str(tmp_path / "out")))
+
+
 def test_an_index_is_used_only_for_its_shards(shards, tmp_path, monkeypatch, caplog):
     paths = find_shards(str(shards))
     monkeypatch.setattr("fcmae.data.shards.index_shards", None)

@@ -15,7 +15,7 @@ from PIL import Image
 from fcmae.config.pretraining import AugmentConfig, PretrainConfig
 from fcmae.data.decode import read_image
 from fcmae.data.duplicates import find_duplicates
-from fcmae.data.evaluation import EvalDataset, held_out_masks
+from fcmae.data.evaluation import EvalDataset, held_out
 from fcmae.data.file_list import FileList, find_images
 from fcmae.data.image import Reading
 from fcmae.data.labelled import Split, labels_of, split_by_hash
@@ -117,7 +117,7 @@ def test_a_source_in_memory_is_measured_and_split_like_its_folder(
         for source in (memory, folder)
     ]
     assert torch.equal(crops[0].images, crops[1].images)
-    masks = [held_out_masks(s, crops[0], 0.6, 0)[0] for s in (memory, folder)]
+    masks = [held_out(s, crops[0], crops[0].images, 0.6, 0)[1] for s in (memory, folder)]
     assert torch.equal(masks[0], masks[1])
     assert crops[0].bad == crops[1].bad == [(BAD, "not an image of a known format")]
 

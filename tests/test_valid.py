@@ -9,6 +9,7 @@ import torch
 
 from fcmae import FCMAE
 from fcmae.config.pretraining import PretrainConfig
+from fcmae.data.evaluation import EvalDataset, each_batch, held_out
 from fcmae.data.file_list import find_images
 from fcmae.data.labelled import Split
 from fcmae.data.loader import PretrainDataset
@@ -168,7 +169,34 @@ def test_crops_with_few_values_are_drawn_again(tmp_path):
     assert np.mean(shares) > 0.4  # of a window drawn once, 0.11
     replaced = dataset[0, 1]
     assert replaced.index == 0
-    assert replaced.bad == [("b.tif", "none of 64 crops has a patch of which 50% has values")]
+    ((name, reason),) = replaced.bad
+    assert name == "b.tif"
+    assert reason.startswith("none of 32 crops has enough pixels with a value: lower --min_valid")
+
+
+def test_of_any_share_a_crop_without_a_value_is_drawn_again(tmp_path):
+    mask = np.zeros((300, 300), np.bool_)
+    mask[200:, 200:] = True
+    write_map(tmp_path / "a.tif", np.full((3, 300, 300), 200, np.uint8), mask)
+    config = PretrainConfig(str(tmp_path), "", img_size=64, window=64, min_valid=0)
+    images = Preprocessing((64, 64), (0.5,) * 3, (0.5,) * 3)
+    dataset = PretrainDataset(Split(find_images(str(tmp_path))), images, config)
+    found = [dataset[epoch, 0] for epoch in range(12)]
+    assert not any(sample.bad for sample in found)
+    assert all(sample.valid is None or sample.valid.any() for sample in found)
+
+
+def test_held_out_images_without_a_value_do_not_count(tmp_path):
+    pixels = np.random.default_rng(0).integers(1, 256, (3, 64, 64), np.uint8)
+    for n in range(3):
+        write_map(tmp_path / f"{n}.tif", pixels, np.full((64, 64), n != 1))
+    split = Split(find_images(str(tmp_path)))
+    images = Preprocessing((64, 64), (0.5,) * 3, (0.5,) * 3, crop_pct=1.0)
+    ((batch, normal),) = each_batch(EvalDataset(split, images), torch.device("cpu"), 3, 0)
+    kept, masks, valid = held_out(split.source, batch, normal, 0.6, 0)
+    assert torch.equal(kept, normal[[0, 2]])
+    assert (len(masks), len(valid)) == (2, 2)
+    assert valid.all()
 
 
 def write_garbage(folder: Path, garbage: int) -> Path:

@@ -30,8 +30,9 @@ from fcmae.data.image import (
     make_raster,
     opened,
     reading,
+    turn_of,
 )
-from fcmae.data.rasters import BIG_TIFF, HEAD, driver_of, read_raster, tiff_tags
+from fcmae.data.rasters import HEAD, driver_of, read_raster, tiff_tags
 from fcmae.data.resize import Corners, Raster, Valid
 from fcmae.data.sources import PathOrFile
 from fcmae.data.stacks import is_zarr, read_stack, read_zarr
@@ -42,6 +43,12 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF
 _GREY = ("1", "L", "LA", "La")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _KNOWN = (*_GREY, *_COLOUR, "F", "I;16", "I;16L", "I;16B", "I;16N")
+LARGE = 2**25
+"""A TIFF file in tiles with more pixels is read tile by tile."""
+
+ORIENTATION, TILED = 274, 322
+"""Tags of TIFF: the EXIF orientation, and the width of tiles."""
+
 MASK = ".msk"
 """The file beside an image that says which of its pixels count is named like it, with this end."""
 
@@ -72,19 +79,22 @@ def read_image(path_or_file: PathOrFile, how: Reading) -> OpenedImage:
             tags = tiff_tags(file, head)
             if (driver := driver_of(head, tags)) is not None:
                 return read_raster(file.read() if path is None else path, driver, how)
-            if tags and _is_stack(file, head, tags):
-                return read_stack(file.read() if path is None else path, how)
+            if tags and _is_stack(file, tags):
+                turn = turn_of(tags.get(ORIENTATION))
+                return read_stack(file.read() if path is None else path, how, turn)
             return _read_with_pillow(file, how, path)
 
 
-def _is_stack(file: BinaryIO, head: bytes, tags: dict[int, Any]) -> bool:
-    """Whether a TIFF file is a microscope's, is made to be large, or has values that Pillow does
+def _is_stack(file: BinaryIO, tags: dict[int, Any]) -> bool:
+    """Whether a TIFF file is a microscope's, is large and in tiles, or has values that Pillow does
     not read."""
-    description, tiled = str(tags.get(TiffImagePlugin.IMAGEDESCRIPTION, "")), 322 in tags
-    if tiled or head[:4] in BIG_TIFF or "<OME" in description or description[:7] == "ImageJ=":
+    description = str(tags.get(TiffImagePlugin.IMAGEDESCRIPTION, ""))
+    if "<OME" in description or description[:7] == "ImageJ=":
         return True
     try:
-        return Image.open(file, formats=("TIFF",)).mode not in _KNOWN
+        image = Image.open(file, formats=("TIFF",))
+        large = TILED in tags and image.width * image.height > LARGE
+        return large or image.mode not in _KNOWN
     except OSError:  # so is UnidentifiedImageError
         return True
     finally:
@@ -221,11 +231,8 @@ def _read_array(file: BinaryIO, how: Reading, path: str | None) -> OpenedImage:
 
 
 def _turn(image: Image.Image) -> Turn:
-    """Return the turns of the EXIF orientation; none if the EXIF data can't be read.
-
-    Of the values 1 to 8, the last four swap rows and columns.
-    """
+    """Return the turns of the EXIF orientation; none if the EXIF data can't be read."""
     orientation = None
     with suppress(BadImage), reading(image.width * image.height):
-        orientation = image.getexif().get(0x0112)
-    return orientation in (5, 6, 7, 8), orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
+        orientation = image.getexif().get(ORIENTATION)
+    return turn_of(orientation)

@@ -114,19 +114,19 @@ class WholeDataset(EvalDataset):
         return 1
 
     def read(self, index: int) -> Sample:
-        view = self.view(index)
+        view = self.view(index, parts=False)
         pixels, valid = view.read(0, 0, *view.size)
         target = self.split.target(index, view.geometry)
         return Sample(pixels, index, valid=valid, target=target, geometry=view.geometry)
 
-    def view(self, index: int) -> View:
-        """Return an image to be read in windows.
+    def view(self, index: int, parts: bool = True) -> View:
+        """Return an image to be read in windows, or without `parts` at once.
 
         Raises:
             BadImage: it can't be read.
         """
         images = self.images
-        opened = images.read(self.split.source, index, self.max_pixels)
+        opened = images.read(self.split.source, index, self.max_pixels, parts)
         width, height = opened.size
         scale = scale_to(self.short_side, opened.size)
         if self.covers:
@@ -205,20 +205,23 @@ def prepared(
     return normal.contiguous(memory_format=torch.channels_last)
 
 
-def held_out_masks(
+def held_out(
     source: Source,
     batch: Batch,
+    images_BCHW: Tensor,
     mask_ratio: float,
     seed: int,
     patch: int = PATCH,
     min_valid: float = MIN_VALID,
-) -> tuple[Tensor, Tensor | None]:
-    """Masks (B, h, w) of held-out images, and which of their pixels count (B, H, W) as in training,
-    None if all do. A mask depends on the image's key, its valid pixels and the seed alone.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Held-out images with a patch that can be used, their masks (B, h, w), and which of their
+    pixels count (B, H, W) as in training, None if all do. A mask depends on the image's key, its
+    valid pixels and the seed alone.
 
     Args:
         source: the images.
         batch: some of them.
+        images_BCHW: of the batch, normalised.
         mask_ratio: share of the patches that a mask hides.
         seed: of the run.
         patch: side of a patch in pixels.
@@ -234,4 +237,6 @@ def held_out_masks(
         random_mask(seed, 0, key_hash(source, index), grid, mask_ratio, stream, patches)
         for index, patches in zip(batch.indices.tolist(), usable, strict=True)
     ]
-    return torch.from_numpy(np.stack(masks)), valid
+    seen = torch.tensor([bool(patches.any()) for patches in usable])
+    drawn = torch.from_numpy(np.stack(masks))[seen]
+    return images_BCHW[seen], drawn, None if valid is None else valid[seen]

@@ -34,8 +34,18 @@ Turn = tuple[bool, bool, bool]
 """Whether to swap rows and columns, then mirror left-right, then top-bottom."""
 
 
+def turn_of(orientation: int | None) -> Turn:
+    """Return what the EXIF orientation asks for. Of the values 1 to 8, the last four swap rows and
+    columns."""
+    return orientation in (5, 6, 7, 8), orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
+
+
 class BadImage(Exception):
     """An image that can't be used; the message is one line."""
+
+
+class FewValid(BadImage):
+    """A part of an image in which too few pixels count."""
 
 
 class MissingReader(BadImage):
@@ -66,24 +76,23 @@ class Reading:
         """Return the positions, from 0, of the bands of an image that has `count` of them.
 
         Without `bands` all are taken, and an `alpha` at the end is dropped if it is one too many. A
-        single band is repeated later.
+        single band is repeated for three channels later.
 
         Raises:
             BadImage: it lacks a band, or their number is not `in_chans`.
         """
         if self.bands:
             if max(self.bands) > count:
-                raise BadImage(f"it has {count} bands, not {max(self.bands)} (bands)")
+                raise BadImage(f"bands {[*self.bands]} must be at most {count}, as it has so many")
             return [band - 1 for band in self.bands]
-        if count == self.in_chans + alpha or count == self.in_chans:
+        if count in (self.in_chans, self.in_chans + alpha):
             return [*range(self.in_chans)]
-        if count - alpha == 1 and self.in_chans <= 4:
+        if count - alpha == 1 and self.in_chans == 3:
             return [0]
-        choice = ",".join(map(str, range(1, min(count, self.in_chans) + 1)))
-        raise BadImage(
-            f"{count} bands, not {self.in_chans}: give --in_chans {count}, or choose with --bands "
-            f"'[{choice}]'"
-        )
+        choice = ",".join(map(str, range(1, self.in_chans + 1)))
+        bands = f", or --bands '[{choice}]'" if count > self.in_chans else ""
+        what = f"{count} bands, not {self.in_chans}"
+        raise BadImage(f"{what}: pretrain and finetune take --in_chans {count}{bands}")
 
 
 class Crop(NamedTuple):
@@ -194,11 +203,21 @@ class OpenedImage:
     @property
     def size(self) -> tuple[int, int]:
         """Return (width, height) in pixels, after the EXIF orientation."""
-        return self._whole if self.part is None else self.part[2:]
+        return self.whole_size if self.part is None else self.part[2:]
 
     @property
-    def _whole(self) -> tuple[int, int]:
+    def whole_size(self) -> tuple[int, int]:
+        """Return `size` of the whole image, if this is a part of it."""
         return self.stored_size[::-1] if self.turn[0] else self.stored_size
+
+    def check_whole(self, max_pixels: int) -> None:
+        """Raise BadImage for an image in tiles that is too large to be read as a whole."""
+        width, height = self.size
+        if self.tiled and width * height > max_pixels:
+            raise BadImage(
+                f"{width}x{height} pixels are over max_pixels {max_pixels}: read parts of it, with "
+                "--window 1024 (pretrain) or --tile 512 (predict)"
+            )
 
     def window(self, box: Box) -> "OpenedImage":
         """Return this part as an image of its own."""
@@ -212,6 +231,7 @@ class OpenedImage:
         flip_v: bool = False,
         fast: bool = False,
         interpolation: str = "bicubic",
+        least_valid: float = 0.0,
     ) -> Crop:
         """Return the crop `box`, resized (antialiased) and flipped, as (in_chans, H, W).
 
@@ -221,15 +241,16 @@ class OpenedImage:
 
         Raises:
             BadImage: the pixels can't be decoded, or are not finite with `nodata: none`.
+            FewValid: a smaller share of them than `least_valid` counts.
         """
         swap, mirror_h, mirror_v = self.turn
         left, top, width, height = box
         if self.part is not None:
             left, top = left + self.part[0], top + self.part[1]
         if mirror_h:
-            left = self._whole[0] - left - width
+            left = self.whole_size[0] - left - width
         if mirror_v:
-            top = self._whole[1] - top - height
+            top = self.whole_size[1] - top - height
         if swap:
             left, top, width, height = top, left, height, width
             img_size = img_size[::-1]
@@ -239,7 +260,10 @@ class OpenedImage:
         right = min(math.ceil((left + width) / scale), raster.width)
         bottom = min(math.ceil((top + height) / scale), raster.height)
         corners = (left // scale, top // scale, right, bottom)
-        image, valid = resize_valid(raster, corners, img_size, interpolation)
+        counts = None if raster.valid is None else raster.valid(*corners)
+        if counts is not None and counts.mean() < least_valid:
+            raise FewValid("too few of its pixels have a value")
+        image, valid = resize_valid(raster, corners, img_size, interpolation, counts)
         if image.dtype != np.uint8:
             image = image.clip(0, 1) if raster.bounded else image
             if not np.isfinite(image).all():
@@ -290,7 +314,8 @@ def reading(max_pixels: int) -> Iterator[None]:
     except UnidentifiedImageError as error:
         raise BadImage("not an image of a known format") from error
     except Exception as error:  # decoders raise nearly anything, MemoryError included
-        text = (isinstance(error, OSError) and error.strerror) or str(error)
+        cause = error.__cause__ or error  # of GDAL's errors
+        text = (isinstance(error, OSError) and error.strerror) or str(cause)
         raise BadImage(" ".join(f"{type(error).__name__}: {text}".split())) from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit

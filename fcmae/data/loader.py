@@ -25,7 +25,7 @@ from fcmae import rng
 from fcmae.config.pretraining import PretrainConfig
 from fcmae.config.training import TrainingConfig
 from fcmae.data.augment import Geometry, random_geometry
-from fcmae.data.image import BadImage, OpenedImage
+from fcmae.data.image import BadImage, FewValid, OpenedImage
 from fcmae.data.labelled import Split
 from fcmae.data.order import Key
 from fcmae.data.remote import RemoteError
@@ -37,8 +37,8 @@ from fcmae.model.mask import grid_of, pixels_of, random_mask, usable_patches
 from sparse.engines.base import Layout
 from sparse.errors import RunError
 
-DRAWS = 64
-"""Most crops that are drawn for a sample: even if 80 % of an image has no values, one has some."""
+DRAWS = 32
+"""Crops that are drawn for a sample until one has enough pixels with a value; then any will do."""
 
 _CANDIDATES = 20
 
@@ -82,16 +82,19 @@ class CropDataset(Dataset[Sample]):
         opened = self.images.read(self.split.source, place, self.config.max_pixels)
         return self.cut(opened, self.geometry(epoch, index, opened.size), place)
 
-    def cut(self, opened: OpenedImage, cut: Geometry, place: int) -> Sample:
+    def cut(
+        self, opened: OpenedImage, cut: Geometry, place: int, least_valid: float = 0.0
+    ) -> Sample:
         """Cut a sample from the opened image at `place`.
 
         Raises:
             BadImage: it can't be read.
+            FewValid: a smaller share of its pixels than `least_valid` counts.
         """
         images, size = self.images, self.images.img_size
         pixels, valid = opened.resized(
             cut.box, cut.shape or size, cut.flip_h, cut.flip_v, self.config.augment.fast_decode,
-            images.interpolation,
+            images.interpolation, least_valid,
         )  # fmt: skip
         if cut.shape is not None:
             pixels = padded(pixels, size, images.mean)
@@ -132,31 +135,31 @@ class PretrainDataset(CropDataset):
     taken: Mapping[bytes, Sequence[Place]] = field(default_factory=dict)
 
     def crop(self, epoch: int, index: int, place: int) -> Sample:
-        config, best = self.config, 0.0
+        config, images = self.config, self.images
         p, seed, ratio = config.patch_size, config.seed, config.mask_ratio
-        grid = grid_of(self.images.img_size, p)
-        whole = self.images.read(self.split.source, place, config.max_pixels)
-        found: Sample | None = None
-        for attempt in range(DRAWS):
+        grid, parts = grid_of(images.img_size, p), config.window is not None
+        whole = images.read(self.split.source, place, config.max_pixels, parts)
+        for attempt in range(DRAWS + 1):
             drawn = int(rng.bits(seed, rng.REDRAW, epoch, index, attempt)[0]) if attempt else index
-            opened = self._window(whole, epoch, drawn, place)
-            if opened is None:
+            if (opened := self._window(whole, epoch, drawn, place)) is None:
                 continue
-            sample, usable = self.cut(opened, self.geometry(epoch, drawn, opened.size), place), None
-            if sample.valid is not None:
-                usable = usable_patches(sample.valid, p, config.min_valid)
+            last = attempt == DRAWS
+            try:
+                cut = self.geometry(epoch, drawn, opened.size)
+                sample = self.cut(opened, cut, place, 0 if last else config.min_valid)
+            except FewValid:
+                continue
+            if sample.valid is None:
+                return replace(sample, mask=random_mask(seed, epoch, index, grid, ratio))
+            usable = usable_patches(sample.valid, p, config.min_valid)
+            if usable.mean() >= max(config.min_valid, 1e-9) or (last and usable.any()):
                 sample.valid &= pixels_of(usable, p)
-            share = 1.0 if usable is None else float(usable.mean())
-            if share > best:
                 mask = random_mask(seed, epoch, index, grid, ratio, usable=usable)
-                best, found = share, replace(sample, mask=mask)
-            if best >= config.min_valid:
-                break
-        if found is None:
-            raise BadImage(
-                f"none of {DRAWS} crops has a patch of which {config.min_valid:.0%} has values"
-            )
-        return found
+                return replace(sample, mask=mask)
+        raise BadImage(
+            f"none of {DRAWS} crops has enough pixels with a value: lower --min_valid "
+            f"{config.min_valid}, or leave it out"
+        )
 
     def _window(self, whole: OpenedImage, epoch: int, drawn: int, place: int) -> OpenedImage | None:
         """A random window of an image; None if it overlaps one held out."""

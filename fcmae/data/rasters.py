@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from PIL import TiffImagePlugin
 
 from fcmae.data.image import (
+    BadImage,
     MissingReader,
     OpenedImage,
     Reading,
@@ -85,13 +87,17 @@ def open_map(path_or_content: str | bytes, driver: str) -> Iterator[DatasetReade
 
     Raises:
         MissingReader: rasterio is not installed.
+        BadImage: GDAL can't open the path.
     """
     try:
         import rasterio
     except ImportError as error:
         raise MissingReader("a map needs rasterio: pip install 'fcmae[geo]'") from error
-    with rasterio.Env(GDAL_CACHEMAX=CACHE_MB):
+    with rasterio.Env(GDAL_CACHEMAX=CACHE_MB), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a map without coordinates is an image like others
         if isinstance(path_or_content, str):
+            if any("\udc80" <= char <= "\udcff" for char in path_or_content):
+                raise BadImage("its path is not UTF-8, which GDAL needs: rename it")
             with rasterio.open(path_or_content, driver=driver) as data:
                 yield data
         else:
@@ -146,6 +152,11 @@ def placement_of(path_or_file: PathOrFile) -> Placement | None:
         file.seek(0)
         place = os.fsdecode(path_or_file) if isinstance(path_or_file, str | bytes) else file.read()
         with open_map(place, driver) as data:
+            points, crs = data.gcps
+            if points:
+                from rasterio.transform import from_gcps
+
+                return Placement(crs, from_gcps(points))
             if data.crs is None and data.transform.is_identity:
                 return None
             return Placement(data.crs, data.transform)

@@ -1,7 +1,7 @@
 """Resizing a part of an image in bounded memory, with antialiased interpolation."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,29 +66,48 @@ def strips(raster: Raster, box: Corners, upright: bool = False) -> Iterator[Pixe
 
 
 def resize_valid(
-    raster: Raster, box: Corners, img_size: tuple[int, int], interpolation: str
+    raster: Raster,
+    box: Corners,
+    img_size: tuple[int, int],
+    interpolation: str,
+    valid: Valid | None,
 ) -> tuple[Pixels, Valid | None]:
-    """Return a box as `resize` does, and which of its pixels count (H, W), None if all do.
+    """Return a box as `resize` does, and which of its pixels count (H, W), None if all do, given
+    which of the stored ones in the box do.
 
     Invalid pixels have no weight in the filter (normalised convolution, Knutsson and Westin, 1993),
     so what is stored there changes nothing. A pixel counts if half of the filter's weight does;
     the others are 0.
     """
-    valid = None if raster.valid is None else raster.valid(*box)
     if valid is None or valid.all():
         return resize(raster, box, img_size, interpolation), None
-    part = raster.rows(*box)
-    if part.shape[:2] == img_size:
+    left, top, right, bottom = box
+    if (bottom - top, right - left) == img_size:
+        part = raster.rows(*box)
         return np.where(valid, part.transpose(2, 0, 1), part.dtype.type(0)), valid
-    if not valid.any():
-        return np.zeros((part.shape[2], *img_size), part.dtype), np.zeros(img_size, np.bool_)
-    dtype, mean = part.dtype, part[valid].mean(0, dtype=np.float64).astype(np.float32)
-    centred = np.where(valid[..., None], part - mean, np.float32(0))
-    weight = _interpolate(valid[..., None].astype(np.float32), *img_size, interpolation)
+
+    def within(x1: int, y1: int, x2: int, y2: int) -> Valid:
+        return valid[y1 - top : y2 - top, x1 - left : x2 - left, None]
+
+    total, first, count = np.zeros(1), top, max(int(valid.sum()), 1)
+    for strip in strips(raster, box):
+        counted = within(left, first, right, first + len(strip))
+        total = total + np.where(counted, strip, 0).sum((0, 1), dtype=np.float64)
+        first += len(strip)
+    dtype, mean = strip.dtype, (total / count).astype(np.float32)
+
+    def centred(*corners: int) -> Pixels:
+        return np.where(within(*corners), raster.rows(*corners) - mean, np.float32(0))
+
+    def counts(*corners: int) -> Pixels:
+        return within(*corners).astype(np.float32)
+
+    weight = resize(replace(raster, rows=counts), box, img_size, interpolation)
     kept = weight >= 0.5
-    image = _interpolate(centred, *img_size, interpolation) / np.where(kept, weight, 1) + mean
-    image = np.where(kept, image.round().clip(0, 255) if dtype == np.uint8 else image, 0)
-    return image.astype(dtype).transpose(2, 0, 1), kept[..., 0]
+    summed = resize(replace(raster, rows=centred), box, img_size, interpolation)
+    image = summed / np.where(kept, weight, 1) + mean[:, None, None]
+    image = image.round().clip(0, 255) if dtype == np.uint8 else image
+    return np.where(kept, image, 0).astype(dtype), kept[0]
 
 
 def resize(raster: Raster, box: Corners, img_size: tuple[int, int], interpolation: str) -> Pixels:

@@ -21,8 +21,8 @@ from fcmae.atomic import atomic_write, check_out_folder
 from fcmae.commands.shard import ShardConfig
 from fcmae.config.values import MAX_PIXELS
 from fcmae.console import show_logs, tracked
-from fcmae.data.decode import FORMATS
-from fcmae.data.file_list import SUFFIXES
+from fcmae.data.decode import FORMATS, MASK
+from fcmae.data.file_list import SUFFIXES, FileList
 from fcmae.data.find import find_source
 from fcmae.data.image import BadImage, opened, reading
 from fcmae.data.shards import HIDDEN, open_shards, read_shard, sample_of
@@ -148,6 +148,11 @@ def _members(source: Source, chosen: range, classes: bool) -> Iterator[Content]:
     labelled = set[bytes]()
     for index in chosen:
         name = source.key(index)
+        if isinstance(source, FileList) and os.path.isfile(source.path(index) + MASK.encode()):
+            raise InputError(
+                f"image {source.name(index)!r} has a mask beside it ({MASK}), which shards do not "
+                "hold: write it into the image, as GeoTIFF or alpha"
+            )
         try:
             with opened(source.open(index)) as file:
                 content = file.read()

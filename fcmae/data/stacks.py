@@ -23,6 +23,7 @@ from fcmae.data.image import (
     MissingReader,
     OpenedImage,
     Reading,
+    Turn,
     check_dtype,
     check_pixels,
     reading,
@@ -36,8 +37,10 @@ BANDS = "CS"
 PLANE = "YX" + BANDS
 _MARKS = ("zarr.json", ".zarray", ".zgroup")
 
-Stack = tuple[Any, str]
-"""An array, of NumPy's interface, and a letter for each of its axes."""
+_NAMES = "TCZYX"
+Stack = tuple[Any, str, bool]
+"""An array, of NumPy's interface, a letter for each of its axes, and whether the last sample is
+alpha."""
 
 
 def is_zarr(path: str) -> bool:
@@ -46,9 +49,9 @@ def is_zarr(path: str) -> bool:
     return os.path.isdir(path) and any(map(os.path.isfile, marks))
 
 
-def read_stack(path_or_content: str | bytes, how: Reading) -> OpenedImage:
-    """Open a TIFF file: see `read_image`."""
-    return _opened(partial(_open_tiff, path_or_content), "TIFF stack", how)
+def read_stack(path_or_content: str | bytes, how: Reading, turn: Turn) -> OpenedImage:
+    """Open a TIFF file, which is to be turned: see `read_image`."""
+    return _opened(partial(_open_tiff, path_or_content), "TIFF stack", how, turn)
 
 
 def read_zarr(path: str, how: Reading) -> OpenedImage:
@@ -65,7 +68,12 @@ def _open_tiff(path_or_content: str | bytes) -> Iterator[Stack]:
         complaints.raise_first()
         _check_complete(first, tiff.filehandle.size)
         with first.aszarr(level=0) as store:
-            yield zarr.open(store, mode="r"), first.axes
+            page = first.keyframe
+            if page.photometric not in (1, 2, 6):
+                name = getattr(page.photometric, "name", page.photometric)
+                raise BadImage(f"TIFF stack of {name} values: convert it to grey or RGB")
+            alpha = first.axes.endswith("S") and bool(page.extrasamples)
+            yield zarr.open(store, mode="r"), first.axes, alpha
 
 
 class _Complaints(logging.Handler):
@@ -123,21 +131,22 @@ def _open_zarr(path: str) -> Iterator[Stack]:
     _, zarr = _packages()
     found = zarr.open(path, mode="r")
     if hasattr(found, "shape"):
-        yield found, _axes(found)
+        yield found, _axes(found), False
         return
     described = dict(found.attrs)
+    if "bioformats2raw.layout" in described.get("ome", described):  # several images: the first
+        found = found["0"]
+        described = dict(found.attrs)
     described = described.get("ome", described)
-    if "multiscales" in described:
-        image = described["multiscales"][0]
-        axes = "".join((axis if isinstance(axis, str) else axis["name"]) for axis in image["axes"])
-        yield found[image["datasets"][0]["path"]], axes.upper()
-        return
-    arrays = [*found.arrays()]
-    if len(arrays) != 1:
-        raise BadImage(
-            f"zarr with {len(arrays)} arrays and no OME metadata: give one of its arrays"
-        )
-    yield arrays[0][1], _axes(arrays[0][1])
+    if "multiscales" not in described:
+        raise BadImage("zarr without OME metadata: give one of its arrays")
+    image = described["multiscales"][0]
+    largest = image["datasets"][0]["path"]
+    if largest not in found:
+        raise BadImage(f"OME-Zarr without its largest level, {largest!r}")
+    named = image.get("axes", _NAMES[-found[largest].ndim :])
+    axes = "".join(axis if isinstance(axis, str) else axis["name"] for axis in named)
+    yield found[largest], axes.upper(), False
 
 
 def _axes(array: Any) -> str:
@@ -145,7 +154,9 @@ def _axes(array: Any) -> str:
     channels than pixels, or the last of (T, C, Z, H, W)."""
     if array.ndim == 3:
         return "CYX" if array.shape[0] < array.shape[2] else "YXC"
-    return "TCZYX"[-array.ndim :]
+    if array.ndim > len(_NAMES):
+        raise BadImage(f"zarr with {array.ndim} axes without names: at most {len(_NAMES)}")
+    return _NAMES[-array.ndim :]
 
 
 def _packages() -> tuple[Any, Any]:
@@ -160,27 +171,30 @@ def _packages() -> tuple[Any, Any]:
 
 
 def _opened(
-    open_again: Callable[[], AbstractContextManager[Stack]], form: str, how: Reading
+    open_again: Callable[[], AbstractContextManager[Stack]],
+    form: str,
+    how: Reading,
+    turn: Turn = (False, False, False),
 ) -> OpenedImage:
-    with open_again() as (array, axes):
+    with open_again() as (array, axes, alpha):
         shape = dict(zip(axes, array.shape, strict=True))
         if not {"Y", "X"} <= shape.keys() or len(shape) < len(axes):
             raise BadImage(f"{form} with the axes {axes}: Y and X are needed")
         check_dtype(array.dtype)
         count = int(np.prod([shape[axis] for axis in BANDS if axis in shape]))
         size, kind = (shape["X"], shape["Y"]), f"{form}, {count} bands of {array.dtype}"
-    picks = how.select(count)
+    picks = how.select(count, alpha)
 
     def decode(_: int, corners: Corners) -> Raster:
         left, top, right, bottom = corners
         check_pixels(right - left, bottom - top, how.max_pixels)
         places: dict[str, Any] = {axis: slice(None) for axis in BANDS}
         places |= {"Y": slice(top, bottom), "X": slice(left, right), "Z": shape.get("Z", 0) // 2}
-        with reading(how.max_pixels), open_again() as (array, axes):
+        with reading(how.max_pixels), open_again() as (array, axes, _):
             part = np.asarray(array[tuple(places.get(axis, 0) for axis in axes)])
         kept = [axis for axis in axes if axis in PLANE]
         order = [kept.index(axis) for axis in PLANE if axis in kept]
         part_HWC = part.transpose(order).reshape(bottom - top, right - left, count)
         return within(corners, size, part_HWC[..., picks], how)
 
-    return OpenedImage(size, how, decode, kind, tiled=True)
+    return OpenedImage(size, how, decode, kind, turn, tiled=True)

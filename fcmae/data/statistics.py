@@ -55,15 +55,18 @@ class Preprocessing:
         special = {"bands": [*self.bands], "nodata": self.nodata, "clip": self.clip}
         return {key: value for key, value in special.items() if value not in ([], "auto", None)}
 
-    def read(self, source: Source, index: int, max_pixels: int) -> OpenedImage:
-        """Open an image of a source.
+    def read(self, source: Source, index: int, max_pixels: int, parts: bool = False) -> OpenedImage:
+        """Open an image of a source; with `parts`, only parts of it will be read.
 
         Raises:
-            BadImage: see `read_image`.
+            BadImage: see `read_image`; or it is too large to be read as a whole.
         """
         how = Reading(len(self.mean), max_pixels, self.bands, self.nodata, self.clip)
         opened = read_image(source.open(index), how)
-        return source.cut(index, opened) if isinstance(source, Cutting) else opened
+        opened = source.cut(index, opened) if isinstance(source, Cutting) else opened
+        if not parts:
+            opened.check_whole(max_pixels)
+        return opened
 
 
 @runtime_checkable

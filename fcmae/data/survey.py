@@ -52,7 +52,10 @@ class Survey:
     def lines(self) -> list[str]:
         """Describe the images in lines for a log."""
         if not self.sizes:
-            return []
+            return [
+                f"no image of a sample can be read, such as {': '.join(bad)}"
+                for bad in self.bad[:1]
+            ]
         kinds = "; ".join(f"{count} {kind}" for kind, count in self.kinds.most_common())
         smallest, largest = (
             "{}×{}".format(*choose(self.sizes, key=lambda size: size[0] * size[1]))
@@ -61,12 +64,12 @@ class Survey:
         sizes = smallest if smallest == largest else f"{smallest} to {largest}"
         each = f", {_in_words(float(np.mean(self.stored)))} each" if self.stored else ""
         lines = [f"a sample of images: {kinds}; {sizes} pixels{each}"]
-        rate = 1 / float(np.median(self.seconds))
+        rate = 1 / float(np.median(self.seconds[1:] or self.seconds))  # the first imports packages
         lines.append(f"one worker reads about {rate:.3g} images/s")
         if min(self.valid) < 1:
             lines.append(f"{1 - np.mean(self.valid):.1%} of their pixels have no value")
         if self.bad:
-            lines.append(f"{len(self.bad)} of the sample can't be read, such as {self.bad[0]}")
+            lines.append(f"{len(self.bad)} can't be read, such as {': '.join(self.bad[0])}")
         return lines
 
     def warn_if_far_off(self, images: Preprocessing) -> None:
@@ -103,7 +106,7 @@ def survey(source: Source, images: Preprocessing, seed: int, max_pixels: int) ->
             continue
         found.seconds.append(time.perf_counter() - began)
         found.kinds[opened.kind] += 1
-        found.sizes.append(opened.size)
+        found.sizes.append(opened.whole_size)
         found.valid.append(1.0 if crop.valid is None else float(crop.valid.mean()))
         values.append(crop.values())
         if size := _stored(source.open(index)):

@@ -5,6 +5,7 @@ import platform
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -13,7 +14,7 @@ from fcmae.commands.doctor import DoctorConfig
 from fcmae.config.values import height_width
 from fcmae.data.find import find_source
 from fcmae.data.statistics import Preprocessing, imagenet_mean_std
-from fcmae.data.survey import survey
+from fcmae.data.survey import LOOKED_AT, survey
 from fcmae.data.windows import random_windows
 from fcmae.inspect.memory import SAFE, forecast, memory_of
 from fcmae.inspect.parity import parity, tolerance
@@ -74,7 +75,9 @@ def _look_at(config: DoctorConfig, device: torch.device) -> list[str]:
     """
     assert config.data is not None
     source, size = find_source(config.data), height_width(config.img_size)
-    if config.window is not None:
+    count = len(source)
+    if config.window is not None:  # several of each, if there are few
+        source = source.select(np.resize(np.arange(count), max(count, LOOKED_AT)))
         source = random_windows(source, 0, config.window)
     mean, std = imagenet_mean_std(config.in_chans)
     bands = tuple(config.bands or ())
@@ -87,7 +90,7 @@ def _look_at(config: DoctorConfig, device: torch.device) -> list[str]:
     taken = partial(step, *example(replace(EXAMPLE, img_size=[*size]), device))
     seconds = time_in_turns({name: taken}, 2, device)[name]
     speed = f"{name} trains on about {batch / seconds:.3g} images/s"
-    return [f"{len(source)} images", *found.lines(), speed]
+    return [f"{count} images", *found.lines(), speed]
 
 
 def _check_engines(device: torch.device) -> bool:

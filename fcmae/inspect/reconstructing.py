@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fcmae.atomic import out_file
 from fcmae.commands.reconstruct import ReconstructConfig
-from fcmae.data.evaluation import EvalDataset, each_batch, held_out_masks, report_skipped
+from fcmae.data.evaluation import EvalDataset, each_batch, held_out, report_skipped
 from fcmae.data.labelled import Split
 from fcmae.data.statistics import Preprocessing
 from fcmae.data.windows import random_windows
@@ -156,7 +156,11 @@ def reconstruct(config: ReconstructConfig) -> float:
     if not len(batch):
         raise InputError(f"images {config.images!r}: none of the first {config.count} can be read")
     p = model.encoder.patch_size
-    masks, valid = held_out_masks(files, batch, model.mask_ratio, config.seed, p, min_valid)
+    images, masks, valid = held_out(
+        files, batch, images, model.mask_ratio, config.seed, p, min_valid
+    )
+    if not len(images):
+        raise InputError(f"images {config.images!r}: no pixels have a value, see --nodata")
     columns, loss = reconstruct_batch(model, images, masks, how, valid)
     with out_file(Path(config.out)) as path:
         Image.fromarray(grid(columns)).save(path, format="PNG")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fcmae.config.pretraining import PretrainConfig
-from fcmae.data.evaluation import EvalDataset, each_batch, held_out_masks
+from fcmae.data.evaluation import EvalDataset, each_batch, held_out
 from fcmae.data.labelled import LabelledData, Split
 from fcmae.data.sample import Batch
 from fcmae.data.sources import Source
@@ -133,8 +133,8 @@ def make_watchers(
     for batch, pixels in each_batch(dataset, device, SHOWN, workers=0):
         bad += batch.bad
         if len(batch):
-            masks, valid = held_out_masks(held, batch, ratio, config.seed, p, config.min_valid)
-            batches.append((pixels, masks, valid))
+            batches.append(held_out(held, batch, pixels, ratio, config.seed, p, config.min_valid))
+    batches = [entry for entry in batches if len(entry[0])]
     if folder is not None:
         folder.record_bad(bad)
     found: list[Watcher] = [HoldoutWatcher(batches, resolved, config.picture_epochs, folder)]

@@ -103,7 +103,7 @@ class Pretraining(Task):
             saved = None if start is None else start.state.get("windows")
             self._windows = hold_out_windows(files, config) if saved is None else saved
             train_places, self._held = split_windows(files, self._windows, config.window)
-        if config.holdout >= len(files) >= FEWEST_TO_HOLD_OUT:
+        if config.window is None and config.holdout >= len(files) >= FEWEST_TO_HOLD_OUT:
             raise InputError(
                 f"holdout {config.holdout} leaves none of {len(files)} images to train on: use 32"
             )

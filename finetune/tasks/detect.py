@@ -22,7 +22,7 @@ from fcmae.data.evaluation import EvalDataset, View, WholeDataset
 from fcmae.data.file_list import FileList
 from fcmae.data.image import BadImage
 from fcmae.data.labelled import TRAIN, LabelledData, Split
-from fcmae.data.masks import stem, voc_colours
+from fcmae.data.masks import voc_colours
 from fcmae.data.object_files import (
     COCO,
     LABELS,
@@ -364,8 +364,7 @@ class Detect(OnFeatures):
         objects of each class; if there are masks `X.instances`, a folder of label images; and of
         maps `X.geojson`, a folder of their certain objects in their coordinates."""
         folder, geojson = out.with_suffix(".instances"), out.with_suffix(".geojson")
-        if self.masks:
-            check_png_folder(folder, source)
+        check_png_folder(folder, source, names=self.masks)
         ids = image_ids(source.roots[0]) if isinstance(source, FileList) else {}
         first = 1 + max(ids.values(), default=-1)  # of images that the file does not list
         with (
@@ -397,9 +396,8 @@ class Detect(OnFeatures):
                         save_labels(label_image(sure, size), folder, source, index)
                     if (where := placement_of(source.open(index))) is not None:
                         objects = features(sure, self.names, where)
-                        with out_file(
-                            geojson / f"{os.fsdecode(stem(key)).lstrip('/')}.geojson"
-                        ) as file:
+                        name = os.fsdecode(key).lstrip("/") + ".geojson"
+                        with out_file(geojson / name) as file:
                             file.write_text(json.dumps(objects), encoding="utf-8")
 
             yield write
