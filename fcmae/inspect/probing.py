@@ -21,7 +21,8 @@ from fcmae.data.find import find_source
 from fcmae.data.labelled import LabelledData, Split, check_known, find_labelled, split_by_hash
 from fcmae.data.sample import Batch
 from fcmae.data.table import find_in_table, labels_file, read_classes, read_table
-from fcmae.inspect.embedding import extract
+from fcmae.inspect.embedding import collect, pooled
+from fcmae.inspect.histogram import histograms, require_skimage
 from fcmae.inspect.prologue import Setting, print_result, print_table, set_up
 from fcmae.train.processes import ALONE, World
 from fcmae.weights.load import Backbone, load_backbone, random_backbone
@@ -34,6 +35,15 @@ PENALTIES = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
 
 KEPT_BACK = 0.2
 """Share of the training images that chooses between them."""
+
+PRETRAINED = "pretrained"
+CONTROLS = {"random": "random weights", "histogram": "histograms"}
+"""What pretraining must beat, and the names in tables."""
+
+TO_TRY = (
+    "Try more epochs or more unlabelled images, or an --img_size at which a person recognises the "
+    "classes; a frozen network may still be ahead after fine-tuning."
+)
 
 _Z95 = 1.959964
 _AT_ONCE = 1 << 24
@@ -76,9 +86,19 @@ def labelled_features(
     Raises:
         NothingToRead: no image to learn from, or to measure on.
     """
+    return collect_labelled(lambda _, images: pooled(encoder, images), data, read, world)
+
+
+def collect_labelled(
+    describe: Callable[[Batch, Tensor], Tensor],
+    data: LabelledData,
+    read: Callable[[Split], Iterable[tuple[Batch, Tensor]]],
+    world: World = ALONE,
+) -> Labelled:
+    """As `labelled_features`, of any kind; see `fcmae.inspect.embedding.collect`."""
     parts, labels = [], []
     for split in (data.train, data.val):
-        found = extract(encoder, read(split), world)
+        found = collect(describe, read(split), world)
         if not len(found.indices):
             raise NothingToRead(f"none of the images can be read ({': '.join(found.bad[0])})")
         parts.append(found)
@@ -224,8 +244,9 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
 
     Returns:
         For each of `knn5`, `knn20` (or other `neighbours`) and `linear`: `top1` in percent and its
-        95 % interval, `low` to `high`; of `linear` also its `penalty`. `random`, the same for
-        random weights, with `baseline`. The numbers of images, `train` and `val`, of `classes`
+        95 % interval, `low` to `high`; of `linear` also its `penalty`. With `baseline`, the same
+        for random weights, `random`, and for histograms of colours and gradients, `histogram`; and
+        `advice`, sentences to print if the network does not beat them. The numbers of images, `train` and `val`, of `classes`
         and of `unreadable` ones; `weights`, `img_size`; `near_duplicates`, where asked for, each
         with `path`, `of` and `bits`.
 
@@ -233,6 +254,8 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
         InputError: the weights or the data are wrong.
         RunError: no image could be read.
     """
+    if config.baseline:
+        require_skimage()
     setting = set_up(config, config.source, load_backbone)
     if (file := labels_file(config)) is None:
         data = find_labelled(config.data, config.val_fraction, exclude=config.source)
@@ -252,37 +275,89 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
         world = World(device=setting.device)
         duplicates = report_duplicates(suspects, data, config.workers, world)
         result["near_duplicates"] = [entry._asdict() for entry in duplicates]
-    result |= _measured(setting, setting.model, data)
+    kinds = features_by_kind(setting, data)
+    read = len(data.train.source) + len(data.val.source)
+    for kind, features in kinds.items():
+        train, val = len(features.train), len(features.val)
+        scores = {
+            **measure(features, config.neighbours, setting.device, shown=True),
+            "train": train,
+            "val": val,
+            "classes": features.classes,
+            "unreadable": read - train - val,
+            "weights": setting.model.origin if kind == PRETRAINED else CONTROLS[kind],
+            "img_size": list(setting.images.img_size),
+        }
+        result |= scores if kind == PRETRAINED else {kind: scores}
     if config.baseline:
-        result["random"] = _measured(setting, random_backbone(setting.model), data)
+        result["advice"] = advice(result)
     print_result(result, config.json, show, _print_table)
     return result
 
 
-def _measured(setting: Setting[Backbone], backbone: Backbone, data: LabelledData) -> dict[str, Any]:
-    features = labelled_features(
-        backbone.encoder, data, lambda split: setting.batches(split, "features")
-    )
-    train, val = len(features.train), len(features.val)
-    return {
-        **measure(features, setting.config.neighbours, setting.device, shown=True),
-        "train": train,
-        "val": val,
-        "classes": features.classes,
-        "unreadable": len(data.train.source) + len(data.val.source) - train - val,
-        "weights": backbone.origin,
-        "img_size": list(backbone.images.img_size),
+def features_by_kind(setting: Setting[Backbone], data: LabelledData) -> dict[str, Labelled]:
+    """Features of the network, and with `config.baseline` of both controls; images are read once.
+
+    Raises:
+        InputError: the network's features are not finite, or all the same.
+        RunError: no image could be read.
+    """
+    model, controls = setting.model, setting.config.baseline
+    encoders = [model.encoder] + ([random_backbone(model).encoder] if controls else [])
+
+    def describe(batch: Batch, images: Tensor) -> Tensor:
+        found = [pooled(encoder, images).cpu() for encoder in encoders]
+        return torch.cat([*found, histograms(batch)] if controls else found, 1)
+
+    found = collect_labelled(describe, data, lambda split: setting.batches(split, "features"))
+    width = model.encoder.dims[-1]
+    ends = [width, 2 * width] if controls else []
+    parts = zip(found.train.tensor_split(ends, 1), found.val.tensor_split(ends, 1), strict=True)
+    kinds = {
+        kind: found._replace(train=train, val=val)
+        for kind, (train, val) in zip((PRETRAINED, *CONTROLS), parts, strict=False)
     }
+    check_features(kinds[PRETRAINED], model.origin)
+    return kinds
+
+
+def check_features(features: Labelled, origin: str) -> None:
+    """Raise InputError if features (N, C) are not finite, or those to learn from all the same."""
+    for part in (features.train, features.val):
+        if broken := int((~part.isfinite()).any(1).sum()):
+            raise InputError(
+                f"{origin!r} gives NaN or infinite features for {broken} of {len(part)} images: "
+                "give weights of a run without skipped updates, or an earlier checkpoint"
+            )
+    if len(features.train) > 1 and bool((features.train == features.train[0]).all()):
+        raise InputError(
+            f"the features of all {len(features.train)} training images are the same: give images "
+            "that differ, or weights that have not collapsed (`fcmae diversity`)"
+        )
+
+
+def advice(result: dict[str, Any]) -> list[str]:
+    """A sentence for each control that the network's linear probe does not beat, and what to try."""
+    low, high = result["linear"]["low"], result["linear"]["high"]
+    found = [
+        f"The network does not beat the {name}: its linear probe is between {low:.1f} and "
+        f"{high:.1f} %, theirs {result[kind]['linear']['top1']:.1f} %."
+        for kind, name in CONTROLS.items()
+        if result[kind]["linear"]["top1"] >= low
+    ]
+    return [*found, TO_TRY] if found else []
 
 
 def _print_table(result: dict[str, Any]) -> None:
     out = Console(highlight=False)
     out.print(result["weights"], markup=False, soft_wrap=True)
     out.print("{train} training and {val} validation images, {classes} classes".format(**result))
-    random = result.get("random")
+    controls = {kind: name for kind, name in CONTROLS.items() if kind in result}
     rows = []
     for name, entry in result.items():
         if isinstance(entry, dict) and "top1" in entry:
             row = [name, f"{entry['top1']:.1f}", f"{entry['low']:.1f} to {entry['high']:.1f}"]
-            rows.append([*row, f"{random[name]['top1']:.1f}"] if random else row)
-    print_table(("probe", "top-1 %", "95 %", *(["random weights"] if random else [])), rows)
+            rows.append([*row, *(f"{result[kind][name]['top1']:.1f}" for kind in controls)])
+    print_table(("probe", "top-1 %", "95 %", *controls.values()), rows)
+    for sentence in result.get("advice", ()):
+        out.print(sentence, soft_wrap=True)
