@@ -45,7 +45,7 @@ def histograms(batch: Batch) -> Tensor:
     images = batch.images / 255 if batch.images.dtype == torch.uint8 else batch.images
     valid = torch.ones(images[:, 0].shape, dtype=torch.bool) if batch.valid is None else batch.valid
     images = images.clamp(0, 1).masked_fill(~valid[:, None], 0)
-    size = [min(side, SIDE) for side in images.shape[2:]]
+    size = min(images.shape[2], SIDE), min(images.shape[3], SIDE)
     small = F.adaptive_avg_pool2d(images, size).permute(0, 2, 3, 1).numpy()
     counted = F.adaptive_avg_pool2d(valid.float(), size).numpy() > 0.5
     each = zip(small, counted, strict=True)

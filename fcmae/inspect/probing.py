@@ -4,6 +4,7 @@ Nearest neighbours vote with weight exp(cosine / 0.07) (Wu et al., arXiv 1805.01
 The linear probe is multinomial logistic regression on standardised features.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,20 +15,33 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
+from fcmae.atomic import out_file
 from fcmae.commands.probe import ProbeConfig
 from fcmae.console import tracked
 from fcmae.data.duplicates import report_duplicates
+from fcmae.data.file_list import refuse_to_replace
 from fcmae.data.find import find_source
 from fcmae.data.labelled import LabelledData, Split, check_known, find_labelled, split_by_hash
 from fcmae.data.sample import Batch
 from fcmae.data.table import find_in_table, labels_file, read_classes, read_table
+from fcmae.inspect import figures
 from fcmae.inspect.embedding import collect, pooled
 from fcmae.inspect.histogram import histograms, require_skimage
+from fcmae.inspect.label_curve import (
+    Curve,
+    Places,
+    label_curve,
+    print_curves,
+    sizes_of,
+    summary,
+)
 from fcmae.inspect.prologue import Setting, print_result, print_table, set_up
 from fcmae.train.processes import ALONE, World
 from fcmae.weights.load import Backbone, load_backbone, random_backbone
 from sparse import SparseConvNeXtV2
 from sparse.errors import InputError, RunError
+
+_log = logging.getLogger(__name__)
 
 TEMPERATURE = 0.07
 PENALTIES = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
@@ -39,6 +53,8 @@ KEPT_BACK = 0.2
 PRETRAINED = "pretrained"
 CONTROLS = {"random": "random weights", "histogram": "histograms"}
 """What pretraining must beat, and the names in tables."""
+
+NAMES = {PRETRAINED: PRETRAINED, **CONTROLS}
 
 TO_TRY = (
     "Try more epochs or more unlabelled images, or an --img_size at which a person recognises the "
@@ -246,8 +262,10 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
         For each of `knn5`, `knn20` (or other `neighbours`) and `linear`: `top1` in percent and its
         95 % interval, `low` to `high`; of `linear` also its `penalty`. With `baseline`, the same
         for random weights, `random`, and for histograms of colours and gradients, `histogram`; and
-        `advice`, sentences to print if the network does not beat them. The numbers of images, `train` and `val`, of `classes`
-        and of `unreadable` ones; `weights`, `img_size`; `near_duplicates`, where asked for, each
+        `advice`, sentences to print if the network does not beat them. With `curve`, the curve of
+        each kind of features, see `fcmae.inspect.label_curve.summary`, and the level of `chance`.
+        The numbers of images, `train` and `val`, of `classes` and of `unreadable` ones; `weights`,
+        `img_size`; `near_duplicates`, where asked for, each
         with `path`, `of` and `bits`.
 
     Raises:
@@ -256,11 +274,17 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
     """
     if config.baseline:
         require_skimage()
-    setting = set_up(config, config.source, load_backbone)
+    if config.out is not None and not config.curve:
+        raise InputError(f"out {config.out!r} is a figure of the curve: add --curve")
+    setting = set_up(config, config.source, load_backbone, ".png", ".svg")
     if (file := labels_file(config)) is None:
         data = find_labelled(config.data, config.val_fraction, exclude=config.source)
     else:
         data = find_in_table(read_table(file), config.val_fraction, read_classes)
+    for split in (data.train, data.val):
+        refuse_to_replace(setting.out, split.source)
+    if config.curve:  # before any work
+        sizes_of(len(data.train.source), len(data.names))
     names = setting.model.label_names
     if names and not config.other_classes:
         try:
@@ -291,8 +315,42 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
         result |= scores if kind == PRETRAINED else {kind: scores}
     if config.baseline:
         result["advice"] = advice(result)
+    if config.curve:
+        curves = {
+            kind: summary(_curve(features, result if kind == PRETRAINED else result[kind], setting))
+            for kind, features in kinds.items()
+        }
+        result["curve"] = {"chance": _chance(kinds[PRETRAINED]), **curves}
     print_result(result, config.json, show, _print_table)
+    if (out := setting.out) is not None:
+        with out_file(out) as path:
+            drawn = {NAMES[kind]: curve for kind, curve in curves.items()}
+            figure = figures.label_curves(drawn, result["curve"]["chance"])
+            figure.savefig(path, format=out.suffix[1:], dpi=150)
+        _log.info("plot: %s", out)
     return result
+
+
+def _curve(features: Labelled, scores: dict[str, Any], setting: Setting[Backbone]) -> Curve:
+    """The curve of the linear probe; `scores` are those with all labels."""
+
+    def error_of(chosen: Places, held: Places) -> float:
+        part = torch.from_numpy(chosen)
+        kept = torch.zeros(len(part), dtype=torch.bool)
+        kept[held] = True
+        few = features._replace(
+            train=features.train[part], train_labels=features.train_labels[part], held=kept
+        )
+        return 1 - _score(linear_probe(few, setting.device)[0], features.val_labels)["top1"] / 100
+
+    labels, error = features.train_labels.numpy(), 1 - scores["linear"]["top1"] / 100
+    return label_curve(labels, features.classes, error_of, error, "label curve")
+
+
+def _chance(features: Labelled) -> float:
+    """Top-1 in percent of always naming the most frequent class of the training images."""
+    common = torch.bincount(features.train_labels).argmax()
+    return _score(common.expand(len(features.val_labels)), features.val_labels)["top1"]
 
 
 def features_by_kind(setting: Setting[Backbone], data: LabelledData) -> dict[str, Labelled]:
@@ -337,10 +395,10 @@ def check_features(features: Labelled, origin: str) -> None:
 
 
 def advice(result: dict[str, Any]) -> list[str]:
-    """A sentence for each control that the network's linear probe does not beat, and what to try."""
+    """A sentence for each control that the linear probe does not beat, and what to try."""
     low, high = result["linear"]["low"], result["linear"]["high"]
     found = [
-        f"The network does not beat the {name}: its linear probe is between {low:.1f} and "
+        f"The network does not beat {name}: its linear probe is between {low:.1f} and "
         f"{high:.1f} %, theirs {result[kind]['linear']['top1']:.1f} %."
         for kind, name in CONTROLS.items()
         if result[kind]["linear"]["top1"] >= low
@@ -361,3 +419,5 @@ def _print_table(result: dict[str, Any]) -> None:
     print_table(("probe", "top-1 %", "95 %", *controls.values()), rows)
     for sentence in result.get("advice", ()):
         out.print(sentence, soft_wrap=True)
+    if "curve" in result:
+        print_curves(result["curve"], NAMES)
