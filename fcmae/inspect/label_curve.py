@@ -76,11 +76,13 @@ class PowerLaw(NamedTuple):
         law: logarithm of b, and c (2,).
         covariance: of both (2, 2).
         scatter: standard deviation of the error between sets of labels, at the largest size.
+        misfit: weighted mean square of the residuals, 1 if they are as large as expected.
     """
 
     law: Floats
     covariance: Floats
     scatter: float
+    misfit: float
 
     def forecast(self, labels: int) -> tuple[float, float, float]:
         """Top-1 in percent with `labels` labels, and its 90 % interval for one set of labels."""
@@ -103,7 +105,7 @@ def fit(curve: Curve) -> PowerLaw | None:
     covariance = np.linalg.inv(x.T @ (weight[:, None] * x))
     law = covariance @ x.T @ (weight * np.log(mean))
     misfit = (weight * (np.log(mean) - x @ law) ** 2).sum() / (len(sizes) - 2)
-    return PowerLaw(law, covariance * max(1.0, misfit), float(scatter[-1]))
+    return PowerLaw(law, covariance * max(1.0, misfit), float(scatter[-1]), float(misfit))
 
 
 def sizes_of(labels: int, classes: int) -> list[int]:
@@ -126,8 +128,8 @@ def sizes_of(labels: int, classes: int) -> list[int]:
 def order_of(labels_N: Places, draw: int, seed: int = 0) -> Places:
     """A random order of the images in which every beginning is stratified.
 
-    The first images have one of each class; from then on the images of a class differ by less than
-    one from its share of the beginning.
+    The first images have one of each class; from then on classes have their shares of all images,
+    up to these first ones.
     """
     shuffled = rng.permutation(seed, draw, len(labels_N))
     place = np.empty(len(labels_N))

@@ -316,8 +316,9 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
     if config.baseline:
         result["advice"] = advice(result)
     if config.curve:
+        tops = {kind: result if kind == PRETRAINED else result[kind] for kind in kinds}
         curves = {
-            kind: summary(_curve(features, result if kind == PRETRAINED else result[kind], setting))
+            kind: summary(curve_of(features, tops[kind]["linear"]["top1"], setting.device, True))
             for kind, features in kinds.items()
         }
         result["curve"] = {"chance": _chance(kinds[PRETRAINED]), **curves}
@@ -331,20 +332,36 @@ def probe(config: ProbeConfig, show: bool = True) -> dict[str, Any]:
     return result
 
 
-def _curve(features: Labelled, scores: dict[str, Any], setting: Setting[Backbone]) -> Curve:
-    """The curve of the linear probe; `scores` are those with all labels."""
+def curve_of(
+    features: Labelled,
+    top1: float,
+    device: torch.device | str = "cpu",
+    shown: bool = False,
+    seed: int = 0,
+) -> Curve:
+    """The curve of the linear probe over the number of labels.
+
+    Args:
+        features: of the images to learn from and to measure on.
+        top1: in percent, with all labels.
+        device: where the probe is fitted.
+        shown: show a progress bar on terminals.
+        seed: of the sets of labels.
+
+    Raises:
+        InputError: there are too few labels, or none of a class.
+    """
 
     def error_of(chosen: Places, held: Places) -> float:
         part = torch.from_numpy(chosen)
-        kept = torch.zeros(len(part), dtype=torch.bool)
-        kept[held] = True
         few = features._replace(
-            train=features.train[part], train_labels=features.train_labels[part], held=kept
-        )
-        return 1 - _score(linear_probe(few, setting.device)[0], features.val_labels)["top1"] / 100
+            train=features.train[part], train_labels=features.train_labels[part],
+            held=torch.isin(torch.arange(len(part)), torch.from_numpy(held)),
+        )  # fmt: skip
+        return 1 - _score(linear_probe(few, device)[0], features.val_labels)["top1"] / 100
 
-    labels, error = features.train_labels.numpy(), 1 - scores["linear"]["top1"] / 100
-    return label_curve(labels, features.classes, error_of, error, "label curve")
+    labels, name = features.train_labels.numpy(), "label curve" if shown else None
+    return label_curve(labels, features.classes, error_of, 1 - top1 / 100, name, seed=seed)
 
 
 def _chance(features: Labelled) -> float:
