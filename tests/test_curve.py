@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from benchmarks.experiments import forecasts
 from fcmae.cli import main
 from fcmae.data.sample import Batch
 from fcmae.inspect.histogram import BINS, SIDE, colours, gradients, histograms
@@ -24,10 +25,10 @@ from fcmae.inspect.label_curve import (
     sizes_of,
     summary,
 )
-from fcmae.inspect.probing import advice, probe
+from fcmae.inspect.probing import CONTROLS, advice, probe
 from sparse.errors import InputError
 from tests.conftest import write_classes
-from tests.test_probe import config, write_weights
+from tests.test_probe import config, labelled, write_weights
 
 SIZES = [10, 20, 50, 100, 200, 500, 1000]
 
@@ -277,3 +278,19 @@ def test_a_baseline_without_scikit_image_names_what_to_install(
     monkeypatch.setitem(sys.modules, "skimage.feature", None)
     line = one_line([source, "--data", classes, "--baseline"], capsys)
     assert "pip install 'fcmae[samples]'" in line
+
+
+def test_the_experiment_resumes_from_its_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = {kind: labelled(3, n=200)._asdict() for kind in CONTROLS}
+    torch.save(features, tmp_path / "blobs.pt")
+    options = ["--data", "blobs", "--out", str(tmp_path), "--draws", "2"]
+    monkeypatch.setattr(sys, "argv", ["forecasts", *options])
+    forecasts.main()
+    table = capsys.readouterr().out
+    assert "| blobs, histogram | 4 | 2 |" in table
+    assert "| all | 2 | 8 |" in table
+    (tmp_path / "blobs.pt").unlink()
+    forecasts.main()
+    assert capsys.readouterr().out == table
