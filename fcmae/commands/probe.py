@@ -24,7 +24,15 @@ class ProbeConfig(LabelsConfig, ImageSizeConfig, SourceConfig):
     """Numbers of nearest neighbours that vote, such as '[5,20]'; each gives a result."""
 
     baseline: bool = False
-    """Also evaluate random weights of the same architecture, which pretraining must beat."""
+    """Also evaluate random weights of the same architecture, and histograms of colours and
+    gradients, which pretraining must beat. Needs scikit-image."""
+
+    curve: bool = False
+    """Also measure the linear classifier with 1, 2, 5, 10, … labels per class, and forecast what
+    twice and four times the labels would bring."""
+
+    out: str | None = None
+    """Figure of the curve to write, .png or .svg. null writes none."""
 
     near_duplicates: str | None = setting(None, path=IMAGES)
     """Folder of images, such as the unlabelled ones of pretraining, to search for near-duplicates

@@ -4,7 +4,7 @@ An image's feature is the mean over the positions of the last stage's map, befor
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,11 +59,21 @@ def extract(
         batches: this process's share, with normalised images on the encoder's device; may be empty.
         world: the processes that share the work; each returns all features.
     """
-    values, indices, bad = [torch.empty(0, encoder.dims[-1])], [], []
+    found = collect(lambda _, images: pooled(encoder, images), batches, world)
+    return found._replace(values=found.values.reshape(len(found.indices), encoder.dims[-1]))
+
+
+def collect(
+    describe: Callable[[Batch, Tensor], Tensor],
+    batches: Iterable[tuple[Batch, Tensor]],
+    world: World = ALONE,
+) -> Features:
+    """As `extract`, with features (B, C) that `describe` computes from a batch and its images."""
+    values, indices, bad = [torch.empty(0)], [], []  # torch joins it to tensors of any width
     for batch, images in batches:
         bad += batch.bad
         if len(batch):
-            values.append(pooled(encoder, images).cpu())
+            values.append(describe(batch, images).cpu())
             indices += batch.indices.tolist()
     parts = world.gather((torch.cat(values), indices, bad))
     order = np.array([index for part in parts for index in part[1]], np.int64)

@@ -64,6 +64,29 @@ def diversity(lines: Mapping[str, Mapping[str, float]], size: tuple[float, float
     return figure
 
 
+def label_curves(curves: Mapping[str, Mapping[str, Any]], chance: float) -> Figure:
+    """Top-1 over the number of labels with its 90 % interval; forecasts are hollow.
+
+    Args:
+        curves: by name, as `fcmae.inspect.label_curve.summary` gives them.
+        chance: top-1 in percent of always naming one class.
+    """
+    figure, axes = _axes("top-1 %", "labels", (7, 4))
+    for place, (name, curve) in enumerate(curves.items()):
+        certain = [entry for entry in curve["forecast"] if entry["certain"]]
+        for entries, filled in ((curve["points"], True), (certain, False)):
+            x, y, low, high = ([e[k] for e in entries] for k in ("labels", "top1", "low", "high"))
+            axes.errorbar(
+                x, y, (np.subtract(y, low), np.subtract(high, y)), color=f"C{place}", marker="o",
+                markersize=4, capsize=3, linestyle="-" if filled else ":",
+                markerfacecolor=f"C{place}" if filled else "white", label=name if filled else None,
+            )  # fmt: skip
+    axes.axhline(chance, color="grey", linestyle="--", linewidth=0.8, label="chance")
+    axes.set_xscale("log")
+    axes.legend(fontsize="small")
+    return figure
+
+
 def block_order(name: str) -> list[int]:
     """Sort key of a block's name: stage and number."""
     return [int(part) for part in name.split(".") if part.isdigit()]
