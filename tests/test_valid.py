@@ -15,6 +15,7 @@ from fcmae.data.labelled import Split
 from fcmae.data.loader import PretrainDataset
 from fcmae.data.sample import collate, normalise
 from fcmae.data.statistics import Preprocessing
+from fcmae.inspect.reconstructing import LIGHT, reconstruct_batch
 from fcmae.model.loss import patch_statistics, patchify, reconstruction_loss, to_pixels
 from fcmae.model.mask import keep_count, pixels_of, random_mask, usable_patches
 from sparse import available_engines
@@ -197,6 +198,19 @@ def test_held_out_images_without_a_value_do_not_count(tmp_path):
     assert torch.equal(kept, normal[[0, 2]])
     assert (len(masks), len(valid)) == (2, 2)
     assert valid.all()
+
+
+def test_pixels_without_a_value_are_drawn_as_such():
+    images, masks, valid = ragged()
+    model = FCMAE.from_size("atto", engine="patch", **SMALL)
+    how = Preprocessing((128, 128), (0.5,) * 3, (0.25,) * 3)
+    columns, loss = reconstruct_batch(model, images, masks, how, valid)
+    for column in columns.values():
+        assert set(column.masked_select(~valid[:, None]).tolist()) == {pytest.approx(LIGHT)}
+    seen = valid & ~masks.repeat_interleave(32, 1).repeat_interleave(32, 2)
+    pixels = columns["reconstruction"].masked_select(seen[:, None])
+    assert torch.equal(pixels, columns["original"].masked_select(seen[:, None]))
+    assert loss > 0
 
 
 def write_garbage(folder: Path, garbage: int) -> Path:

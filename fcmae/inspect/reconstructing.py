@@ -29,6 +29,11 @@ MEANS = "patch means"
 """Heading of the column of what a model that has learned nothing would show."""
 
 GREY = 0.5
+"""Of hidden patches."""
+
+LIGHT = 0.85
+"""Of pixels without a value."""
+
 COLOURLESS = 1 / 512
 """Largest difference of the channels of a grey image: half a step of 8-bit values."""
 
@@ -68,7 +73,7 @@ def reconstruct_batch(
         images_BCHW: on the model's device.
         mask_BHW: on the CPU, True = hidden.
         preprocessing: how the images were normalised, to undo it.
-        valid_BHW: which pixels count (B, H, W); the others are drawn in grey. None if all do.
+        valid_BHW: which pixels count (B, H, W); the others are light grey. None if all do.
 
     Returns:
         Pixels (B, C, H, W) from 0 to 1 on the CPU by column: "original", "masked", with
@@ -98,7 +103,7 @@ def reconstruct_batch(
     columns["masked"] = torch.where(hidden, GREY, columns["masked"])
     if valid_BHW is not None:
         counts = valid_BHW.cpu()[:, None]
-        columns = {name: torch.where(counts, c, GREY) for name, c in columns.items()}
+        columns = {name: torch.where(counts, c, LIGHT) for name, c in columns.items()}
     return columns, float(out.loss)
 
 
