@@ -280,6 +280,7 @@ def test_a_baseline_without_scikit_image_names_what_to_install(
     assert "pip install 'fcmae[samples]'" in line
 
 
+@pytest.mark.slow
 def test_the_experiment_resumes_from_its_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

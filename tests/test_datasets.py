@@ -387,6 +387,7 @@ def test_forked_workers_read_the_same(saved):
         np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_pretraining_equals_that_on_files_also_resumed(folder, table, tmp_path):
     """Bit for bit, killed in mid-epoch and resumed with another number of workers; but not on a
     dataset that has changed since."""

@@ -368,6 +368,7 @@ def test_a_process_and_those_it_forked_read_at_the_same_time(site, path):
     assert (process.returncode, err) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["photos/list.txt", PATTERN])
 def test_a_run_on_a_flaky_server_equals_the_local_one(site, local, tmp_path, path):
     """Bit for bit, with two workers, forked after the main process has read from the server."""
@@ -381,6 +382,7 @@ def test_a_run_on_a_flaky_server_equals_the_local_one(site, local, tmp_path, pat
     assert not (out / "bad_images.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_missing_images_are_replaced_as_those_of_a_folder(site, pictures, tmp_path):
     folder = shutil.copytree(pictures, tmp_path / "photos")
     (folder / "list.txt").write_text("\n".join(path.name for path in pictures.iterdir()))

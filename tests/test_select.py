@@ -330,6 +330,7 @@ def test_of_too_many_images_a_sample_is_shown(trained, folder, tmp_path, monkeyp
     assert len(np.loadtxt(board / "features.tsv", delimiter="\t")) == 5
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_map(trained, tmp_path):
     """With thumbnails: the colour of the images appears on the page."""
     rng = np.random.default_rng(0)

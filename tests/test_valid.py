@@ -226,6 +226,7 @@ def write_garbage(folder: Path, garbage: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_runs_do_not_depend_on_garbage_and_resume(tmp_path):
     """Nor on processes that read; a killed run equals one that was never stopped."""
     options = [*TINY, "--epochs", 8, "--augment.mean", "data", "--augment.std", "data"]

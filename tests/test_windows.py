@@ -138,6 +138,7 @@ def test_statistics_are_measured_in_windows(maps, monkeypatch):
     assert not found.bad
 
 
+@pytest.mark.slow
 def test_an_epoch_has_so_many_crops_of_each_image_and_resumes(maps, tmp_path):
     options = [*TINY, "--window", 96, "--crops_per_image", 6, "--epochs", 6]
     command = ["pretrain", maps.roots[0], "--out"]
@@ -155,6 +156,7 @@ def test_an_epoch_has_so_many_crops_of_each_image_and_resumes(maps, tmp_path):
         assert picture.height > 4 * 64
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_held_out_windows(maps, tmp_path):
     options = [*TINY, "--window", 64, "--crops_per_image", 130, "--batch_size", 64, "--epochs", 1]
     out = tmp_path / "run"
