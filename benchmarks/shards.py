@@ -17,6 +17,7 @@ import statistics
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +67,21 @@ def index(folder: Path, members: int) -> None:
     print(f"{sum(part.nbytes for part in parts) / len(found):.1f} bytes for each")
 
 
-def speed(source: Source, workers: int, batches: int) -> float:
+def rate_of(loader: Iterable[Any], batches: int) -> float:
     """Images per second, after a first batch that starts the workers."""
-    dataset = PretrainDataset(Split(source), IMAGES, PretrainConfig("", ""))
-    loader = make_loader(dataset, StepSampler(len(source), BATCH, 0, 0, batches + 1), workers)
     iterator = iter(loader)
     next(iterator)
     began = time.perf_counter()
     for _ in range(batches):
         next(iterator)
     return batches * BATCH / (time.perf_counter() - began)
+
+
+def speed(source: Source, workers: int, batches: int) -> float:
+    """Images per second of our loader."""
+    dataset = PretrainDataset(Split(source), IMAGES, PretrainConfig("", ""))
+    loader = make_loader(dataset, StepSampler(len(source), BATCH, 0, 0, batches + 1), workers)
+    return rate_of(loader, batches)
 
 
 def webdataset_speed(folder: str, workers: int, batches: int) -> float:
@@ -93,12 +99,7 @@ def webdataset_speed(folder: str, workers: int, batches: int) -> float:
 
     read = webdataset.WebDataset(find_shards(folder) * 100, shardshuffle=False).map(sample)
     loader = DataLoader(read.batched(BATCH, collate), batch_size=None, num_workers=workers)
-    iterator = iter(loader)
-    next(iterator)
-    began = time.perf_counter()
-    for _ in range(batches):
-        next(iterator)
-    return batches * BATCH / (time.perf_counter() - began)
+    return rate_of(loader, batches)
 
 
 def opening(source: Source) -> float:

@@ -152,7 +152,7 @@ class PretrainDataset(CropDataset):
             if sample.valid is None:
                 return replace(sample, mask=random_mask(seed, epoch, index, grid, ratio))
             usable = usable_patches(sample.valid, p, config.min_valid)
-            if usable.mean() >= max(config.min_valid, 1e-9) or (last and usable.any()):
+            if usable.any() and (last or usable.mean() >= config.min_valid):
                 sample.valid &= pixels_of(usable, p)
                 mask = random_mask(seed, epoch, index, grid, ratio, usable=usable)
                 return replace(sample, mask=mask)

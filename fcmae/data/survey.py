@@ -51,11 +51,8 @@ class Survey:
 
     def lines(self) -> list[str]:
         """Describe the images in lines for a log."""
-        if not self.sizes:
-            return [
-                f"no image of a sample can be read, such as {': '.join(bad)}"
-                for bad in self.bad[:1]
-            ]
+        if not self.sizes:  # a source has images, so there is a bad one
+            return [f"no image of a sample can be read, such as {': '.join(self.bad[0])}"]
         kinds = "; ".join(f"{count} {kind}" for kind, count in self.kinds.most_common())
         smallest, largest = (
             "{}×{}".format(*choose(self.sizes, key=lambda size: size[0] * size[1]))
