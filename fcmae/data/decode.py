@@ -86,8 +86,8 @@ def read_image(path_or_file: PathOrFile, how: Reading) -> OpenedImage:
 
 
 def _is_stack(file: BinaryIO, tags: dict[int, Any]) -> bool:
-    """Whether a TIFF file is a microscope's, is large and in tiles, or has values that Pillow does
-    not read."""
+    """Whether a TIFF file comes from a microscope, is large and in tiles, or has values that Pillow
+    does not read."""
     description = str(tags.get(TiffImagePlugin.IMAGEDESCRIPTION, ""))
     if "<OME" in description or description[:7] == "ImageJ=":
         return True

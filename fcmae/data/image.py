@@ -83,7 +83,9 @@ class Reading:
         """
         if self.bands:
             if max(self.bands) > count:
-                raise BadImage(f"bands {[*self.bands]} must be at most {count}, as it has so many")
+                raise BadImage(
+                    f"bands {[*self.bands]} must be at most {count}, the number there are"
+                )
             return [band - 1 for band in self.bands]
         if count in (self.in_chans, self.in_chans + alpha):
             return [*range(self.in_chans)]

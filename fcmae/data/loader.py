@@ -158,7 +158,7 @@ class PretrainDataset(CropDataset):
                 return replace(sample, mask=mask)
         raise BadImage(
             f"none of {DRAWS} crops has enough pixels with a value: lower --min_valid "
-            f"{config.min_valid}, or leave it out"
+            f"{config.min_valid}, or remove the image"
         )
 
     def _window(self, whole: OpenedImage, epoch: int, drawn: int, place: int) -> OpenedImage | None:

@@ -1,4 +1,4 @@
-"""Microscopes' and large images: TIFF stacks and OME-TIFF with tifffile, zarr and OME-Zarr.
+"""Microscopy and other large images: TIFF stacks, OME-TIFF, zarr and OME-Zarr.
 
 All are arrays with named axes, of which one plane is an image: the first of each axis, but the
 middle of a z-stack; channels and colour samples are its bands. Of a pyramid it is the largest

@@ -103,9 +103,9 @@ Held = tuple[int, float, float]
 def hold_out_windows(source: Source, config: Any) -> list[Held]:
     """Return the windows to hold out.
 
-    In the order of the hashes of their keys, images give windows until there are `holdout`, at most
-    a tenth of their pixels each. Of one with too little room for a window beside it, all is held
-    out. None are held out of fewer than 500 samples, as of images.
+    Images are visited in the order of the hashes of their keys until there are `holdout` windows,
+    which take about a tenth of an image's pixels at most. An image with too little room for a
+    window beside them is held out whole. With fewer than 500 samples, nothing is held out.
 
     Args:
         source: all images.
